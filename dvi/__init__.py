@@ -1,0 +1,1 @@
+"""Central flows of optimizers."""
