@@ -1,0 +1,178 @@
+"""The declaration of an optimizer: init, f and P.
+
+An optimizer is declared as a state spec (paper, Appendix C.7)
+
+    ν_t = ν_{t−1} + f(ν_{t−1}, ∇L(w_t)),        w_{t+1} = w_t − P(ν_t)⁻¹ ∇L(w_t),
+
+and everything else — the discrete optimizer, its stable flow, its central flow with α, β and the cone
+complementarity problem — is derived from that declaration.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.methods.errors import SpecError
+from dvi.methods.preconditioners import Preconditioner
+from dvi.methods.schedules import Schedule, value_and_slope
+
+Nu = Any  # a pytree of tensors: the optimizer's state ν
+
+#: What a hyperparameter of this name may be: (does it hold?, in words).
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda x: x > 0, "positive"),
+    "eps": (lambda x: x >= 0, "zero or positive"),
+    "beta1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "beta2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+
+
+@dataclass_transform(frozen_default=True)
+class Method:
+    """An optimizer declared as (init, f, P).  Subclass it; fields are hyperparameters.
+
+    A subclass is made a frozen dataclass by being declared, so that
+
+    >>> import torch, dvi
+    >>> class AdaGrad(dvi.Method):
+    ...     lr: float
+    ...     eps: float = 1e-8
+    ...     def init(self, w):  return {"s": torch.zeros_like(w)}
+    ...     def f(self, nu, g): return {"s": g**2}
+    ...     def P(self, nu):    return dvi.Diagonal((nu["s"].sqrt() + self.eps) / self.lr)
+    >>> AdaGrad(lr=0.1)
+    AdaGrad(lr=0.1, eps=1e-08)
+
+    is the whole of it.  Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps
+    taken so far (t = 0 at the first step; the flow's time), smooth in t between isolated kinks.  ``self.lr`` is
+    then the value at the current t wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).
+
+    ``f`` and ``P`` must be made of torch operations (or operators) that can be differentiated, must not modify
+    their arguments in place, and must not read anything that changes from one step to the next except ν, g and
+    scheduled hyperparameters.
+
+    Raises:
+        SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
+            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2`` in [0, 1)).
+    """
+
+    #: Ranges by field name; a subclass may extend them.
+    ranges: ClassVar[Mapping[str, tuple[Callable[[float], bool], str]]] = RANGES
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name, value in self.hyperparameters().items():
+            if callable(value):
+                self._check_range(name, value_and_slope(value, 0.0)[0], at=0.0)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._check_range(name, value)
+
+    # ---- what an optimizer declares -------------------------------------------------------------------
+
+    def init(self, w: Tensor) -> Nu:
+        """ν before the first update: a pytree (dict, tuple, …) of tensors; ``{}`` for a method without state."""
+        return {}
+
+    def f(self, nu: Nu, g: Tensor) -> Nu:
+        """ν_t − ν_{t−1}, given ν_{t−1} and the gradient g [d] at w_t; of the structure of ν."""
+        return {}
+
+    def P(self, nu: Nu) -> Preconditioner:
+        """The preconditioner P(ν), the learning rate folded in, so that the critical threshold is 2."""
+        raise SpecError(f"{type(self).__name__} declares no P(nu): say which preconditioner its state makes.")
+
+    # ---- what follows from it -------------------------------------------------------------------------
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The fields by name, schedules as they were given."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def scheduled(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that are schedules."""
+        return tuple(name for name, value in self.hyperparameters().items() if callable(value))
+
+    def at(self, t: float, dt: Tensor | float = 0.0) -> Method:
+        """This method with every schedule replaced by its value at t, to first order in dt.
+
+        Args:
+            t: unit times, the number of steps taken so far.
+            dt: a zero-valued tensor that carries a tangent when dP/dt is wanted: a scheduled value becomes
+                ``value(t) + slope(t)·dt``.
+        """
+        if not self.scheduled:
+            return self
+        now = copy.copy(self)
+        for name in self.scheduled:
+            value, slope = value_and_slope(getattr(self, name), t)
+            self._check_range(name, value, at=t)
+            object.__setattr__(now, name, value + slope * dt if isinstance(dt, Tensor) else value)
+        return now
+
+    def update(self, nu: Nu, g: Tensor, t: float) -> Nu:
+        """ν_t from ν_{t−1} and the gradient at w_t."""
+        return pytree.tree_map(torch.add, nu, self.at(t).f(nu, g))
+
+    def _check_range(self, name: str, value: float, at: float | None = None) -> None:
+        where = f"{type(self).__name__}({name}={value!r})" + ("" if at is None else f" at t = {at:g}")
+        if not math.isfinite(value):
+            raise SpecError(f"{where}: {name} must be finite.")
+        holds, words = self.ranges.get(name, (lambda x: True, ""))
+        if not holds(value):
+            raise SpecError(f"{where}: {name} must be {words}.")
+
+
+class FunctionMethod(Method):
+    """A method made of three plain functions: ``(init, f, P)`` without a class."""
+
+    init_fn: Callable[[Tensor], Nu]
+    f_fn: Callable[[Nu, Tensor], Nu]
+    P_fn: Callable[[Nu], Preconditioner]
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """None: the functions have closed over theirs."""
+        return {}
+
+    def init(self, w: Tensor) -> Nu:
+        """ν before the first update."""
+        return self.init_fn(w)
+
+    def f(self, nu: Nu, g: Tensor) -> Nu:
+        """ν_t − ν_{t−1}."""
+        return self.f_fn(nu, g)
+
+    def P(self, nu: Nu) -> Preconditioner:
+        """The preconditioner."""
+        return self.P_fn(nu)
+
+
+def as_method(method: Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]) -> Method:
+    """A :class:`Method` from a method or from a triple ``(init, f, P)`` of functions.
+
+    Raises:
+        SpecError: if it is neither.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, tuple) and len(method) == 3 and all(callable(part) for part in method):
+        return FunctionMethod(*method)
+    what = f"the class {method.__name__}; make one, as in {method.__name__}(lr=…)" if isinstance(method, type) else (
+        f"a {type(method).__name__}"
+    )
+    raise SpecError(f"A method is a dvi.Method or a triple (init, f, P) of functions, not {what}.")
+
+
+__all__ = ["RANGES", "FunctionMethod", "Method", "Nu", "Schedule", "as_method"]

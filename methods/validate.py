@@ -1,0 +1,76 @@
+"""A declaration tried once, before anything is built on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.methods.errors import SpecError
+from dvi.methods.preconditioners import Preconditioner
+from dvi.methods.spec import Method, Nu
+
+
+def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
+    """Run init, f and P once at (w, g) and return ν after that first update.
+
+    Raises:
+        SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
+            structure, shapes or dtypes than ν's, modifies ν in place, gives a number that is not finite, or if ``P``
+            gives no preconditioner.
+        NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
+    """
+    name = type(method).__name__
+    nu = method.init(w)
+    for path, leaf in leaves(nu):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            raise SpecError(
+                f"{name}.init(w): ν{path} is {_what(leaf)}; ν is made of floating-point tensors "
+                "(torch.zeros_like(w), w.new_zeros(())), hyperparameters are fields."
+            )
+        if leaf.device != w.device:
+            raise SpecError(f"{name}.init(w): ν{path} is on {leaf.device}, w on {w.device}; make it with w.new_zeros(…).")
+    before = pytree.tree_map(torch.clone, nu)
+    change = method.at(0.0).f(nu, g)
+    _check_structure(name, nu, change)
+    for (path, old), (_, now), (_, delta) in zip(leaves(before), leaves(nu), leaves(change), strict=True):
+        if not torch.equal(old, now):
+            raise SpecError(f"{name}.f(nu, g) changes ν{path} in place; it must return the difference ν_t − ν_(t−1).")
+        if not bool(torch.isfinite(delta).all()):
+            raise SpecError(f"{name}.f(nu, g): the change of ν{path} is not finite at the first step.")
+    after = pytree.tree_map(torch.add, nu, change)
+    P = method.at(0.0).P(after)
+    if not isinstance(P, Preconditioner):
+        raise SpecError(
+            f"{name}.P(nu) is {_what(P)}; it must be a preconditioner: dvi.Scalar(p) for p·I, dvi.Diagonal(p) for diag(p)."
+        )
+    if P.apply(g).shape != g.shape:
+        raise SpecError(f"{name}.P(nu) does not act on vectors of shape {list(g.shape)}.")
+    P.check(g)
+    return after
+
+
+def leaves(nu: Nu) -> list[tuple[str, Any]]:
+    """The leaves of ν with their paths, as in ``[("['v']", tensor)]``."""
+    return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(nu)[0]]
+
+
+def _check_structure(name: str, nu: Nu, change: Nu) -> None:
+    if pytree.tree_structure(nu) != pytree.tree_structure(change):
+        raise SpecError(
+            f"{name}.f(nu, g) has another structure than ν: {_sketch(change)} against {_sketch(nu)}. "
+            "f returns the change of every part of the state that init(w) makes."
+        )
+    for (path, old), (_, delta) in zip(leaves(nu), leaves(change), strict=True):
+        if not isinstance(delta, Tensor) or delta.shape != old.shape or delta.dtype != old.dtype:
+            raise SpecError(f"{name}.f(nu, g): the change of ν{path} is {_what(delta)}, ν{path} itself {_what(old)}.")
+
+
+def _what(x: Any) -> str:
+    return f"a {x.dtype} tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _sketch(nu: Nu) -> str:
+    return "{" + ", ".join(f"{path}: {_what(leaf)}" for path, leaf in leaves(nu)) + "}"
