@@ -1,0 +1,13 @@
+"""What can go wrong in the numerics."""
+
+
+class SolverError(RuntimeError):
+    """A computation could not be brought to a right answer; the message names the cause and the remedy."""
+
+
+class ConvergenceError(SolverError):
+    """Eigenpairs did not converge."""
+
+
+class StepError(SolverError):
+    """An integrator could not make a step."""

@@ -1,0 +1,96 @@
+"""Euler steps with the complementarity linearised over the step: the paper's discretisation (App. B), the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dvi.solvers import ccp
+from dvi.solvers.errors import StepError
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
+from dvi.solvers.watch import Sighting, Watch
+
+
+@dataclass(frozen=True)
+class EulerMemory:
+    """What Euler wants to be given back: the eigenpairs and the last X, both to start from."""
+
+    seen: Sighting | None = None
+    X: Array | None = None
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Explicit Euler steps of length dt; X from the constraint at the end of the step, to first order:
+
+        X ⪰ 0   ⟂   gap + dt (β[X] − α) ⪰ 0.
+
+    First order in dt.  Eigenpairs and third derivatives are made anew at every substep, which is what a central flow
+    costs when nothing is saved.
+
+    Args:
+        dt: unit times per substep; the paper uses 1/4.
+        watch: how the critical eigenpairs are followed.
+
+    Raises:
+        ValueError: if dt is not positive.
+    """
+
+    dt: float = 0.25
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        if not self.dt > 0:
+            raise ValueError(f"Euler(dt={self.dt}): dt must be positive, in unit times (the paper's is 0.25).")
+
+    def init(self, flow: Flow, y: State) -> EulerMemory:
+        """No memory yet."""
+        return EulerMemory()
+
+    def step(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> StepResult:
+        """One substep of min(dt, h)."""
+        # Land on h when the rest would be rounding.
+        h = h if h <= self.dt * (1 + 1e-9) else self.dt
+        node, memory, rate = self._evaluate(flow, memory, y, h)
+        end = y.moved(rate, h)
+        if not bool(end.w.isfinite().all()):
+            raise StepError(
+                f"Euler(dt={self.dt:g}) left the finite numbers at t = {y.t:g}. Take a smaller dt; if the effective "
+                "sharpness was above 2 at the start, warm-start with real optimizer steps."
+            )
+        return StepResult(end, memory, node, lambda t: y.moved(rate, t - y.t))
+
+    def observe(self, flow: Flow, memory: EulerMemory, y: State) -> Node:
+        """What a step from y would begin with."""
+        return self._evaluate(flow, memory, y, self.dt)[0]
+
+    def _evaluate(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> tuple[Node, EulerMemory, Rate]:
+        loss, g = flow.value_and_grad(y)
+        seen = self.watch.look(flow, y, memory.seen, h) if flow.constrained else None
+        if seen is not None:
+            frame = self.watch.frame(flow, y, seen, h)
+        else:
+            frame = flow.frame(y, y.w.new_zeros(len(y.w), 0), y.w.new_zeros(len(y.w), 0))
+        lin = flow.linearised(y, g, frame)
+        X = np.zeros((frame.k, frame.k))
+        if frame.k:
+            warm = memory.X if memory.X is not None and memory.X.shape == X.shape else None
+            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta, warm=warm).X
+            flow.count_ccp()
+        rate = lin.drift(X)
+        node = Node(
+            t=y.t,
+            loss=float(loss),
+            grad_sq=float(g @ g),
+            eigenvalues=np.empty(0) if seen is None else seen.eigenvalues,
+            U=frame.U,
+            HU=frame.HU,
+            X=X,
+            X_time=y.t,
+            g=g,
+            rate=rate,
+        )
+        return node, EulerMemory(seen, X), rate
+
+

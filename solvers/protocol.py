@@ -1,0 +1,211 @@
+"""What an integrator asks of a flow, and what it gives back.
+
+The integrators in this folder know no loss and no optimizer.  They solve any differential variational inequality of
+the form (paper, C.7)
+
+    dy/dt = F(y) + G(y)[X],    X ⪰ 0,    gap(y) = Uᵀ(2P − H)U ⪰ 0,    ⟨X, gap⟩ = 0,
+
+whose constraint lives on a small, moving subspace U (the critical subspace) and whose gap changes along the flow as
+
+    d gap/dt = β[X] − α.
+
+Time is counted in unit times: one unit is one step of the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Array = NDArray[np.float64]
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a flow is: weights w [d], the optimizer's state ν (a pytree of tensors), and the clock t (unit times)."""
+
+    w: Tensor
+    nu: PyTree
+    t: float
+
+    def moved(self, rate: Rate, h: float) -> State:
+        """This state after h unit times at a constant rate."""
+        nu = pytree.tree_map(lambda x, dx: x + h * dx, self.nu, rate.nu)
+        return State(self.w + h * rate.w, nu, self.t + h)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """dw/dt [d] and dν/dt (a pytree like ν); the clock's own rate is 1."""
+
+    w: Tensor
+    nu: PyTree
+
+
+def combine(terms: list[tuple[float, Any]]) -> Any:
+    """The linear combination Σ cᵢ·xᵢ of pytrees of tensors."""
+    coefficients = [c for c, _ in terms]
+    return pytree.tree_map(
+        lambda *xs: sum((c * x for c, x in zip(coefficients[1:], xs[1:], strict=True)), coefficients[0] * xs[0]),
+        *(x for _, x in terms),
+    )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The critical subspace at an anchor point, with all that the constraint needs of the loss there.
+
+    Attributes:
+        w: the anchor [d].
+        U: basis [d, k] with UᵀPU = I at the anchor.
+        HU: H(w) U, [d, k].
+        M: UᵀHU, [k, k], host float64.
+        T: ∇_w of uᵢᵀH(w)uⱼ for all pairs, [k(k+1)/2, d], svec order.
+    """
+
+    w: Tensor
+    U: Tensor
+    HU: Tensor
+    M: Array
+    T: Tensor
+
+    @property
+    def k(self) -> int:
+        """Dimension of the critical subspace."""
+        return int(self.U.shape[1])
+
+
+class Linearised(Protocol):
+    """The constraint and the drift at a state, linear in X.  α, β and the gap are host float64 (svec where flat)."""
+
+    @property
+    def alpha(self) -> Array:
+        """[k, k]: how fast the gap closes without oscillation."""
+        ...
+
+    @property
+    def beta(self) -> Array:
+        """[n, n] acting on svec, n = k(k+1)/2: how fast oscillation X opens the gap."""
+        ...
+
+    @property
+    def gap(self) -> Array:
+        """[k, k]: Uᵀ(2P − H)U."""
+        ...
+
+    def drift(self, X: Array | None) -> Rate:
+        """dy/dt with oscillation covariance Σ = UXUᵀ (X = None: without)."""
+        ...
+
+
+class Flow(Protocol):
+    """A flow as its integrator sees it."""
+
+    @property
+    def constrained(self) -> bool:
+        """False for a flow without oscillations (the stable flow): k is 0 throughout."""
+        ...
+
+    def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
+        """L(w) [] and ∇L(w) [d]."""
+        ...
+
+    def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
+        """V [d, m] ↦ P^{−1/2} H P^{−1/2} V: symmetric, with the eigenvalues of P⁻¹H."""
+        ...
+
+    def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
+        """The frame of orthonormal eigenvectors V [d, k] of the effective Hessian A, given AV; T only if asked for."""
+        ...
+
+    def linearised(self, y: State, g: Tensor, frame: Frame) -> Linearised:
+        """α, β, the gap and the drift at y in a frame anchored at or near y."""
+        ...
+
+    def count_ccp(self) -> None:
+        """Enter one CCP solve into the ledger."""
+        ...
+
+
+@dataclass(frozen=True)
+class Node:
+    """What was seen at one moment of a run.
+
+    Attributes:
+        t: unit times.
+        loss: L(w).
+        grad_sq: ‖∇L(w)‖².
+        eigenvalues: of P⁻¹H, descending; the leading ones that were followed.
+        U, HU: the frame's basis and H times it, [d, k].
+        X: oscillation covariance in that basis, [k, k].
+        X_time: the moment for which X speaks (the middle of a step for integrators that average over it).
+        g: the gradient [d].
+        rate: dy/dt there, if known.
+    """
+
+    t: float
+    loss: float
+    grad_sq: float
+    eigenvalues: Array
+    U: Tensor
+    HU: Tensor
+    X: Array
+    X_time: float
+    g: Tensor
+    rate: Rate | None = None
+
+    @property
+    def k(self) -> int:
+        """Number of critical directions with the constraint watched."""
+        return len(self.X)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step of an integrator.
+
+    Attributes:
+        y: the state at the end.
+        memory: what the integrator wants to be given back at the next step.
+        node: what was seen at the beginning, with the X of this step.
+        interpolate: t ↦ state inside the step, to the integrator's order.
+    """
+
+    y: State
+    memory: Any
+    node: Node
+    interpolate: Callable[[float], State]
+
+
+class Integrator(Protocol):
+    """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere."""
+
+    def init(self, flow: Flow, y: State) -> Any:
+        """The memory before the first step: pytree of tensors and numbers."""
+        ...
+
+    def step(self, flow: Flow, memory: Any, y: State, h: float) -> StepResult:
+        """Advance by at most h unit times."""
+        ...
+
+    def observe(self, flow: Flow, memory: Any, y: State) -> Node:
+        """What would be seen at y, without a step (the last moment of a run)."""
+        ...
+
+
+def host(*tensors: Tensor) -> list[Array]:
+    """Small tensors as host float64 arrays, in one transfer."""
+    flat = torch.cat([x.detach().reshape(-1).double() for x in tensors]).cpu().numpy()
+    out, start = [], 0
+    for x in tensors:
+        out.append(flat[start : start + x.numel()].reshape(tuple(x.shape)))
+        start += x.numel()
+    return out

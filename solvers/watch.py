@@ -1,0 +1,97 @@
+"""Which eigenvectors are critical over the next step: rates, prediction and the band below 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.protocol import Array, Flow, Frame, State
+
+_UNKNOWN_RATE = 0.2  # per unit time, while nothing is known: early sharpening is rarely faster
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """The eigenpairs as last seen.
+
+    Attributes:
+        block: leading eigenpairs.
+        rates: dλ/dt [m] per unit time.
+        t: when.
+        surveyed: when a random look-around was last made.
+    """
+
+    block: Eigenblock
+    rates: Array
+    t: float
+    surveyed: float
+
+    @property
+    def eigenvalues(self) -> Array:
+        """Effective eigenvalues, descending [m]."""
+        return self.block.eigenvalues
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Follows the eigenpairs and says which of them the constraint must hold over the next step.
+
+    Args:
+        subspace: the block method.
+        band: an eigenvalue within ``band`` of 2 counts as critical (its constraint is then watched; X stays zero on it
+            until it reaches 2).
+        lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
+        survey_every: unit times between random look-arounds for an eigenvalue the block is blind to.
+    """
+
+    subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
+    band: float = 0.05
+    lookahead: float = 1.5
+    survey_every: float = 20.0
+
+    def look(self, flow: Flow, y: State, last: Sighting | None, h: float) -> Sighting:
+        """The eigenpairs at y, wanted down to what a step of h may bring to 2."""
+        A = flow.effective_hessian(y)
+        if last is None:
+            block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
+            return Sighting(block, np.full(block.size, _UNKNOWN_RATE), y.t, y.t)
+        fastest = max(0.0, float(last.rates.max()))
+        want = CRITICAL - float(np.clip(2 * fastest * h, max(0.1, 1.5 * self.band), 1.2))
+        # Far from 2 the eigenvectors only serve to see it coming: no need for them to be sharp.
+        distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
+        tol = max(self.subspace.tol, min(0.2, 0.15 * distance))
+        block = self.subspace.follow(A, last.block, want, tol)
+        surveyed = last.surveyed
+        if y.t - surveyed >= self.survey_every:
+            block, surveyed = self.subspace.survey(A, block, want, tol), y.t
+        return Sighting(block, self._rates(last, block, y.t), y.t, surveyed)
+
+    def critical(self, seen: Sighting, h: float) -> int:
+        """How many leading eigenvectors the constraint must hold over the next h: contiguous, and converged ones only."""
+        reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
+        k = int(np.argmin(reach >= CRITICAL)) if not (reach >= CRITICAL).all() else len(reach)
+        sharp = seen.block.residuals <= 20 * self.subspace.tol
+        return min(k, int(np.argmin(sharp)) if not sharp.all() else len(sharp))
+
+    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, third: bool = True) -> Frame:
+        """The frame of the critical eigenvectors at y."""
+        k = self.critical(seen, h)
+        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k], third)
+
+    def _rates(self, last: Sighting, block: Eigenblock, t: float) -> Array:
+        """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest."""
+        elapsed = t - last.t
+        if elapsed <= 0:
+            return np.resize(last.rates, block.size)
+        overlap = np.abs(np.asarray((last.block.V.T @ block.V).double().cpu()))
+        match = overlap.argmax(axis=0)
+        rates = (block.eigenvalues - last.eigenvalues[match]) / elapsed
+        # a Ritz value is off by about residual²/gap, at most the residual: of no use as a rate if that is large
+        limit = 0.05 * np.maximum(0.02, CRITICAL - block.eigenvalues) + 20 * self.subspace.tol
+        known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
+        fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
+        return np.where(known, rates, fastest)
+
+
