@@ -1,1 +1,60 @@
-"""Central flows of optimizers."""
+"""Central flows: what an optimizer at the edge of stability does on average.
+
+>>> import dvi
+>>> problem = dvi.problems.digits(network="mlp", loss="mse", n=100, width=16)
+>>> method = dvi.methods.GradientDescent(lr=0.2)
+>>> flow = dvi.central_flow(problem, method)
+>>> solution = dvi.solve(flow, steps=3, progress=False)
+>>> solution.status.name, len(solution.t)
+('SUCCESS', 4)
+"""
+
+__version__ = "0.1.0"
+
+from dvi import methods, problems, solvers
+from dvi.compare import Comparison, compare
+from dvi.compile import Linearisation
+from dvi.discrete import Discrete, discrete
+from dvi.flows import CentralFlow, StableFlow, central_flow, stable_flow
+from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Preconditioner, Scalar, SpecError
+from dvi.problems import DerivativeError, Problem, ProblemError
+from dvi.solution import Solution
+from dvi.solve import solve
+from dvi.solvers import CCPError, ConvergenceError, Euler
+from dvi.solvers.protocol import State
+from dvi.status import RunError, Status
+from dvi.store import StoreError, load
+
+__all__ = [
+    "CCPError",
+    "CentralFlow",
+    "Comparison",
+    "ConvergenceError",
+    "DerivativeError",
+    "Diagonal",
+    "Discrete",
+    "Euler",
+    "Linearisation",
+    "Method",
+    "NotPositiveDefiniteError",
+    "Preconditioner",
+    "Problem",
+    "ProblemError",
+    "RunError",
+    "Scalar",
+    "Solution",
+    "SpecError",
+    "StableFlow",
+    "State",
+    "Status",
+    "StoreError",
+    "central_flow",
+    "compare",
+    "discrete",
+    "load",
+    "methods",
+    "problems",
+    "solve",
+    "solvers",
+    "stable_flow",
+]

@@ -1,0 +1,223 @@
+"""Run the optimizer and its flows side by side: ``compare(problem, method, steps)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dvi.discrete import Discrete
+from dvi.flows import CentralFlow, CompiledFlow, MethodLike, StableFlow
+from dvi.predict import Observer
+from dvi.problems import Problem
+from dvi.process import Process
+from dvi.solution import Solution
+from dvi.solve import (
+    FAILURES,
+    WarmStart,
+    classify,
+    describe,
+    detail,
+    make_process,
+    progress_bar,
+    time_grid,
+    warm_up,
+)
+from dvi.solvers.protocol import Array, Integrator
+from dvi.status import RunError, Status
+
+RUNS: dict[str, type[CompiledFlow]] = {"discrete": Discrete, "central": CentralFlow, "stable": StableFlow}
+
+
+@dataclass
+class Comparison:
+    """Several processes from one start, in step.
+
+    Attributes:
+        t: the common time grid [n], unit times.
+        runs: the solutions by name; also as attributes, ``race.discrete``, ``race.central``, ``race.stable``.
+        distance: ‖w_a(t) − w_b(t)‖ by pair of names, [n], in weight space.  For the optimizer w is the midpoint
+            ¼(w_{t−1} + 2w_t + w_{t+1}), which removes a period-2 oscillation to second order.
+        status, notes, about: how it ended and what it was.
+    """
+
+    t: Array
+    runs: dict[str, Solution]
+    distance: dict[tuple[str, str], Array]
+    status: Status
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Solution:
+        runs = self.__dict__.get("runs", {})
+        if name in runs:
+            found: Solution = runs[name]
+            return found
+        raise AttributeError(f"this comparison has no {name!r}; its runs are {', '.join(runs) or 'none'}")
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.runs)}; t = 0 … {self.t[-1] if len(self.t) else 0:g}, {self.status.name})"
+
+    def smoothed(self, name: str = "discrete", sigma: float = 50, of: str = "loss") -> Array:
+        """A run's series averaged over time with a Gaussian of ``sigma`` unit times (paper, C.2).
+
+        Args:
+            name: which run.
+            sigma: standard deviation, unit times; the paper's is 50.
+            of: "loss" or the name of one of the run's ``series``.
+        """
+        run = self.runs[name]
+        values = run.loss if of == "loss" else run.series[of]
+        return gaussian_average(run.t, values, sigma)
+
+    def save(self, path: str | Path) -> None:
+        """Write to an HDF5 file (atomically: an older file is replaced only by a whole one)."""
+        from dvi.store import save
+
+        save(self, path)
+
+    def plot(self, path: str | Path | None = None, **options: Any) -> Any:
+        """Draw the paper's picture (Figs. 2, 4, 6); returns the figure and saves it to ``path``.
+
+        Options go to :func:`dvi.plot.plot_comparison`.
+        """
+        from dvi.plot import plot_comparison
+
+        return plot_comparison(self, path, **options)
+
+
+def gaussian_average(t: Array, values: Array, sigma: float) -> Array:
+    """Σ_s f_s c_{t−s} / Σ_s c_{t−s} with c_j = exp(−j²/2σ²) (paper, C.2), on an even time grid."""
+    from scipy.ndimage import gaussian_filter1d
+
+    if len(t) < 2:
+        return np.asarray(values, dtype=np.float64)
+    width = sigma / float(t[1] - t[0])
+    value = gaussian_filter1d(np.asarray(values, dtype=np.float64), width, axis=0, mode="constant", truncate=6)
+    weight = gaussian_filter1d(np.ones(len(t)), width, mode="constant", truncate=6)
+    averaged: Array = value / weight.reshape(-1, *[1] * (value.ndim - 1))
+    return averaged
+
+
+def compare(
+    problem: Problem,
+    method: MethodLike,
+    steps: int,
+    *,
+    runs: Sequence[str] = ("discrete", "central", "stable"),
+    integrator: Integrator | None = None,
+    warm_start: WarmStart = "auto",
+    save_every: float = 1,
+    coordinates: Sequence[int] = (),
+    test_inputs: Any = None,
+    eigen_every: float = 5,
+    check: bool = True,
+    path: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: float = 10.0,
+    progress: bool = True,
+    throw: bool = True,
+) -> Comparison:
+    """Run the optimizer, its central flow and its stable flow side by side from one start.
+
+    Args:
+        problem, method: what is compared.
+        steps: how long, in unit times (steps of the optimizer).
+        runs: which processes, of "discrete", "central", "stable".
+        integrator: for the central flow (default: :func:`dvi.solve.default_integrator`).
+        warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
+            sharpness to 2 or below (none, if it starts there), and it is told.
+        save_every: unit times between recorded moments.
+        coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
+        test_inputs: network inputs whose outputs are observed and predicted.
+        eigen_every: unit times between looks at the eigenvalues of the optimizer and the stable flow (0: never).
+        check: compare the loss's derivatives with finite differences once.
+        path: an HDF5 file that is kept up to date while the run goes on.
+        resume: go on from that file to the same result, bit for bit, as an uninterrupted run.
+        checkpoint_every: seconds between updates of the file (more, if writing it takes long).
+        progress: show a progress bar.
+        throw: raise where a process cannot go on; otherwise give back what was computed, with its status.
+
+    Raises:
+        RunError: where a process cannot go on; its ``result`` is the comparison until then.
+        SpecError, DerivativeError, ValueError: for a wrong declaration, loss or argument.
+        StoreError: if the file cannot be written or does not belong to this run.
+    """
+    from dvi.store import Keeper
+
+    unknown = [name for name in runs if name not in RUNS]
+    if unknown or not runs:
+        raise ValueError(f"runs={tuple(runs)!r}: choose from {', '.join(map(repr, RUNS))}.")
+    grid = time_grid(steps, save_every)
+    compiled = {name: RUNS[name](problem, method, check=check and i == 0) for i, name in enumerate(runs)}
+    first = next(iter(compiled.values()))
+    observer = Observer(tuple(coordinates), test_inputs)
+    about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
+    keeper = Keeper(path, about, problem, every=checkpoint_every)
+    saved = keeper.checkpoint() if resume else None
+    if saved is None:
+        start, told = warm_up(first, warm_start)
+    else:
+        start, told = first.initial, saved["notes"]
+    processes = {
+        name: make_process(flow, integrator if name == "central" else None, start, grid, observer, eigen_every)
+        for name, flow in compiled.items()
+    }
+    pairs = list(combinations(runs, 2))
+    distance: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    done = 0
+    if saved is not None:
+        done = saved["done"]
+        distance = {tuple(pair): list(values) for pair, values in saved["distance"]}
+        for name, process in processes.items():
+            process.restore(saved["processes"][name])
+
+    def result(status: Status) -> Comparison:
+        n = min([done, *(len(values) for values in distance.values())])
+        solutions = {name: p.solution(status, about) for name, p in processes.items()}
+        notes = list(dict.fromkeys([*told, *(note for s in solutions.values() for note in s.notes)]))
+        table = {pair: np.array(values[:n]) for pair, values in distance.items()}
+        return Comparison(grid[:n], solutions, table, status, notes, dict(about))
+
+    def checkpoint() -> dict[str, Any]:
+        return {
+            "done": done,
+            "notes": told,
+            "distance": [[list(pair), values] for pair, values in distance.items()],
+            "processes": {name: process.state() for name, process in processes.items()},
+        }
+
+    status, failure = Status.SUCCESS, None
+    with progress_bar(len(grid), ", ".join(runs), progress) as bar:
+        bar.update(done)
+        try:
+            while done < len(grid):
+                w = {name: process.weights(done) for name, process in processes.items()}
+                for a, b in pairs:
+                    distance[a, b].append(_distance(w[a], w[b]))
+                done += 1
+                bar.update(1)
+                keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
+        except KeyboardInterrupt:
+            keeper.write(result(Status.INTERRUPTED), None)
+            raise
+        except FAILURES as error:
+            status, failure = classify(error), error
+    race = result(status)
+    keeper.write(race, None)
+    if failure is not None and throw:
+        raise RunError(status, f"{detail(failure)} ({_where(processes)})", race) from failure
+    return race
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm())
+
+
+def _where(processes: dict[str, Process]) -> str:
+    return ", ".join(f"{name} at t = {p.y.t - p.origin:g}" for name, p in processes.items())

@@ -1,0 +1,289 @@
+"""The compiler: from a declared (f, P) to α, β and the drift, by automatic differentiation.
+
+With J = ∂f/∂ν, h_i = H u_i and an svec basis E_b of symmetric k × k matrices (paper, C.7 with its errata)
+
+    ν̇₀ = (I+J)⁻¹ f(ν, g),          ν̇_b = (I+J)⁻¹ ½∇²_g f[HU E_b UᵀH],
+    α  = T P⁻¹(−g) − 2 Uᵀ(∂P[ν̇₀])U,     β_ab = ½ T_a P⁻¹ T_b + 2 ⟨E_a, Uᵀ(∂P[ν̇_b])U⟩.
+
+Nothing here is written for one optimizer: f and P are only called, and differentiated forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.utils import _pytree as pytree
+
+from dvi.methods import Method, Nu, Preconditioner, SpecError
+from dvi.solvers.protocol import Array, Frame, Rate, State, host
+from dvi.solvers.svec import smat, svec, triu
+
+#: How ½∇²_w f[Σ] is read.  "gradient-covariance": the curvature of f in g only, ½∇²_g f[HΣH], which gives the paper's
+#: C.4 and C.5.  "full": through g = ∇L(w), so that ∂f/∂g · ½∇³L[Σ] is there, too.
+Covariance = Literal["gradient-covariance", "full"]
+
+_DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
+
+
+class SpecCalculus:
+    """All derivatives of a spec (f, P) that a flow needs.
+
+    Args:
+        method: the declaration.
+        nu: ν after a first update at some weights, g [d] the gradient there: an example to find the structure of
+            ∂f/∂ν with.
+        covariance: how ½∇²_w f[Σ] is read, see :data:`Covariance`.
+    """
+
+    def __init__(self, method: Method, nu: Nu, g: Tensor, covariance: Covariance = "gradient-covariance") -> None:
+        if covariance not in ("gradient-covariance", "full"):
+            raise ValueError(f'covariance is "gradient-covariance" or "full", not {covariance!r}.')
+        self.method = method
+        self.covariance = covariance
+        self.stateless = not pytree.tree_leaves(nu)
+        self.elementwise = self.stateless or self._is_elementwise(nu, g)
+        if self.elementwise and not self.stateless:
+            self._refuse_algebraic(nu, g)
+
+    # ---- P --------------------------------------------------------------------------------------------
+
+    def P(self, nu: Nu, t: float) -> Preconditioner:
+        """The preconditioner at (ν, t)."""
+        return self.method.at(t).P(nu)
+
+    def P_rate(self, nu: Nu, t: float, dnu: Nu, U: Tensor, clock: bool) -> Tensor:
+        """Uᵀ (d/ds P(ν + s·dν, t + s·clock)) U at s = 0, [k, k]; with ``clock`` the schedules move along."""
+        if self.stateless and not (clock and self.method.scheduled):
+            return U.new_zeros(U.shape[1], U.shape[1])
+        dt = U.new_zeros(())
+
+        def PU(nu: Nu, dt: Tensor) -> Tensor:
+            return self.method.at(t, dt).P(nu).apply(U)
+
+        return U.T @ jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
+
+    # ---- ν --------------------------------------------------------------------------------------------
+
+    def nu_rate(self, nu: Nu, t: float, g: Tensor) -> Nu:
+        """ν̇₀ = (I + ∂f/∂ν)⁻¹ f(ν, g)."""
+        if self.stateless:
+            return nu
+        method = self.method.at(t)
+        return self._divide(method, nu, g, method.f(nu, g), batched=False)
+
+    def nu_response(self, nu: Nu, t: float, g: Tensor, frame: Frame) -> Nu:
+        """ν̇_b for every svec basis element E_b: a pytree like ν with a leading dimension k(k+1)/2."""
+        if self.stateless:
+            return nu
+        method = self.method.at(t)
+        index = triu(frame.k)
+        HU = frame.HU.T
+
+        def curvature(h: Tensor, other: Tensor) -> Nu:
+            def slope(g: Tensor) -> Nu:
+                return jvp(lambda g: method.f(nu, g), (g,), (h,))[1]
+
+            return jvp(slope, (g,), (other,))[1]
+
+        rows, columns = torch.triu_indices(frame.k, frame.k, device=g.device)
+        second = vmap(curvature)(HU[rows], HU[columns])
+        weight = torch.as_tensor(0.5 * triu(frame.k).weight, dtype=g.dtype, device=g.device)
+        out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
+        if self.covariance == "full":
+            slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * frame.T)
+            out = pytree.tree_map(torch.add, out, slope)
+        return self._divide(method, nu, g, out, batched=True)
+
+    def _divide(self, method: Method, nu: Nu, g: Tensor, rhs: Nu, batched: bool) -> Nu:
+        """(I + ∂f/∂ν)⁻¹ rhs: entry by entry where ∂f/∂ν is diagonal, else by a dense or a matrix-free solve."""
+
+        def apply(dnu: Nu) -> Nu:
+            return pytree.tree_map(torch.add, dnu, jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1])
+
+        if self.elementwise:
+            factor = apply(pytree.tree_map(torch.ones_like, nu))
+            return pytree.tree_map(torch.div, rhs, factor)
+        return _solve_coupled(apply, nu, rhs, batched)
+
+    def _is_elementwise(self, nu: Nu, g: Tensor) -> bool:
+        """Is ∂f/∂ν diagonal?  Then it is what a jvp with ones shows, and a random probe must agree with it."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+
+        # Away from the given point, too: a coupling may vanish at a special ν.
+        nu = pytree.tree_map(lambda x: x * (1 + 0.1 * random(x).tanh()), nu)
+        method = self.method.at(0.0)
+
+        def slope(dnu: Nu) -> list[Tensor]:
+            return pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1])
+
+        ones = slope(pytree.tree_map(torch.ones_like, nu))
+        probe = pytree.tree_map(random, nu)
+        for diagonal, seen, r in zip(ones, slope(probe), pytree.tree_leaves(probe), strict=True):
+            # both sides are one product and the sums inside f: some hundred eps, relative to the largest entry
+            scale = max(float((diagonal * r).abs().max()), float(seen.abs().max()))
+            if float((seen - diagonal * r).abs().max()) > 1e3 * torch.finfo(r.dtype).eps * scale:
+                return False
+        return True
+
+    def _refuse_algebraic(self, nu: Nu, g: Tensor) -> None:
+        method = self.method.at(0.0)
+        ones = pytree.tree_map(torch.ones_like, nu)
+        J = pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (ones,))[1])
+        lowest = min(float((1 + x).min()) for x in J)
+        if lowest <= 1e-8:  # ν then forgets all but 1e-8 of itself in one step
+            raise SpecError(
+                f"{self.method}: 1 + ∂f/∂ν = {lowest:g}, so ν follows the gradient at once (β₂ = 0) and has no "
+                "differential equation. Give it some memory (β₂ ≥ 1e-3), which the flow tracks as closely."
+            )
+
+
+def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> Nu:
+    """Solve apply(x) = rhs where the entries of ν are coupled."""
+    from scipy.sparse.linalg import LinearOperator, gmres
+
+    leaves, spec = pytree.tree_flatten(nu)
+    sizes = [x.numel() for x in leaves]
+
+    def unravel(flat: Tensor) -> Nu:
+        parts = flat.split(sizes)
+        return pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)], spec)
+
+    def ravel(tree: Nu) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
+
+    def flat_apply(flat: Tensor) -> Tensor:
+        return ravel(apply(unravel(flat)))
+
+    like, size = leaves[0], sum(sizes)
+    b = vmap(ravel)(rhs) if batched else ravel(rhs)[None]
+    if size <= _DENSE_LIMIT:
+        A = vmap(flat_apply)(torch.eye(size, dtype=like.dtype, device=like.device)).T
+        x = torch.linalg.solve(A, b.T).T
+    else:
+        operator = LinearOperator(
+            (size, size),
+            matvec=lambda v: flat_apply(torch.as_tensor(v).to(like)).double().cpu().numpy(),
+            dtype=np.float64,
+        )
+        rows = []
+        for row in b:
+            solution, info = gmres(operator, row.double().cpu().numpy(), rtol=1e-10, atol=0.0, maxiter=200)
+            if info != 0:
+                raise SpecError("(I + ∂f/∂ν)⁻¹ could not be solved for: is I + ∂f/∂ν singular (ν without memory)?")
+            rows.append(torch.as_tensor(solution).to(like))
+        x = torch.stack(rows)
+    return vmap(unravel)(x) if batched else unravel(x[0])
+
+
+@dataclass(frozen=True)
+class LinearisedFlow:
+    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame."""
+
+    calculus: SpecCalculus
+    y: State
+    g: Tensor
+    frame: Frame
+
+    @cached_property
+    def preconditioner(self) -> Preconditioner:
+        """P(ν), checked."""
+        P = self.calculus.P(self.y.nu, self.y.t)
+        P.check(self.g)
+        return P
+
+    @cached_property
+    def _nu_rate(self) -> Nu:
+        return self.calculus.nu_rate(self.y.nu, self.y.t, self.g)
+
+    @cached_property
+    def _nu_response(self) -> Nu:
+        return self.calculus.nu_response(self.y.nu, self.y.t, self.g, self.frame)
+
+    @cached_property
+    def _host(self) -> tuple[Array, Array, Array]:
+        """α [k, k], β [n, n] and the gap [k, k], moved to the host together."""
+        U, T, k, nu, t = self.frame.U, self.frame.T, self.frame.k, self.y.nu, self.y.t
+        index = triu(k)
+        rows, columns = torch.triu_indices(k, k, device=U.device)
+        P = self.preconditioner
+        P_inv_T = P.solve(T.T)  # [d, n]
+        alpha = -(P_inv_T.T @ self.g)
+        beta = 0.5 * T @ P_inv_T
+        alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
+        gap = 2 * (U.T @ P.apply(U))
+        moved = T @ (self.y.w - self.frame.w)
+        parts = [alpha, beta, alpha_P, gap, moved]
+        if not self.calculus.stateless:
+            beta_P = vmap(
+                lambda dnu: self.calculus.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
+                chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
+            )(self._nu_response)
+            parts.append(beta_P.T)
+        a, B, aP, G, m, *bP = host(*parts)
+        if bP:
+            B = B + 2 * index.weight[:, None] * bP[0]
+        else:
+            B = 0.5 * (B + B.T)
+        return smat(a) - (aP + aP.T), B, 0.5 * (G + G.T) - self.frame.M - smat(m)
+
+    @property
+    def alpha(self) -> Array:
+        """α [k, k]."""
+        return self._host[0]
+
+    @property
+    def beta(self) -> Array:
+        """β [n, n] in svec, n = k(k+1)/2."""
+        return self._host[1]
+
+    @property
+    def gap(self) -> Array:
+        """Uᵀ(2P − H)U [k, k], H extrapolated linearly from the anchor."""
+        return self._host[2]
+
+    def drift(self, X: Array | None) -> Rate:
+        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
+        force, dnu = self.g, self._nu_rate
+        if X is not None and X.any():
+            x = torch.as_tensor(svec(X)).to(self.g)
+            force = force + 0.5 * (x @ self.frame.T)
+            if not self.calculus.stateless:
+                dnu = pytree.tree_map(lambda a, b: a + torch.tensordot(x, b, dims=1), dnu, self._nu_response)
+        return Rate(-self.preconditioner.solve(force), dnu)
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """What the compiler made of a method and a loss at one (w, ν): see :meth:`dvi.CentralFlow.linearise`.
+
+    Attributes:
+        alpha: [k, k], host float64: −d/dt Uᵀ(2P − H)U without oscillation, per unit time.
+        beta: [n, n], host float64, svec: with oscillation X, d/dt Uᵀ(2P − H)U = β[X] − α.
+        gap: [k, k]: Uᵀ(2P − H)U.
+        eigenvalues: [k], of P⁻¹H on U.
+        U: [d, k].
+        T: [n, d], ∇_w uᵢᵀH uⱼ in svec order.
+        flow: the drift, see :meth:`drift`.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    gap: Tensor
+    eigenvalues: Tensor
+    U: Tensor
+    T: Tensor
+    flow: LinearisedFlow
+
+    def drift(self, X: Any = None) -> Rate:
+        """(dw/dt [d], dν/dt) with oscillation covariance Σ = UXUᵀ, X [k, k]; per unit time."""
+        return self.flow.drift(None if X is None else np.asarray(X, dtype=np.float64))

@@ -1,0 +1,36 @@
+"""The optimizer itself, as it was declared."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dvi.flows import CompiledFlow, MethodLike
+from dvi.problems import Problem
+from dvi.solvers.protocol import State
+
+
+class Discrete(CompiledFlow):
+    """The discrete optimizer  w_{t+1} = w_t − P(ν_t)⁻¹∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
+
+    It starts from the same state as the flows, (w0, ν after the update at w0, t = 0), and has no constraint to keep.
+    """
+
+    name = "discrete"
+    constrained = False
+
+    def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
+        """One step from y = (w_t, ν_t, t), given g = ∇L(w_t): the next state, and L and ∇L there.
+
+        Raises:
+            NotPositiveDefiniteError: if P(ν_t) is not positive definite.
+        """
+        P = self.method.at(y.t).P(y.nu)
+        P.check(g)
+        w = y.w - P.solve(g)
+        loss, g_next = self.problem.value_and_grad(w)
+        return State(w, self.method.update(y.nu, g_next, y.t + 1), y.t + 1), loss, g_next
+
+
+def discrete(problem: Problem, method: MethodLike) -> Discrete:
+    """The real optimizer, ready to be run by :func:`dvi.solve` or beside its flows by :func:`dvi.compare`."""
+    return Discrete(problem, method, check=False)

@@ -1,0 +1,202 @@
+"""Flows: what a method and a problem become when they meet.
+
+The central flow is the DVI in (w, ν, Σ) of the paper's C.7; the stable flow is the same without oscillations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.compile import Covariance, Linearisation, LinearisedFlow, SpecCalculus
+from dvi.methods import Method, Nu, Preconditioner, as_method, validate
+from dvi.problems import Problem
+from dvi.solvers.protocol import Frame, State, host
+from dvi.solvers.watch import Watch
+
+logger = logging.getLogger("dvi")
+
+MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+@cache
+def _tell(text: str) -> None:
+    """Say a thing once, however many flows of one comparison find it."""
+    logger.warning("%s", text)
+
+
+class CompiledFlow:
+    """A method and a problem, compiled; the base of the central and the stable flow.
+
+    Attributes:
+        problem, method: what was compiled.
+        initial: the state at time 0: (w0, ν after one update of the optimizer at w0, t = 0) (errata to C.7).
+        notes: what the user should know about this run, in words.
+    """
+
+    #: Which flow this is, in a result or a legend.
+    name: str = "flow"
+    constrained: bool = True
+
+    def __init__(
+        self,
+        problem: Problem,
+        method: MethodLike,
+        *,
+        check: bool = True,
+        covariance: Covariance = "gradient-covariance",
+    ) -> None:
+        self.problem = problem
+        self.method = as_method(method)
+        self.covariance = covariance
+        self.notes: list[str] = []
+        if check:
+            problem.check()
+        w = problem.w0
+        _, g = problem.value_and_grad(w)
+        nu = validate(self.method, w, g)
+        self.initial = State(w, nu, 0.0)
+        self.calculus = SpecCalculus(self.method, nu, g, covariance)
+        self._note_dead_weights(self.calculus.P(nu, 0.0))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.problem!r}, {self.method!r})"
+
+    def _note_dead_weights(self, P: Preconditioner) -> None:
+        dead = P.dead()
+        if dead is not None and bool(dead.any()):
+            self._note(
+                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change, say): "
+                "they stay where they are and are left out of the P-metric. An eps > 0 would keep them in."
+            )
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        _tell(text)
+
+    # ---- what an integrator asks (dvi.solvers.protocol.Flow) -------------------------------------------
+
+    def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
+        """L(w) [] and ∇L(w) [d]."""
+        return self.problem.value_and_grad(y.w)
+
+    def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
+        """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
+        P = self.calculus.P(y.nu, y.t)
+        P.check()
+        return lambda V: P.inv_sqrt(self.problem.hvp(y.w, P.inv_sqrt(V)))
+
+    def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
+        """The frame U = P^{−1/2}V of orthonormal vectors V [d, k], given AV; T if asked for."""
+        P = self.calculus.P(y.nu, y.t)
+        U, HU = P.inv_sqrt(V), P.sqrt(AV)
+        return self._frame(y, U, HU, third)
+
+    def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
+        k = U.shape[1]
+        T = self.problem.hessian_gradient(y.w, U) if k and third else U.new_zeros(0, len(y.w))
+        (M,) = host(U.T @ HU)
+        return Frame(y.w, U, HU, 0.5 * (M + M.T), T)
+
+    def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
+        """α, β, the gap and the drift at y in a frame anchored at or near y."""
+        return LinearisedFlow(self.calculus, y, g, frame)
+
+    def count_ccp(self) -> None:
+        """Enter one CCP solve into the ledger."""
+        self.problem.ledger.ccp_solves += 1
+
+    # ---- what a user asks -----------------------------------------------------------------------------
+
+    def linearise(
+        self, w: Tensor, nu: Nu, U: Tensor | None = None, *, t: float = 0.0, watch: Watch | None = None
+    ) -> Linearisation:
+        """What the compiler makes of this flow at (w, ν): α, β, the gap, the eigenvalues (C.7).
+
+        Args:
+            w: weights [d].
+            nu: the optimizer's state there, of the structure that ``method.init`` gives.
+            U: basis [d, k] in which α and β are written; taken as it is (the formulas hold in any basis).  Without it:
+                the critical eigenvectors of P⁻¹H, those with effective eigenvalue within 0.05 of 2 or above, scaled so
+                that UᵀPU = I.
+            t: the clock, for methods with schedules (unit times).
+            watch: how eigenvectors are sought when U is not given.
+
+        Returns:
+            alpha [k, k], beta [k(k+1)/2]² in svec, gap, eigenvalues [k], U: host float64 (U and T: like w).
+
+        Raises:
+            NotPositiveDefiniteError: if P(ν) is not.
+            ConvergenceError: if the eigenvectors do not converge.
+            ProblemError: if w or U has the wrong shape, dtype or device.
+        """
+        y = State(w, nu, t)
+        _, g = self.problem.value_and_grad(w)
+        if U is None:
+            watch = watch or Watch()
+            seen = watch.look(self, y, None, 0.0)
+            frame = watch.frame(self, y, seen, 0.0)
+        else:
+            frame = self._frame(y, U, self.problem.hvp(w, U))
+        lin = self.linearised(y, g, frame)
+        (UPU,) = host(frame.U.T @ lin.preconditioner.apply(frame.U))
+        eigenvalues = np.sort(np.linalg.eigvals(np.linalg.solve(UPU, frame.M)).real)[::-1].copy()
+        return Linearisation(
+            alpha=torch.as_tensor(lin.alpha.copy()),
+            beta=torch.as_tensor(lin.beta.copy()),
+            gap=torch.as_tensor(lin.gap.copy()),
+            eigenvalues=torch.as_tensor(eigenvalues),
+            U=frame.U,
+            T=frame.T,
+            flow=lin,
+        )
+
+
+class CentralFlow(CompiledFlow):
+    """The central flow: the time average of the optimizer at the edge of stability (C.7, with its errata)
+
+        dw/dt = −P(ν)⁻¹ [∇L(w) + ½∇³L(w)[Σ]]
+        dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
+        0 ⪯ Σ  ⟂  2P(ν) − H(w) ⪰ 0.
+    """
+
+    name = "central"
+    constrained = True
+
+
+class StableFlow(CompiledFlow):
+    """The stable flow: the optimizer's differential equation without oscillations (eq. 8 for RMSProp-Norm)."""
+
+    name = "stable"
+    constrained = False
+
+
+def central_flow(
+    problem: Problem, method: MethodLike, *, check: bool = True, covariance: Covariance = "gradient-covariance"
+) -> CentralFlow:
+    """Compile the central flow of a method on a problem: α, β and the CCP are derived here.
+
+    Args:
+        problem: a :class:`dvi.Problem`.
+        method: a :class:`dvi.Method`, or a triple of functions ``(init, f, P)``.
+        check: compare the loss's second and third derivatives with finite differences once (``problem.check()``).
+        covariance: how the paper's ½∇²_w f[Σ] is read: ``"gradient-covariance"`` (C.4, C.5) keeps f's curvature in g,
+            ``"full"`` also the bend of g itself.
+
+    Raises:
+        SpecError: if the declaration is wrong, or ν has no memory (β₂ = 0).
+        NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
+        DerivativeError: if autodiff gets a derivative of this loss wrong.
+    """
+    return CentralFlow(problem, method, check=check, covariance=covariance)
+
+
+def stable_flow(problem: Problem, method: MethodLike, *, check: bool = False) -> StableFlow:
+    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`."""
+    return StableFlow(problem, method, check=check)

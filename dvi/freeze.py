@@ -1,0 +1,70 @@
+"""The state of a run as plain data and back, so that a checkpoint needs no pickled code.
+
+Containers, numbers, strings and tensors stand for themselves; an array becomes a tensor; a dataclass of this package
+is written with its qualified name and its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def freeze(x: Any) -> Any:
+    """Plain data for x.
+
+    Raises:
+        TypeError: for anything a checkpoint does not know.
+    """
+    if x is None or isinstance(x, (bool, int, float, str, Tensor)):
+        return x.detach() if isinstance(x, Tensor) else x
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, np.ndarray):
+        return {"__array__": torch.as_tensor(np.ascontiguousarray(x))}
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        fields = {f.name: freeze(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return {"__class__": f"{type(x).__module__}:{type(x).__qualname__}", "fields": fields}
+    if isinstance(x, dict):
+        return {"__dict__": [[freeze(k), freeze(v)] for k, v in x.items()]}
+    if isinstance(x, (list, tuple)):
+        return {"__list__": [freeze(v) for v in x], "tuple": isinstance(x, tuple)}
+    raise TypeError(f"a checkpoint cannot hold a {type(x).__name__}")
+
+
+def thaw(x: Any, device: torch.device | None = None) -> Any:
+    """The inverse of :func:`freeze`."""
+    if isinstance(x, Tensor):
+        return x if device is None else x.to(device)
+    if not isinstance(x, dict):
+        return x
+    if "__array__" in x:
+        return x["__array__"].cpu().numpy()
+    if "__class__" in x:
+        module, _, name = x["__class__"].partition(":")
+        if module.split(".")[0] != "dvi":
+            raise ValueError(f"this checkpoint asks for {module}, which is not part of dvi; it was not written by dvi.")
+        cls = getattr(importlib.import_module(module), name)
+        return cls(**{key: thaw(value, device) for key, value in x["fields"].items()})
+    if "__dict__" in x:
+        return {thaw(k, device): thaw(v, device) for k, v in x["__dict__"]}
+    items = [thaw(v, device) for v in x["__list__"]]
+    return tuple(items) if x["tuple"] else items
+
+
+def to_bytes(x: Any) -> bytes:
+    """Serialise a frozen object."""
+    buffer = io.BytesIO()
+    torch.save(freeze(x), buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, device: torch.device | None = None) -> Any:
+    """Read what :func:`to_bytes` wrote; nothing but data is ever loaded (no pickled code)."""
+    return thaw(torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"), device)

@@ -1,0 +1,263 @@
+"""A process in progress: the optimizer or a flow, advanced over a common time grid and recorded as it goes.
+
+Times inside are the process's own clock, ``origin`` + recorded time, since a warm start does not set schedules back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi import series
+from dvi.discrete import Discrete
+from dvi.flows import CompiledFlow
+from dvi.predict import Observation, Observer
+from dvi.problems import Ledger
+from dvi.solution import Cost, Solution
+from dvi.solvers.errors import StepError
+from dvi.solvers.protocol import Array, Integrator, State, host
+from dvi.solvers.watch import Sighting, Watch
+from dvi.status import RunError, Status
+
+#: Above this effective sharpness a start is refused: the first oscillations would not be small.
+FEASIBLE = 2.3
+
+
+class Process(ABC):
+    """One process of a run.
+
+    Args:
+        flow: the compiled flow or optimizer.
+        start: where it starts.
+        grid: recorded times, ascending from 0.
+        observer: what is watched.
+        eigen_every: unit times between looks at the eigenvalues where they are not needed for the run itself
+            (0: never).
+    """
+
+    def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer, eigen_every: float) -> None:
+        self.flow, self.grid, self.observer, self.eigen_every = flow, grid, observer, eigen_every
+        self.y, self.origin = start, start.t
+        self.nodes: list[Observation] = []
+        self.counts: list[dict[str, int]] = []
+        self.ready: dict[int, Tensor] = {}  # weights at grid points not yet fetched
+        self.seen: Sighting | None = None  # eigenpairs looked at for display only
+
+    @property
+    def name(self) -> str:
+        """ "discrete", "central" or "stable"."""
+        return self.flow.name
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Take one step and record it."""
+
+    @abstractmethod
+    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
+        """What was recorded until now."""
+
+    def weights(self, i: int) -> Tensor:
+        """The weights [d] to compare at grid point i; each point is fetched once, in order."""
+        while i not in self.ready:
+            self.advance()
+        return self.ready.pop(i)
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on, as plain data (see :mod:`dvi.freeze`)."""
+        names = ("y", "origin", "nodes", "counts", "ready", "seen", *self._own_state)
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    _own_state: tuple[str, ...] = ()
+
+    def _count(self, before: Ledger) -> None:
+        """Enter what was spent since ``before`` into this process's own, cumulative ledger."""
+        spent = (self.flow.problem.ledger - before).counts
+        last = self.counts[-1] if self.counts else {}
+        self.counts.append({kind: count + last.get(kind, 0) for kind, count in spent.items()})
+
+    def _look(self, y: State, watch: Watch) -> Array:
+        """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
+        if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
+            return np.empty(0)
+        self.seen = watch.look(self.flow, y, self.seen, self.eigen_every)
+        sharp = self.seen.block.residuals <= 20 * watch.subspace.tol
+        return self.seen.eigenvalues[: int(np.argmin(sharp)) if not sharp.all() else len(sharp)]
+
+    def _cost(self, t: list[float]) -> Cost:
+        total = Ledger(**(self.counts[-1] if self.counts else {}), weights=self.flow.problem.ledger.weights)
+        return Cost(np.array(t), list(self.counts), total)
+
+
+class FlowProcess(Process):
+    """A flow driven by an integrator."""
+
+    _own_state = ("memory", "finished")
+
+    def __init__(
+        self,
+        flow: CompiledFlow,
+        integrator: Integrator,
+        start: State,
+        grid: Array,
+        observer: Observer,
+        eigen_every: float = 5.0,
+    ) -> None:
+        super().__init__(flow, start, grid, observer, eigen_every)
+        self.integrator = integrator
+        self.memory = integrator.init(flow, start)
+        self.finished = False
+        self._watch = Watch()
+
+    def advance(self) -> None:
+        """One step of the integrator."""
+        start, before = self.y, self.flow.problem.ledger.copy()
+        result = self.integrator.step(self.flow, self.memory, start, self.origin + self.grid[-1] - start.t)
+        self._count(before)
+        node = result.node
+        if not self.nodes and len(node.eigenvalues) and node.eigenvalues[0] > FEASIBLE:
+            raise RunError(
+                Status.INFEASIBLE_START, f"The effective sharpness at the start is {node.eigenvalues[0]:.3f}."
+            )
+        seen = self._observe(start, node)
+        reached = result.y.t - self.origin
+        end = self.grid[-1]
+        self.finished = reached >= end - 1e-9 * max(1.0, end)
+        inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if self.finished else reached)))
+        if len(inside):
+            seen |= self.observer.observe_outputs(self.flow, start, node)
+        for i in inside:
+            at_end = self.finished and i == len(self.grid) - 1
+            self.ready[int(i)] = (result.y if at_end else result.interpolate(self.origin + float(self.grid[i]))).w
+        self.nodes.append(self._carry(seen))
+        self.y, self.memory = result.y, result.memory
+        if self.finished:
+            before = self.flow.problem.ledger.copy()
+            last = self.integrator.observe(self.flow, self.memory, self.y)
+            self._count(before)
+            seen = self._observe(self.y, last) | self.observer.observe_outputs(self.flow, self.y, last)
+            self.nodes.append(seen | {"t": float(end)})
+
+    def _observe(self, y: State, node: Any) -> Observation:
+        seen = self.observer.observe_flow(self.flow, y, node)
+        seen["t"] -= self.origin
+        seen["X_time"] -= self.origin
+        if not self.flow.constrained:
+            with self.flow.problem.ledger.paused():
+                seen["eigenvalues"] = self._look(y, self._watch)
+        return seen
+
+    def _carry(self, seen: Observation) -> Observation:
+        """Outputs are looked at only where a grid point needs them; other nodes repeat the last ones."""
+        if self.observer.test_inputs is not None and "outputs" not in seen:
+            seen |= {name: self.nodes[-1][name] for name in ("outputs", "osc_outputs")}
+        return seen
+
+    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
+        """The flow on the grid, as far as nodes reach."""
+        t = [node["t"] for node in self.nodes]
+        grid = self.grid[self.grid <= (t[-1] if t else -1.0)]
+        data = series.on_grid(self.nodes, grid) if len(grid) else {}
+        empty = np.empty(0)
+        return Solution(
+            name=self.name,
+            t=grid,
+            loss=data.pop("loss", empty),
+            predicted_loss=data.pop("predicted_loss", empty),
+            eigenvalues=data.pop("eigenvalues", np.empty((0, 0))),
+            X=data.pop("X", []),
+            w=self.y.w,
+            nu=self.y.nu,
+            breakpoints=series.breakpoints(self.nodes),
+            status=status,
+            ledger=self._cost(t),
+            series=data,
+            notes=list(self.flow.notes),
+            about=about | {"integrator": repr(self.integrator)},
+        )
+
+
+class DiscreteProcess(Process):
+    """The optimizer itself, one step ahead of what it shows: the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}."""
+
+    _own_state = ("previous", "loss", "g")
+    flow: Discrete
+
+    def __init__(
+        self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0
+    ) -> None:
+        super().__init__(flow, start, grid, observer, eigen_every)
+        self.previous: Tensor | None = None
+        self.loss: Tensor | None = None
+        self.g: Tensor | None = None
+        self._watch = Watch()
+
+    def advance(self) -> None:
+        """One step of the optimizer."""
+        before = self.flow.problem.ledger.copy()
+        if self.g is None:
+            self.loss, self.g = self.flow.problem.value_and_grad(self.y.w)
+        y, loss, g = self.y, self.loss, self.g
+        assert loss is not None
+        following, next_loss, next_g = self.flow.step(y, g)
+        self._count(before)
+        t = y.t - self.origin
+        middle = y.w if self.previous is None else 0.25 * (self.previous + 2 * y.w + following.w)
+        value, grad_sq, lr, trace, length = host(
+            loss,
+            g @ g,
+            self.flow.calculus.P(y.nu, y.t).effective_lr().to(g),
+            ((y.w - middle) ** 2).sum(),
+            torch.linalg.vector_norm(following.w - y.w),
+        )
+        if not np.isfinite(value):
+            raise StepError(f"The optimizer's loss is {float(value)} at step {t:g}.")
+        seen: Observation = {
+            "t": t,
+            "loss": float(value),
+            "grad_sq": float(grad_sq),
+            "effective_lr": float(lr),
+            "trace": float(trace),
+            "step_length": float(length),
+            **self.observer.observe_iterate(self.flow, y.w, g),
+        }
+        with self.flow.problem.ledger.paused():
+            seen["eigenvalues"] = self._look(State(middle, y.nu, y.t), self._watch)
+        self.nodes.append(seen)
+        near = np.flatnonzero(np.abs(self.grid - t) < 1e-9)
+        for i in near:
+            self.ready[int(i)] = middle
+        self.previous, self.y, self.loss, self.g = y.w, following, next_loss, next_g
+
+    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
+        """Every step of the optimizer (whatever the grid: a thinned oscillation would show as something else)."""
+        t = np.array([node["t"] for node in self.nodes])
+        names = [n for n in (self.nodes[0] if self.nodes else {}) if n not in ("t", "loss", "eigenvalues")]
+        data = {name: np.array([node[name] for node in self.nodes]) for name in names}
+        table = np.full((len(t), max((len(n["eigenvalues"]) for n in self.nodes), default=0)), np.nan)
+        for row, node in zip(table, self.nodes, strict=True):
+            row[: len(node["eigenvalues"])] = node["eigenvalues"]
+        return Solution(
+            name=self.name,
+            t=t,
+            loss=np.array([node["loss"] for node in self.nodes]),
+            predicted_loss=np.full(len(t), np.nan),
+            eigenvalues=table,
+            X=[np.zeros((0, 0))] * len(t),
+            w=self.y.w if self.previous is None else self.previous,
+            nu=self.y.nu,
+            breakpoints=[],
+            status=status,
+            ledger=self._cost(list(t)),
+            series=data,
+            notes=list(self.flow.notes),
+            about=dict(about),
+        )

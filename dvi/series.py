@@ -1,0 +1,103 @@
+"""Observations of a run, put on its time grid.
+
+A flow is observed at the nodes of its integrator, which need not be the moments the user asked for.  Values on the flow
+are interpolated between nodes (the loss by its slope, too); what oscillations add is read from X, which an integrator
+may give as an average over a step, stamped at the step's middle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dvi.predict import Observation
+from dvi.solvers.protocol import Array
+
+_AVERAGED = ("osc_loss", "osc_grad_sq", "trace", "osc_coordinate_grad_sq", "osc_outputs")  # stamped at X_time
+_POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_rate")  # stamped at t
+
+#: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
+OSCILLATES = 1e-7
+
+
+def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
+    """The observations at the times of ``grid``, all of which lie within the nodes' span."""
+    t = np.array([node["t"] for node in nodes])
+    X_time = np.array([node["X_time"] for node in nodes])
+    out: dict[str, Any] = {"loss": _hermite(t, nodes, grid)}
+    for name in _POINTWISE:
+        if name in nodes[0]:
+            out[name] = _linear(t, [node[name] for node in nodes], grid)
+    for name in _AVERAGED:
+        if name in nodes[0]:
+            out[name] = _linear(X_time, [node[name] for node in nodes], grid)
+    out["predicted_loss"] = out["loss"] + out["osc_loss"]
+    out["predicted_grad_sq"] = out["grad_sq"] + out["osc_grad_sq"]
+    for name in ("coordinate_grad_sq", "outputs"):
+        if name in out:
+            out["predicted_" + name] = out[name] + out["osc_" + name]
+    out["eigenvalues"] = _eigenvalues(t, [node["eigenvalues"] for node in nodes], grid)
+    holder = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 1)
+    out["X"] = [nodes[i]["X"] for i in holder]
+    return out
+
+
+def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
+    """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on)."""
+    found: list[tuple[float, str, int]] = []
+    largest, k = 0.0, 0
+    for node in nodes:
+        x = np.linalg.eigvalsh(node["X"]) if len(node["X"]) else np.empty(0)
+        largest = max(largest, float(x.max(initial=0.0)))
+        now = int((x > OSCILLATES * largest).sum()) if largest > 0 else 0
+        if now != k:
+            found.append((float(node["t"]), "enter" if now > k else "leave", now))
+            k = now
+    return found
+
+
+def _linear(t: Array, values: list[Any], grid: Array) -> Array:
+    y = np.asarray(values, dtype=np.float64)
+    if len(t) == 1:
+        return np.repeat(y, len(grid), axis=0)
+    i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
+    s = np.clip((grid - t[i]) / (t[i + 1] - t[i]), 0.0, 1.0).reshape(-1, *[1] * (y.ndim - 1))
+    out: Array = np.where(s == 0, y[i], np.where(s == 1, y[i + 1], (1 - s) * y[i] + s * y[i + 1]))
+    return out
+
+
+def _hermite(t: Array, nodes: list[Observation], grid: Array) -> Array:
+    """Cubic interpolation of the loss by its values and slopes."""
+    y, dy = (np.array([node[name] for node in nodes]) for name in ("loss", "loss_rate"))
+    if len(t) == 1:
+        return np.full(len(grid), y[0])
+    i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
+    h = t[i + 1] - t[i]
+    s = np.clip((grid - t[i]) / h, 0.0, 1.0)
+    value = (
+        (1 + 2 * s) * (1 - s) ** 2 * y[i]
+        + s * (1 - s) ** 2 * h * dy[i]
+        + s**2 * (3 - 2 * s) * y[i + 1]
+        - s**2 * (1 - s) * h * dy[i + 1]
+    )
+    return np.where(s == 0, y[i], np.where(s == 1, y[i + 1], value))
+
+
+def _eigenvalues(t: Array, rows: list[Array], grid: Array) -> Array:
+    """[len(grid), m], NaN where fewer were followed; linear where both neighbours have the value."""
+    m = max((len(row) for row in rows), default=0)
+    table = np.full((len(rows), m), np.nan)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    out = np.full((len(grid), m), np.nan)
+    for j in range(m):
+        known = np.isfinite(table[:, j])
+        if known.any():
+            column = np.interp(grid, t[known], table[known, j], left=np.nan, right=np.nan)
+            nearest = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 1)
+            after = np.minimum(nearest + 1, len(t) - 1)
+            exact = t[nearest] == grid
+            inside = known[nearest] & (known[after] | exact)
+            out[:, j] = np.where(inside, column, np.nan)
+    return out

@@ -1,0 +1,110 @@
+"""The result of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dvi.problems import Ledger
+from dvi.solvers.protocol import Array
+from dvi.status import Status
+
+Tree = dict[str, Any]
+
+
+@dataclass
+class Cost:
+    """What a run cost, as counts that hold on every machine.
+
+    Attributes:
+        t: recorded times [m]; ``counts``: the ledger at these times.
+        ledger: totals.
+    """
+
+    t: Array
+    counts: list[dict[str, int]]
+    ledger: Ledger
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "ledger":
+            raise AttributeError(name)
+        return getattr(self.ledger, name)
+
+    def per_unit_time(self, t0: float | None = None, t1: float | None = None) -> float:
+        """Gradient equivalents per unit time between two times (the whole run by default)."""
+        t0 = self.t[0] if t0 is None else t0
+        t1 = self.t[-1] if t1 is None else t1
+        if not t1 > t0:
+            raise ValueError(f"per_unit_time({t0}, {t1}): the second time must be later.")
+        spent = [Ledger(**counts, weights=self.ledger.weights).gradient_equivalents for counts in self.counts]
+        return float((np.interp(t1, self.t, spent) - np.interp(t0, self.t, spent)) / (t1 - t0))
+
+
+@dataclass
+class Solution:
+    """One process: the optimizer, its central flow or its stable flow.
+
+    Times are unit times (1 = one optimizer step), counted from the end of the warm start.
+
+    Attributes:
+        name: "discrete", "central", "stable".
+        t: recorded times [n].
+        loss: L(w(t)) [n]; for the optimizer, at the iterates.
+        predicted_loss: the time average of the optimizer's loss that the flow predicts, L + ½⟨H, Σ⟩ (eq. 7) [n];
+            NaN for the optimizer.
+        eigenvalues: effective eigenvalues [n, m], descending, NaN where not followed.
+        X: oscillation covariance in the critical eigenvectors' basis, a list of [k, k].
+        w: weights [d] at the end; nu: the optimizer's state there.
+        breakpoints: (t, "enter" | "leave", k): directions that start or stop oscillating.
+        status: how the run ended; ``str(status)`` is a sentence with advice.
+        ledger: what it cost, see :class:`Cost`.
+        series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
+            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖), and, where
+            asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, and ``w``.
+        notes: what the user should know about this run.
+        about: method, problem, integrator, versions, in words.
+    """
+
+    name: str
+    t: Array
+    loss: Array
+    predicted_loss: Array
+    eigenvalues: Array
+    X: list[Array]
+    w: Tensor
+    nu: Any
+    breakpoints: list[tuple[float, str, int]]
+    status: Status
+    ledger: Cost
+    series: dict[str, Array] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        end = f"t = {self.t[0]:g} … {self.t[-1]:g}" if len(self.t) else "no time recorded"
+        loss = f", loss {self.loss[-1]:.4g}" if len(self.loss) else ""
+        return f"Solution({self.name}: {end}{loss}, {len(self.breakpoints)} breakpoints, {self.status.name})"
+
+    @property
+    def k(self) -> Array:
+        """How many directions oscillate at the recorded times [n]."""
+        times = np.array([b[0] for b in self.breakpoints])
+        counts = np.array([0] + [b[2] for b in self.breakpoints])
+        out: Array = counts[np.searchsorted(times, self.t, side="right")]
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write to an HDF5 file (atomically: an older file is replaced only by a whole one)."""
+        from dvi.store import save
+
+        save(self, path)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw loss, effective eigenvalues and what else this run recorded; returns the figure, saves it to ``path``."""
+        from dvi.plot import plot_solution
+
+        return plot_solution(self, path)

@@ -1,0 +1,219 @@
+"""Run one process: ``solve(flow, steps)``; and what it shares with running several (:mod:`dvi.compare`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dvi.discrete import Discrete
+from dvi.flows import CompiledFlow
+from dvi.methods import NotPositiveDefiniteError
+from dvi.predict import Observer
+from dvi.problems import ProblemError
+from dvi.process import DiscreteProcess, FlowProcess, Process
+from dvi.solution import Solution
+from dvi.solvers.ccp import CCPError
+from dvi.solvers.critical import CRITICAL
+from dvi.solvers.errors import ConvergenceError, StepError
+from dvi.solvers.euler import Euler
+from dvi.solvers.protocol import Array, Integrator, State
+from dvi.solvers.watch import Watch
+from dvi.status import RunError, Status
+
+logger = logging.getLogger("dvi")
+
+WarmStart = int | Literal["auto"]
+
+_AUTO_LIMIT = 500  # steps of the optimizer after which "auto" gives up
+
+
+def solve(
+    flow: CompiledFlow,
+    steps: int,
+    *,
+    integrator: Integrator | None = None,
+    warm_start: WarmStart = 0,
+    save_every: float = 1,
+    save: tuple[str, ...] = (),
+    coordinates: tuple[int, ...] = (),
+    test_inputs: Any = None,
+    eigen_every: float = 5,
+    progress: bool = True,
+    throw: bool = True,
+    start: State | None = None,
+) -> Solution:
+    """Integrate a flow, or run the optimizer, over ``steps`` unit times.
+
+    Args:
+        flow: what :func:`dvi.central_flow`, :func:`dvi.stable_flow` or :func:`dvi.discrete` made.
+        steps: how long, in unit times (steps of the optimizer).
+        integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
+        warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
+            bring the effective sharpness below 2.
+        save_every: unit times between recorded moments.
+        save: ("w",) to record the weights at every recorded moment, too.
+        coordinates, test_inputs: what else to observe, see :class:`dvi.predict.Observer`.
+        eigen_every: unit times between looks at the eigenvalues of processes that do not need them (0: never).
+        progress: show a progress bar.
+        throw: raise where the run cannot go on; otherwise give back what was computed, with its status.
+        start: a state to start from instead of the flow's own.
+
+    Raises:
+        RunError: where the run cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        ValueError: if steps or save_every is not positive.
+    """
+    grid = time_grid(steps, save_every)
+    start, notes = warm_up(flow, warm_start, start)
+    observer = Observer(tuple(coordinates), test_inputs)
+    process = make_process(flow, integrator, start, grid, observer, eigen_every)
+    flow.notes.extend(notes)
+    about = describe(flow, steps) | {"warm_start": start.t}
+    kept: list[Array] = []
+    status, failure = Status.SUCCESS, None
+    with progress_bar(len(grid), f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
+        try:
+            for i in range(len(grid)):
+                w = process.weights(i)
+                if "w" in save:
+                    kept.append(w.detach().cpu().numpy())
+                bar.update(1)
+        except FAILURES as error:
+            status, failure = classify(error), error
+    solution = process.solution(status, about)
+    if kept:
+        solution.series["w"] = np.stack(kept[: len(solution.t)])
+    if failure is not None and throw:
+        raise RunError(status, detail(failure), solution) from failure
+    return solution
+
+
+# ---- shared with compare ------------------------------------------------------------------------------
+
+FAILURES = (RunError, CCPError, ConvergenceError, NotPositiveDefiniteError, StepError, ProblemError, FloatingPointError)
+
+
+def classify(error: BaseException) -> Status:
+    """The status that an exception of a run stands for."""
+    if isinstance(error, RunError):
+        return error.status
+    for kind, status in (
+        (CCPError, Status.NO_SOLUTION),
+        (ConvergenceError, Status.NOT_CONVERGED),
+        (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (StepError, Status.DIVERGED),
+        (FloatingPointError, Status.DIVERGED),
+    ):
+        if isinstance(error, kind):
+            return status
+    return Status.DERIVATIVES
+
+
+def detail(error: BaseException) -> str:
+    """The exception's own words, without the status sentence that will stand before them."""
+    return error.detail if isinstance(error, RunError) else str(error)
+
+
+def time_grid(steps: float, save_every: float) -> Array:
+    """Recorded times 0, save_every, … and the end itself."""
+    if not steps > 0 or not save_every > 0:
+        raise ValueError(f"steps={steps} and save_every={save_every} must be positive (unit times).")
+    grid = np.arange(0, np.floor(steps / save_every + 1e-9) + 1) * float(save_every)
+    return np.append(grid, float(steps)) if grid[-1] < steps - 1e-9 else grid
+
+
+def default_integrator(flow: CompiledFlow) -> Integrator:
+    """What a flow is integrated with unless the user says otherwise."""
+    return Euler(0.25) if flow.constrained else Euler(0.1)
+
+
+def make_process(
+    flow: CompiledFlow,
+    integrator: Integrator | None,
+    start: State,
+    grid: Array,
+    observer: Observer,
+    eigen_every: float,
+) -> Process:
+    """The process for a flow or an optimizer."""
+    if isinstance(flow, Discrete):
+        if integrator is not None:
+            raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
+        return DiscreteProcess(flow, start, grid, observer, eigen_every)
+    return FlowProcess(flow, integrator or default_integrator(flow), start, grid, observer, eigen_every)
+
+
+def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
+    """What a result says about how it was made."""
+    import dvi
+
+    return {
+        "method": repr(flow.method),
+        "problem": repr(flow.problem),
+        "dim": len(flow.problem.w0),
+        "dtype": str(flow.problem.w0.dtype),
+        "device": str(flow.problem.w0.device),
+        "covariance": flow.covariance,
+        "steps": float(steps),
+        "dvi": dvi.__version__,
+        "torch": str(torch.__version__),
+    }
+
+
+def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
+    """The state after a few steps of the real optimizer, and what to tell the user about it.
+
+    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step.
+    """
+    y = start or flow.initial
+    auto = warm_start == "auto"
+    if not auto and not (isinstance(warm_start, int) and warm_start >= 0):
+        raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, or "auto".')
+    if warm_start == 0:
+        return y, []
+    optimizer = Discrete(flow.problem, flow.method, check=False)
+    limit = _AUTO_LIMIT if auto else int(warm_start)
+    with flow.problem.ledger.paused():
+        y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto)
+    if taken == 0:
+        return y, []
+    why = f" (effective sharpness {sharpness:.2f} at the start)" if auto else ""
+    note = f"Warm start: {taken} steps of the real optimizer before time 0{why}."
+    logger.warning("%s", note)
+    return y, [note]
+
+
+def _settle(optimizer: Discrete, y: State, limit: int, until_stable: bool) -> tuple[State, int, float]:
+    """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
+    _, g = optimizer.problem.value_and_grad(y.w)
+    watch, seen, first = Watch(), None, float("nan")
+    for taken in range(limit + 1):
+        if until_stable:
+            seen = watch.look(optimizer, y, seen, 1.0)
+            sharpness = float(seen.eigenvalues[0])
+            first = sharpness if taken == 0 else first
+            if sharpness <= CRITICAL:
+                return y, taken, first
+        if taken == limit:
+            break
+        y, _, g = optimizer.step(y, g)
+    if until_stable:
+        raise RunError(
+            Status.INFEASIBLE_START,
+            f"{limit} steps of the optimizer left the effective sharpness at {sharpness:.2f}.",
+        )
+    return y, limit, first
+
+
+@contextmanager
+def progress_bar(total: int, what: str, show: bool) -> Iterator[Any]:
+    """A tqdm bar over recorded moments."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, unit="t", disable=not show, leave=False) as bar:
+        yield bar

@@ -1,0 +1,269 @@
+"""Results on disk: HDF5 files that are whole at every moment.
+
+A file is written beside the old one and put in its place by a rename, which is atomic: whenever the process is killed,
+the path holds the last complete state.  Everything a reader wants is plain datasets and attributes; the state to go on
+from is one dataset of bytes (``checkpoint``) that holds data only, no code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dvi.compare import Comparison
+from dvi.freeze import from_bytes, to_bytes
+from dvi.problems import Ledger, Problem
+from dvi.solution import Cost, Solution
+from dvi.status import Status
+
+logger = logging.getLogger("dvi")
+
+FORMAT = 1
+
+
+class StoreError(OSError):
+    """A result could not be written or read; the message says what is still there.
+
+    Attributes:
+        result: what could not be written, if anything.
+    """
+
+    result: Comparison | Solution | None = None
+
+
+def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | None = None) -> None:
+    """Write a result to an HDF5 file.
+
+    Raises:
+        StoreError: if the disk is full or the folder cannot be written; an older file at ``path`` is then intact.
+    """
+    path = Path(path)
+    h5py = _h5py()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w") as file:
+            file.attrs["dvi_format"] = FORMAT
+            file.attrs["kind"] = type(result).__name__
+            if isinstance(result, Comparison):
+                _write_comparison(file, result)
+            else:
+                _write_solution(file, result)
+            if checkpoint is not None:
+                file["checkpoint"] = np.frombuffer(checkpoint, dtype=np.uint8)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when a flush on close fails
+        temporary.unlink(missing_ok=True)
+        before = " The file written earlier is intact." if path.exists() else ""
+        raise StoreError(f"{path} could not be written: {error}.{before} Free some space or choose another path.") from error
+
+
+def load(path: str | Path) -> Any:
+    """Read what :func:`save` wrote, or what a run that was killed left behind.
+
+    Returns:
+        a :class:`dvi.Comparison` or a :class:`dvi.Solution`; an unfinished one has ``status`` RUNNING.
+
+    Raises:
+        StoreError: if the file is missing, truncated, or not one of ours.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        try:
+            return _read_comparison(file) if file.attrs["kind"] == "Comparison" else _read_solution(file)
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise StoreError(f"{path} is damaged: {error}. What cannot be read is lost; run it again.") from error
+
+
+class Keeper:
+    """Keeps a run's file up to date.
+
+    Args:
+        path: the file, or None to keep nothing.
+        about: what the run is; a file of another run is not gone on from.
+        problem: the problem, whose starting weights are fingerprinted.
+        every: seconds between updates, at least; twenty times as long as an update takes, at least, too.
+    """
+
+    def __init__(self, path: str | Path | None, about: dict[str, Any], problem: Problem, every: float) -> None:
+        self.path = None if path is None else Path(path)
+        self.every, self.pause = every, every
+        self.last = time.monotonic()
+        self.bytes: bytes | None = None
+        self.device = problem.w0.device
+        w0 = problem.w0.detach().cpu().contiguous()
+        self.identity = json.dumps(about | {"w0": sha256(w0.numpy().tobytes()).hexdigest()}, sort_keys=True, default=str)
+        if self.path is not None:
+            _h5py()
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The state to go on from, or None where there is no file yet.
+
+        Raises:
+            StoreError: if the file is damaged, has no checkpoint, or belongs to another run.
+        """
+        if self.path is None:
+            raise ValueError("resume=True needs the path of the file to go on from.")
+        if not self.path.exists():
+            return None
+        with _open(self.path) as file:
+            if "checkpoint" not in file:
+                raise StoreError(f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from.")
+            self.bytes = bytes(file["checkpoint"][()])
+        saved: dict[str, Any] = from_bytes(self.bytes, self.device)
+        if saved["identity"] != self.identity:
+            raise StoreError(
+                f"{self.path} belongs to another run: {_difference(saved['identity'], self.identity)}. "
+                "Use the same problem, method and arguments, or another path."
+            )
+        return saved
+
+    def maybe(self, current: Callable[[], tuple[Comparison, dict[str, Any]]]) -> None:
+        """Update the file if it is time.  A failure is told, and the run goes on."""
+        if self.path is None or time.monotonic() - self.last < self.pause:
+            return
+        began = time.monotonic()
+        result, state = current()
+        try:
+            self.write(result, state)
+        except StoreError as error:
+            logger.warning("%s The run goes on and will try again.", error)
+        self.last = time.monotonic()
+        self.pause = max(self.every, 20 * (self.last - began))
+
+    def write(self, result: Comparison, state: dict[str, Any] | None) -> None:
+        """Write the result now, with a new checkpoint or the last one."""
+        if self.path is None:
+            return
+        if state is not None:
+            self.bytes = to_bytes(state | {"identity": self.identity})
+        try:
+            save(result, self.path, self.bytes)
+        except StoreError as error:
+            error.result = result
+            raise
+
+
+# ---- the layout -----------------------------------------------------------------------------------------
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("Saving results needs h5py: pip install 'dvi-flows[store]'.") from error
+    return h5py
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise StoreError(f"{path} does not exist.")
+    try:
+        file = _h5py().File(path, "r")
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole files only, "
+            "so look for an interrupted copy."
+        ) from error
+    if file.attrs.get("dvi_format") != FORMAT:
+        file.close()
+        raise StoreError(f"{path} is an HDF5 file, but not a result that this version of dvi wrote.")
+    return file
+
+
+def _put(group: Any, name: str, values: Any) -> None:
+    values = np.asarray(values)
+    # checksums find bits that rotted; scalars and empty arrays cannot carry them
+    group.create_dataset(name, data=values, fletcher32=bool(values.ndim and values.size))
+
+
+def _write_comparison(file: Any, race: Comparison) -> None:
+    file.attrs["status"] = race.status.name
+    file.attrs["about"] = json.dumps(race.about, default=str)
+    file.attrs["notes"] = json.dumps(race.notes)
+    _put(file, "t", race.t)
+    for name, solution in race.runs.items():
+        _write_solution(file.create_group(f"runs/{name}"), solution)
+    distances = file.create_group("distance")
+    for (a, b), values in race.distance.items():
+        _put(distances, f"{a}--{b}", values)
+    file.attrs["runs"] = json.dumps(list(race.runs))
+
+
+def _read_comparison(file: Any) -> Comparison:
+    return Comparison(
+        t=file["t"][()],
+        runs={name: _read_solution(file["runs"][name]) for name in json.loads(file.attrs["runs"])},
+        distance={tuple(name.split("--")): values[()] for name, values in file["distance"].items()},
+        status=Status[file.attrs["status"]],
+        notes=json.loads(file.attrs["notes"]),
+        about=json.loads(file.attrs["about"]),
+    )
+
+
+def _write_solution(group: Any, solution: Solution) -> None:
+    group.attrs["name"] = solution.name
+    group.attrs["status"] = solution.status.name
+    group.attrs["about"] = json.dumps(solution.about, default=str)
+    group.attrs["notes"] = json.dumps(solution.notes)
+    for name in ("t", "loss", "predicted_loss", "eigenvalues"):
+        _put(group, name, getattr(solution, name))
+    _put(group, "w", solution.w.detach().cpu().numpy())
+    _put(group, "nu", np.frombuffer(to_bytes(solution.nu), dtype=np.uint8))
+    _put(group, "X/order", [len(X) for X in solution.X])
+    _put(group, "X/entries", np.concatenate([X.reshape(-1) for X in solution.X]) if solution.X else np.empty(0))
+    _put(group, "breakpoints/t", [b[0] for b in solution.breakpoints])
+    _put(group, "breakpoints/entered", [b[1] == "enter" for b in solution.breakpoints])
+    _put(group, "breakpoints/k", [b[2] for b in solution.breakpoints])
+    series = group.create_group("series")
+    for name, values in solution.series.items():
+        _put(series, name, values)
+    cost = group.create_group("ledger")
+    cost.attrs["total"] = json.dumps(solution.ledger.ledger.to_dict())
+    _put(cost, "t", solution.ledger.t)
+    for name in solution.ledger.counts[0] if solution.ledger.counts else ():
+        _put(cost, f"counts/{name}", [counts[name] for counts in solution.ledger.counts])
+
+
+def _read_solution(group: Any) -> Solution:
+    order, entries = group["X/order"][()].astype(int), group["X/entries"][()]
+    ends = np.cumsum(order**2) if len(order) else np.empty(0, dtype=int)
+    cost = group["ledger"]
+    columns = {name: values[()] for name, values in cost["counts"].items()} if "counts" in cost else {}
+    rows = [{name: int(values[i]) for name, values in columns.items()} for i in range(len(cost["t"]))] if columns else []
+    breaks = group["breakpoints"]
+    return Solution(
+        name=group.attrs["name"],
+        t=group["t"][()],
+        loss=group["loss"][()],
+        predicted_loss=group["predicted_loss"][()],
+        eigenvalues=group["eigenvalues"][()],
+        X=[entries[end - k * k : end].reshape(k, k) for k, end in zip(order, ends, strict=True)],
+        w=torch.from_numpy(group["w"][()]),
+        nu=from_bytes(bytes(group["nu"][()])),
+        breakpoints=[
+            (float(t), "enter" if entered else "leave", int(k))
+            for t, entered, k in zip(breaks["t"][()], breaks["entered"][()], breaks["k"][()], strict=True)
+        ],
+        status=Status[group.attrs["status"]],
+        ledger=Cost(cost["t"][()], rows, Ledger.from_dict(json.loads(cost.attrs["total"]))),
+        series={name: values[()] for name, values in group["series"].items()},
+        notes=json.loads(group.attrs["notes"]),
+        about=json.loads(group.attrs["about"]),
+    )
+
+
+def _difference(saved: str, now: str) -> str:
+    a, b = json.loads(saved), json.loads(now)
+    return ", ".join(f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key))
