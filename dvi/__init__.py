@@ -20,7 +20,7 @@ from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Precondition
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
-from dvi.solvers import CCPError, ConvergenceError, Euler
+from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
@@ -35,6 +35,7 @@ __all__ = [
     "Discrete",
     "Euler",
     "Linearisation",
+    "MacroStep",
     "Method",
     "NotPositiveDefiniteError",
     "Preconditioner",

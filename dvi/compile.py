@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from dvi.methods import Method, Nu, Preconditioner, SpecError
+from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
+from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Array, Frame, Rate, State, host
 from dvi.solvers.svec import smat, svec, triu
 
@@ -30,6 +31,10 @@ from dvi.solvers.svec import smat, svec, triu
 Covariance = Literal["gradient-covariance", "full"]
 
 _DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
+
+
+class LeftDomainError(NotPositiveDefiniteError, DomainError):
+    """P(ν) stopped being positive definite along a run; an integrator may retry with a smaller step."""
 
 
 class SpecCalculus:
@@ -58,6 +63,19 @@ class SpecCalculus:
         """The preconditioner at (ν, t)."""
         return self.method.at(t).P(nu)
 
+    def checked_P(self, nu: Nu, t: float, g: Tensor | None = None) -> Preconditioner:
+        """The preconditioner at (ν, t), once it is known to be positive definite.
+
+        Raises:
+            LeftDomainError: if it is not.
+        """
+        P = self.P(nu, t)
+        try:
+            P.check(g)
+        except NotPositiveDefiniteError as error:
+            raise LeftDomainError(f"At t = {t:g}: {error}") from None
+        return P
+
     def P_rate(self, nu: Nu, t: float, dnu: Nu, U: Tensor, clock: bool) -> Tensor:
         """Uᵀ (d/ds P(ν + s·dν, t + s·clock)) U at s = 0, [k, k]; with ``clock`` the schedules move along."""
         if self.stateless and not (clock and self.method.scheduled):
@@ -78,12 +96,33 @@ class SpecCalculus:
         method = self.method.at(t)
         return self._divide(method, nu, g, method.f(nu, g), batched=False)
 
-    def nu_response(self, nu: Nu, t: float, g: Tensor, frame: Frame) -> Nu:
-        """ν̇_b for every svec basis element E_b: a pytree like ν with a leading dimension k(k+1)/2."""
+    def nu_decay(self, nu: Nu, t: float, g: Tensor) -> float:
+        """The spectral radius of ∂ν̇₀/∂ν, for an EMA (1−β₂)/β₂: how stiff ν is on its own.
+
+        Exact for an elementwise spec whose f is affine in ν; otherwise a few power iterations.
+        """
+        if self.stateless:
+            return 0.0
+        v, size = pytree.tree_map(torch.ones_like, nu), 0.0
+        for _ in range(1 if self.elementwise else 8):
+            image = jvp(lambda nu: self.nu_rate(nu, t, g), (nu,), (v,))[1]
+            size = max(float(x.abs().max()) for x in pytree.tree_leaves(image))
+            if size == 0.0 or self.elementwise:
+                break
+            v = pytree.tree_map(lambda x, size=size: x / size, image)
+        return size
+
+    def nu_response(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
+        """ν̇_b for every svec basis element E_b: a pytree like ν with a leading dimension k(k+1)/2.
+
+        Args:
+            nu, t, g: the state and the gradient [d] there.
+            HU: [d, k].
+            T: ∇_w uᵢᵀHuⱼ [n, d]; of use to the "full" reading only.
+        """
         if self.stateless:
             return nu
         method = self.method.at(t)
-        index = triu(frame.k)
         HU = frame.HU.T
 
         def curvature(h: Tensor, other: Tensor) -> Nu:
@@ -93,11 +132,11 @@ class SpecCalculus:
             return jvp(slope, (g,), (other,))[1]
 
         rows, columns = torch.triu_indices(frame.k, frame.k, device=g.device)
-        second = vmap(curvature)(HU[rows], HU[columns])
-        weight = torch.as_tensor(0.5 * triu(frame.k).weight, dtype=g.dtype, device=g.device)
+        second = vmap(curvature)(HU.T[rows], HU.T[columns])
+        weight = torch.as_tensor(0.5 * triu(k).weight, dtype=g.dtype, device=g.device)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
-            slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * frame.T)
+            slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * T)
             out = pytree.tree_map(torch.add, out, slope)
         return self._divide(method, nu, g, out, batched=True)
 
@@ -197,9 +236,7 @@ class LinearisedFlow:
     @cached_property
     def preconditioner(self) -> Preconditioner:
         """P(ν), checked."""
-        P = self.calculus.P(self.y.nu, self.y.t)
-        P.check(self.g)
-        return P
+        return self.calculus.checked_P(self.y.nu, self.y.t, self.g)
 
     @cached_property
     def _nu_rate(self) -> Nu:
@@ -207,7 +244,9 @@ class LinearisedFlow:
 
     @cached_property
     def _nu_response(self) -> Nu:
-        return self.calculus.nu_response(self.y.nu, self.y.t, self.g, self.frame)
+        frame = self.frame
+        HU = 2 * self.preconditioner.apply(frame.U) if frame.on_edge else frame.HU
+        return self.calculus.nu_response(self.y.nu, self.y.t, self.g, HU, frame.T)
 
     @cached_property
     def _host(self) -> tuple[Array, Array, Array]:
@@ -253,13 +292,19 @@ class LinearisedFlow:
 
     def drift(self, X: Array | None) -> Rate:
         """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
-        force, dnu = self.g, self._nu_rate
-        if X is not None and X.any():
-            x = torch.as_tensor(svec(X)).to(self.g)
-            force = force + 0.5 * (x @ self.frame.T)
-            if not self.calculus.stateless:
-                dnu = pytree.tree_map(lambda a, b: a + torch.tensordot(x, b, dims=1), dnu, self._nu_response)
-        return Rate(-self.preconditioner.solve(force), dnu)
+        free = Rate(-self.preconditioner.solve(self.g), self._nu_rate)
+        if X is None or not X.any():
+            return free
+        pushed = self.kick(X)
+        return Rate(free.w + pushed.w, pytree.tree_map(torch.add, free.nu, pushed.nu))
+
+    def kick(self, Z: Array) -> Rate:
+        """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that is due to oscillations."""
+        z = torch.as_tensor(svec(Z)).to(self.g)
+        dnu = self.y.nu
+        if not self.calculus.stateless:
+            dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
+        return Rate(-self.preconditioner.solve(0.5 * (z @ self.frame.T)), dnu)
 
 
 @dataclass(frozen=True)

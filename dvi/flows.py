@@ -16,13 +16,18 @@ from torch import Tensor
 
 from dvi.compile import Covariance, Linearisation, LinearisedFlow, SpecCalculus
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
-from dvi.problems import Problem
+from dvi.problems import Problem, ProblemError
+from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Frame, State, host
 from dvi.solvers.watch import Watch
 
 logger = logging.getLogger("dvi")
 
 MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+class LossLeftDomainError(ProblemError, DomainError):
+    """The loss or its gradient is not finite at a state that was tried; an integrator may retry with a smaller step."""
 
 
 @cache
@@ -84,12 +89,16 @@ class CompiledFlow:
 
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
         """L(w) [] and ∇L(w) [d]."""
-        return self.problem.value_and_grad(y.w)
+        try:
+            return self.problem.value_and_grad(y.w)
+        except ProblemError as error:
+            if bool(y.w.isfinite().all()) and "finite" not in str(error):
+                raise
+            raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
-        P = self.calculus.P(y.nu, y.t)
-        P.check()
+        P = self.calculus.checked_P(y.nu, y.t)
         return lambda V: P.inv_sqrt(self.problem.hvp(y.w, P.inv_sqrt(V)))
 
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
@@ -107,6 +116,18 @@ class CompiledFlow:
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
         return LinearisedFlow(self.calculus, y, g, frame)
+
+    def velocity(self, y: State, g: Tensor) -> Tensor:
+        """P(ν)⁻¹ g [d]."""
+        return self.calculus.checked_P(y.nu, y.t).solve(g)
+
+    def precondition(self, y: State, V: Tensor) -> Tensor:
+        """P(ν) V [d, k]."""
+        return self.calculus.P(y.nu, y.t).apply(V)
+
+    def nu_decay(self, y: State, g: Tensor) -> float:
+        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
+        return self.calculus.nu_decay(y.nu, y.t, g)
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""

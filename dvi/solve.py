@@ -20,7 +20,7 @@ from dvi.process import DiscreteProcess, FlowProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
-from dvi.solvers.errors import ConvergenceError, StepError
+from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepError
 from dvi.solvers.euler import Euler
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.watch import Watch
@@ -95,7 +95,7 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, CCPError, ConvergenceError, NotPositiveDefiniteError, StepError, ProblemError, FloatingPointError)
+FAILURES = (RunError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
 
 
 def classify(error: BaseException) -> Status:
@@ -107,6 +107,7 @@ def classify(error: BaseException) -> Status:
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
         (StepError, Status.DIVERGED),
+        (DomainError, Status.DIVERGED),
         (FloatingPointError, Status.DIVERGED),
     ):
         if isinstance(error, kind):

@@ -6,8 +6,9 @@ if __name__ != "dvi.solvers":  # a second copy under another name would load eve
 from dvi.solvers import ccp, critical, svec
 from dvi.solvers.ccp import CCPError, CCPResult
 from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.errors import ConvergenceError, SolverError, StepError
+from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepError
 from dvi.solvers.euler import Euler
+from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
 from dvi.solvers.watch import Sighting, Watch
 
@@ -16,11 +17,13 @@ __all__ = [
     "CCPResult",
     "ConvergenceError",
     "CriticalSubspace",
+    "DomainError",
     "Eigenblock",
     "Euler",
     "Flow",
     "Frame",
     "Integrator",
+    "MacroStep",
     "Node",
     "Rate",
     "Sighting",

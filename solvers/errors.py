@@ -9,5 +9,9 @@ class ConvergenceError(SolverError):
     """Eigenpairs did not converge."""
 
 
+class DomainError(SolverError):
+    """A state at which the flow is not defined was tried; with a smaller step an integrator may avoid it."""
+
+
 class StepError(SolverError):
     """An integrator could not make a step."""

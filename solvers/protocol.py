@@ -69,6 +69,8 @@ class Frame:
         HU: H(w) U, [d, k].
         M: UᵀHU, [k, k], host float64.
         T: ∇_w of uᵢᵀH(w)uⱼ for all pairs, [k(k+1)/2, d], svec order.
+        on_edge: put in HU = 2P(ν)U wherever oscillations act on ν, which is what holds on the constraint (C.5); for a
+            frame that is used away from its anchor.
     """
 
     w: Tensor
@@ -76,6 +78,7 @@ class Frame:
     HU: Tensor
     M: Array
     T: Tensor
+    on_edge: bool = False
 
     @property
     def k(self) -> int:
@@ -105,6 +108,10 @@ class Linearised(Protocol):
         """dy/dt with oscillation covariance Σ = UXUᵀ (X = None: without)."""
         ...
 
+    def kick(self, Z: Array) -> Rate:
+        """The part of the drift that is due to oscillations, for X = Z: the displacement by an impulse Z = ∫X dt."""
+        ...
+
 
 class Flow(Protocol):
     """A flow as its integrator sees it."""
@@ -128,6 +135,18 @@ class Flow(Protocol):
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> Linearised:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
+        ...
+
+    def velocity(self, y: State, g: Tensor) -> Tensor:
+        """P(ν)⁻¹ g [d]."""
+        ...
+
+    def precondition(self, y: State, V: Tensor) -> Tensor:
+        """P(ν) V [d, k]."""
+        ...
+
+    def nu_decay(self, y: State, g: Tensor) -> float:
+        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
         ...
 
     def count_ccp(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.protocol import Array, Flow, Frame, State
@@ -51,8 +52,8 @@ class Watch:
     lookahead: float = 1.5
     survey_every: float = 20.0
 
-    def look(self, flow: Flow, y: State, last: Sighting | None, h: float) -> Sighting:
-        """The eigenpairs at y, wanted down to what a step of h may bring to 2."""
+    def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
+        """The eigenpairs at y, wanted down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
         A = flow.effective_hessian(y)
         if last is None:
             block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
@@ -62,7 +63,8 @@ class Watch:
         # Far from 2 the eigenvectors only serve to see it coming: no need for them to be sharp.
         distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
         tol = max(self.subspace.tol, min(0.2, 0.15 * distance))
-        block = self.subspace.follow(A, last.block, want, tol)
+        block = last.block if guess is None else replace(last.block, V=guess)
+        block = self.subspace.follow(A, block, want, tol)
         surveyed = last.surveyed
         if y.t - surveyed >= self.survey_every:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t

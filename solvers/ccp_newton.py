@@ -1,0 +1,109 @@
+"""Semismooth Newton on the normal map of a cone complementarity problem.
+
+X and S are the positive and negative part of one symmetric matrix, Z = X − γS, so that X ⪰ 0, S ⪰ 0 and XS = 0 hold
+exactly whatever Z is, and what remains to be solved is one equation (Robinson's normal map)
+
+    F(Z) = γ(β[Z₊] − α) − Z₋ = 0,        Z₊ = X, Z₋ = γS.
+
+In the eigenbasis of Z, with p and y its positive and negative parts, the derivative of Z₊ multiplies entry (i, j) of
+the change H of Z by ω_ij = (p_i + p_j)/(p_i + p_j + y_i + y_j). The Newton equation is solved for v = ω∘H: where ω > 0
+that leaves γβ + diag((1−ω)/ω), positive definite where β is; the other entries follow without a solve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dvi.solvers.ccp_problem import Iterate, Problem, eigh, factorise, norm, power_of_two
+from dvi.solvers.svec import Array, skron, smat, svec, triu
+
+_ARMIJO = 1e-3
+_HALVINGS = 12
+_FLOOR = 1e-12  # relative |F| below which rounding, not the step, decides whether |F| falls
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    z: Array  # [n]
+    eigenvalues: Array  # [k]
+    Q: Array  # [k,k]
+    x: Array  # [n]
+    F: Array  # [n]
+    size: float  # |F|
+
+
+def newton(problem: Problem, x: Array, s: Array, max_iterations: int, tolerance: float) -> Iterate:
+    """Solve the problem from the guess x, s [n], both positive semidefinite, with an Armijo line search on |F|.
+
+    Quadratically convergent near a strictly complementary solution; it may stall elsewhere, which shows in the
+    residual.
+    """
+    gamma = _balance(problem, x, s)
+    b, a = gamma * problem.b, gamma * problem.a
+    point = _evaluate(b, a, x - gamma * s)
+    iterations = 0
+    while iterations < max_iterations and point.size > tolerance * gamma * problem.size_s(point.x):
+        step = _newton_step(b, point, problem.symmetric)
+        if step is None:
+            break
+        following = _line_search(b, a, point, step, _FLOOR * gamma * problem.size_s(point.x))
+        if following is None:
+            break
+        point, iterations = following, iterations + 1
+    residual = point.size / (gamma * problem.size_s(point.x))
+    return Iterate(point.x, (point.x - point.z) / gamma, residual, iterations)
+
+
+def _balance(problem: Problem, x: Array, s: Array) -> float:
+    """Return γ that makes X and γS alike in size: an ill-conditioned β makes X large.
+
+    A slack below |α|, as where S is nearly zero, has no say: it would magnify rounding.
+    """
+    return power_of_two(max(norm(x), problem.least_x) / max(norm(s), problem.norm_a))
+
+
+def _evaluate(b: Array, a: Array, z: Array) -> _Point:
+    eigenvalues, Q = eigh(smat(z))
+    x = svec((Q * np.maximum(eigenvalues, 0.0)) @ Q.T)
+    F = b @ x - a + z - x
+    return _Point(z, eigenvalues, Q, x, F, norm(F))
+
+
+def _newton_step(b: Array, point: _Point, symmetric: bool) -> Array | None:
+    """Return the step [n] of Z, or None where the Newton matrix is singular."""
+    index = triu(len(point.eigenvalues))
+    p, y = np.maximum(point.eigenvalues, 0.0), np.maximum(-point.eigenvalues, 0.0)
+    p_pair, y_pair = p[index.rows] + p[index.columns], y[index.rows] + y[index.columns]
+    moves_x = p_pair > 0.0  # ω > 0
+    rotation = skron(point.Q)
+    rhs = -(rotation.T @ point.F)
+    if not moves_x.any():
+        return rotation @ rhs
+    p_pair, y_pair = p_pair[moves_x], y_pair[moves_x]
+    into_x = rotation[:, moves_x]
+    b_into_x = b @ into_x
+    matrix = into_x.T @ b_into_x
+    matrix.ravel()[:: len(p_pair) + 1] += y_pair / p_pair
+    solve = factorise(matrix, symmetric)
+    if solve is None:
+        return None
+    v = solve(rhs[moves_x])
+    h = np.empty(index.n)
+    h[moves_x] = v * (p_pair + y_pair) / p_pair
+    h[~moves_x] = rhs[~moves_x] - rotation[:, ~moves_x].T @ (b_into_x @ v)
+    return rotation @ h if np.isfinite(h).all() else None
+
+
+def _line_search(b: Array, a: Array, point: _Point, step: Array, floor: float) -> _Point | None:
+    """Return the first point along the step, halved as needed, where |F| falls enough; None where there is none."""
+    t = 1.0
+    for _ in range(_HALVINGS):
+        tried = _evaluate(b, a, point.z + t * step)
+        if tried.size <= (1.0 - _ARMIJO * t) * point.size:
+            return tried
+        if point.size <= floor:
+            return tried if tried.size < point.size else None
+        t *= 0.5
+    return None
