@@ -85,7 +85,8 @@ class SpecCalculus:
         def PU(nu: Nu, dt: Tensor) -> Tensor:
             return self.method.at(t, dt).P(nu).apply(U)
 
-        return U.T @ jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
+        rate: Tensor = jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
+        return U.T @ rate
 
     # ---- ν --------------------------------------------------------------------------------------------
 
@@ -123,7 +124,6 @@ class SpecCalculus:
         if self.stateless:
             return nu
         method = self.method.at(t)
-        HU = frame.HU.T
 
         def curvature(h: Tensor, other: Tensor) -> Nu:
             def slope(g: Tensor) -> Nu:
@@ -131,7 +131,8 @@ class SpecCalculus:
 
             return jvp(slope, (g,), (other,))[1]
 
-        rows, columns = torch.triu_indices(frame.k, frame.k, device=g.device)
+        k = HU.shape[1]
+        rows, columns = torch.triu_indices(k, k, device=g.device)
         second = vmap(curvature)(HU.T[rows], HU.T[columns])
         weight = torch.as_tensor(0.5 * triu(k).weight, dtype=g.dtype, device=g.device)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
@@ -194,7 +195,7 @@ def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) ->
     sizes = [x.numel() for x in leaves]
 
     def unravel(flat: Tensor) -> Nu:
-        parts = flat.split(sizes)
+        parts = torch.split(flat, sizes)
         return pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)], spec)
 
     def ravel(tree: Nu) -> Tensor:
@@ -252,6 +253,8 @@ class LinearisedFlow:
     def _host(self) -> tuple[Array, Array, Array]:
         """α [k, k], β [n, n] and the gap [k, k], moved to the host together."""
         U, T, k, nu, t = self.frame.U, self.frame.T, self.frame.k, self.y.nu, self.y.t
+        if not k:
+            return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
         index = triu(k)
         rows, columns = torch.triu_indices(k, k, device=U.device)
         P = self.preconditioner

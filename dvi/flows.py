@@ -77,7 +77,7 @@ class CompiledFlow:
         dead = P.dead()
         if dead is not None and bool(dead.any()):
             self._note(
-                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change, say): "
+                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change): "
                 "they stay where they are and are left out of the P-metric. An eps > 0 would keep them in."
             )
 
@@ -182,9 +182,9 @@ class CompiledFlow:
 class CentralFlow(CompiledFlow):
     """The central flow: the time average of the optimizer at the edge of stability (C.7, with its errata)
 
-        dw/dt = −P(ν)⁻¹ [∇L(w) + ½∇³L(w)[Σ]]
-        dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
-        0 ⪯ Σ  ⟂  2P(ν) − H(w) ⪰ 0.
+    dw/dt = −P(ν)⁻¹ [∇L(w) + ½∇³L(w)[Σ]]
+    dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
+    0 ⪯ Σ  ⟂  2P(ν) − H(w) ⪰ 0.
     """
 
     name = "central"

@@ -49,7 +49,7 @@ class Process(ABC):
 
     @property
     def name(self) -> str:
-        """ "discrete", "central" or "stable"."""
+        """Which process: "discrete", "central" or "stable"."""
         return self.flow.name
 
     @abstractmethod
@@ -115,7 +115,6 @@ class FlowProcess(Process):
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
         self.finished = False
-        self._watch = Watch()
 
     def advance(self) -> None:
         """One step of the integrator."""
@@ -150,9 +149,6 @@ class FlowProcess(Process):
         seen = self.observer.observe_flow(self.flow, y, node)
         seen["t"] -= self.origin
         seen["X_time"] -= self.origin
-        if not self.flow.constrained:
-            with self.flow.problem.ledger.paused():
-                seen["eigenvalues"] = self._look(y, self._watch)
         return seen
 
     def _carry(self, seen: Observation) -> Observation:
@@ -191,9 +187,7 @@ class DiscreteProcess(Process):
     _own_state = ("previous", "loss", "g")
     flow: Discrete
 
-    def __init__(
-        self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0
-    ) -> None:
+    def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
         super().__init__(flow, start, grid, observer, eigen_every)
         self.previous: Tensor | None = None
         self.loss: Tensor | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dvi.predict import Observation
+from dvi.solvers.critical import CRITICAL
 from dvi.solvers.protocol import Array
 
 _AVERAGED = ("osc_loss", "osc_grad_sq", "trace", "osc_coordinate_grad_sq", "osc_outputs")  # stamped at X_time
@@ -19,6 +20,8 @@ _POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_
 
 #: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
 OSCILLATES = 1e-7
+#: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
+FELL_OFF = 1e-3
 
 
 def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
@@ -44,16 +47,30 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
 
 
 def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
-    """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on)."""
+    """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on).
+
+    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2; it leaves with the step
+    that gives it none and after which its eigenvalue falls off 2.
+    """
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
-    for node in nodes:
+    silent_since: float | None = None  # X is zero on a direction since then, its eigenvalue still at 2
+    for node, after in zip(nodes, [*nodes[1:], *nodes[-1:]], strict=True):
         x = np.linalg.eigvalsh(node["X"]) if len(node["X"]) else np.empty(0)
         largest = max(largest, float(x.max(initial=0.0)))
-        now = int((x > OSCILLATES * largest).sum()) if largest > 0 else 0
-        if now != k:
-            found.append((float(node["t"]), "enter" if now > k else "leave", now))
-            k = now
+        rank = int((x > OSCILLATES * largest).sum()) if largest > 0 else 0
+        at_edge = int((after["eigenvalues"] >= CRITICAL - FELL_OFF).sum())
+        t = float(node["t"])
+        if rank > k and at_edge > k:
+            k = min(rank, at_edge)
+            found.append((t, "enter", k))
+        elif rank < k:
+            silent_since = t if silent_since is None else silent_since
+            if at_edge < k:
+                k = max(rank, at_edge)
+                found.append((silent_since, "leave", k))
+        if rank >= k:
+            silent_since = None
     return found
 
 

@@ -104,7 +104,7 @@ class Solution:
         save(self, path)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw loss, effective eigenvalues and what else this run recorded; returns the figure, saves it to ``path``."""
+        """Draw loss, effective eigenvalues and what else was recorded; returns the figure, saves it to ``path``."""
         from dvi.plot import plot_solution
 
         return plot_solution(self, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepError
-from dvi.solvers.euler import Euler
+from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.watch import Watch
 from dvi.status import RunError, Status
@@ -130,7 +129,7 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
     """What a flow is integrated with unless the user says otherwise."""
-    return Euler(0.25) if flow.constrained else Euler(0.1)
+    return MacroStep()
 
 
 def make_process(

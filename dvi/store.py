@@ -66,7 +66,9 @@ def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | No
     except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when a flush on close fails
         temporary.unlink(missing_ok=True)
         before = " The file written earlier is intact." if path.exists() else ""
-        raise StoreError(f"{path} could not be written: {error}.{before} Free some space or choose another path.") from error
+        raise StoreError(
+            f"{path} could not be written: {error}.{before} Free some space or choose another path."
+        ) from error
 
 
 def load(path: str | Path) -> Any:
@@ -103,7 +105,9 @@ class Keeper:
         self.bytes: bytes | None = None
         self.device = problem.w0.device
         w0 = problem.w0.detach().cpu().contiguous()
-        self.identity = json.dumps(about | {"w0": sha256(w0.numpy().tobytes()).hexdigest()}, sort_keys=True, default=str)
+        self.identity = json.dumps(
+            about | {"w0": sha256(w0.numpy().tobytes()).hexdigest()}, sort_keys=True, default=str
+        )
         if self.path is not None:
             _h5py()
 
@@ -119,7 +123,9 @@ class Keeper:
             return None
         with _open(self.path) as file:
             if "checkpoint" not in file:
-                raise StoreError(f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from.")
+                raise StoreError(
+                    f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from."
+                )
             self.bytes = bytes(file["checkpoint"][()])
         saved: dict[str, Any] = from_bytes(self.bytes, self.device)
         if saved["identity"] != self.identity:
@@ -173,8 +179,8 @@ def _open(path: Path) -> Any:
         file = _h5py().File(path, "r")
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole files only, "
-            "so look for an interrupted copy."
+            f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole "
+            "files only, so look for an interrupted copy."
         ) from error
     if file.attrs.get("dvi_format") != FORMAT:
         file.close()
@@ -241,7 +247,9 @@ def _read_solution(group: Any) -> Solution:
     ends = np.cumsum(order**2) if len(order) else np.empty(0, dtype=int)
     cost = group["ledger"]
     columns = {name: values[()] for name, values in cost["counts"].items()} if "counts" in cost else {}
-    rows = [{name: int(values[i]) for name, values in columns.items()} for i in range(len(cost["t"]))] if columns else []
+    rows = (
+        [{name: int(values[i]) for name, values in columns.items()} for i in range(len(cost["t"]))] if columns else []
+    )
     breaks = group["breakpoints"]
     return Solution(
         name=group.attrs["name"],
@@ -266,4 +274,6 @@ def _read_solution(group: Any) -> Solution:
 
 def _difference(saved: str, now: str) -> str:
     a, b = json.loads(saved), json.loads(now)
-    return ", ".join(f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key))
+    return ", ".join(
+        f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
+    )

@@ -8,13 +8,14 @@ from dvi.methods.gd import GradientDescent
 from dvi.methods.preconditioners import Diagonal, Preconditioner, Scalar
 from dvi.methods.rmsprop import RMSProp
 from dvi.methods.rmsprop_norm import RMSPropNorm
-from dvi.methods.spec import FunctionMethod, Method, Nu, as_method
+from dvi.methods.spec import FunctionMethod, Hyperparameter, Method, Nu, as_method
 from dvi.methods.validate import validate
 
 __all__ = [
     "Diagonal",
     "FunctionMethod",
     "GradientDescent",
+    "Hyperparameter",
     "Method",
     "NotPositiveDefiniteError",
     "Nu",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dvi.methods.preconditioners import Scalar
-from dvi.methods.schedules import Schedule
-from dvi.methods.spec import Method, Nu
+from dvi.methods.spec import Hyperparameter, Method, Nu
 
 
 class GradientDescent(Method):
@@ -14,7 +13,7 @@ class GradientDescent(Method):
         lr: the learning rate η > 0, or a schedule t ↦ η.
     """
 
-    lr: float | Schedule
+    lr: Hyperparameter
 
     def P(self, nu: Nu) -> Scalar:
         """I/η."""

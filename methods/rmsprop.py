@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.preconditioners import Diagonal
-from dvi.methods.schedules import Schedule
-from dvi.methods.spec import Method, Nu
+from dvi.methods.spec import Hyperparameter, Method, Nu
 
 
 class RMSProp(Method):
@@ -20,13 +19,13 @@ class RMSProp(Method):
         bias_correction: divide v by 1 − β₂ᵗ, t the number of updates made; t is then part of ν.
     """
 
-    lr: float | Schedule
-    beta2: float | Schedule
-    eps: float | Schedule = 0.0
+    lr: Hyperparameter
+    beta2: Hyperparameter
+    eps: Hyperparameter = 0.0
     bias_correction: bool = False
 
     def init(self, w: Tensor) -> Nu:
-        """v = 0 and, with bias correction, t = 0."""
+        """V = 0 and, with bias correction, t = 0."""
         v = torch.zeros_like(w)
         return {"v": v, "t": w.new_zeros(())} if self.bias_correction else {"v": v}
 

@@ -48,7 +48,7 @@ def _slope(schedule: Schedule, t: float) -> float:
 def _forward_slope(schedule: Schedule, t: float) -> float | None:
     time = torch.tensor(t, dtype=torch.float64, device="cpu")
     try:
-        _, tangent = torch.func.jvp(schedule, (time,), (torch.ones_like(time),))
+        tangent = torch.func.jvp(schedule, (time,), (torch.ones_like(time),))[1]
     except Exception:  # whatever a user's function may raise on a tensor: the difference quotient does not need it
         return None
     return float(tangent) if isinstance(tangent, Tensor) else None

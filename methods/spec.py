@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
 from dvi.methods.preconditioners import Preconditioner
-from dvi.methods.schedules import Schedule, value_and_slope
+from dvi.methods.schedules import value_and_slope
 
 Nu = Any  # a pytree of tensors: the optimizer's state ν
+Hyperparameter = Any  # a number or a schedule; inside f and P always the number
 
 #: What a hyperparameter of this name may be: (does it hold?, in words).
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -89,7 +90,7 @@ class Method:
         return {}
 
     def P(self, nu: Nu) -> Preconditioner:
-        """The preconditioner P(ν), the learning rate folded in, so that the critical threshold is 2."""
+        """Make the preconditioner, the learning rate folded in, so that the critical threshold is 2."""
         raise SpecError(f"{type(self).__name__} declares no P(nu): say which preconditioner its state makes.")
 
     # ---- what follows from it -------------------------------------------------------------------------
@@ -169,10 +170,9 @@ def as_method(method: Method | tuple[Callable[..., Any], Callable[..., Any], Cal
         return method
     if isinstance(method, tuple) and len(method) == 3 and all(callable(part) for part in method):
         return FunctionMethod(*method)
-    what = f"the class {method.__name__}; make one, as in {method.__name__}(lr=…)" if isinstance(method, type) else (
-        f"a {type(method).__name__}"
+    what = (
+        f"the class {method.__name__}; make one, as in {method.__name__}(lr=…)"
+        if isinstance(method, type)
+        else (f"a {type(method).__name__}")
     )
     raise SpecError(f"A method is a dvi.Method or a triple (init, f, P) of functions, not {what}.")
-
-
-__all__ = ["RANGES", "FunctionMethod", "Method", "Nu", "Schedule", "as_method"]

@@ -31,7 +31,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
                 "(torch.zeros_like(w), w.new_zeros(())), hyperparameters are fields."
             )
         if leaf.device != w.device:
-            raise SpecError(f"{name}.init(w): ν{path} is on {leaf.device}, w on {w.device}; make it with w.new_zeros(…).")
+            raise SpecError(
+                f"{name}.init(w): ν{path} is on {leaf.device}, w on {w.device}; make it with w.new_zeros(…)."
+            )
     before = pytree.tree_map(torch.clone, nu)
     change = method.at(0.0).f(nu, g)
     _check_structure(name, nu, change)
@@ -44,7 +46,8 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     P = method.at(0.0).P(after)
     if not isinstance(P, Preconditioner):
         raise SpecError(
-            f"{name}.P(nu) is {_what(P)}; it must be a preconditioner: dvi.Scalar(p) for p·I, dvi.Diagonal(p) for diag(p)."
+            f"{name}.P(nu) is {_what(P)}; it must be a preconditioner: dvi.Scalar(p) for p·I, "
+            "dvi.Diagonal(p) for diag(p)."
         )
     if P.apply(g).shape != g.shape:
         raise SpecError(f"{name}.P(nu) does not act on vectors of shape {list(g.shape)}.")

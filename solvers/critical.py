@@ -1,8 +1,8 @@
 """The critical subspace: the eigenpairs of the effective Hessian near and above 2, followed along a run.
 
 A warm-started block method (LOBPCG with stored products: one block product with the Hessian per iteration).  The block
-always holds one vector more than the critical ones, so that the next eigenvalue to arrive is seen coming; at intervals a
-Krylov space from a random start looks for one that the block is blind to.  A block spans an invariant subspace, so
+always holds one vector more than the critical ones, so that the next eigenvalue to arrive is seen coming; at intervals
+a Krylov space from a random start looks for one that the block is blind to.  A block spans an invariant subspace, so
 nothing jumps when two eigenvalues cross inside it.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.protocol import Array
+from dvi.solvers.protocol import Array, host
 
 Operator = Callable[[Tensor], Tensor]  # V [d, m] -> A V [d, m], A symmetric
 
@@ -203,7 +203,7 @@ class CriticalSubspace:
 
 def _small(X: Tensor, AX: Tensor) -> Array:
     """XᵀAX, symmetrised, host float64."""
-    G = np.asarray((X.double().T @ AX.double()).cpu())
+    (G,) = host(X.double().T @ AX.double())
     return 0.5 * (G + G.T)
 
 

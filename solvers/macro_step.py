@@ -31,7 +31,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Node, Rate, State, StepResult, combine, host
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.watch import Sighting, Watch, empty_frame
 
 _OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
 
@@ -42,7 +42,7 @@ class Here:
 
     loss: float
     g: Tensor
-    seen: Sighting | None
+    seen: Sighting
     frame: Frame
 
 
@@ -103,7 +103,7 @@ class MacroStep:
         size, landing = memory.h, True
         for _ in range(self.max_rejections):
             size = min(size, self.h_max)
-            length = self._land(here.seen, size) if landing else size
+            length = self._land(here.seen, size) if landing and flow.constrained else size
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             try:
@@ -119,7 +119,7 @@ class MacroStep:
             if isinstance(tried, float):  # rejected: the step to try next
                 size, landing = max(self.h_min, tried), False
                 continue
-            return self._accept(memory, here, y, length, size, tried)
+            return self._accept(flow, here, y, length, size, tried)
         raise StepError(
             f"MacroStep at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol, or use Euler(0.25) to "
             "see what happens there."
@@ -130,7 +130,7 @@ class MacroStep:
         here = memory.here or self._evaluate(flow, y, None, memory.h)
         lin = flow.linearised(y, here.g, here.frame)
         X = _multiplier(flow, lin, self.gamma(memory.h), None)
-        return _node(y.t, here, here.frame, X, y.t, lin.drift(X))
+        return _node(flow, y.t, here, here.frame, X, y.t, lin.drift(X))
 
     # ---- inside ---------------------------------------------------------------------------------------
 
@@ -139,10 +139,8 @@ class MacroStep:
         """Baumgarte rate: a gap is closed at this rate per unit time."""
         return 4 / max(h, 2.0)
 
-    def _land(self, seen: Sighting | None, h: float) -> float:
+    def _land(self, seen: Sighting, h: float) -> float:
         """Shorten the step so that it ends where the next eigenvalue is predicted to arrive at 2."""
-        if seen is None:
-            return h
         for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
             if value < 2 - 1e-3 and rate > 1e-7:
                 arrival = (2 - value) / rate
@@ -158,25 +156,23 @@ class MacroStep:
         if known is None:
             loss, g = flow.value_and_grad(y)
             known = float(loss), g
-        seen = self.watch.look(flow, y, last, h) if flow.constrained else None
+        if not flow.constrained:
+            return Here(*known, self.watch.glance(flow, y, last), empty_frame(flow, y))
+        seen = self.watch.look(flow, y, last, h)
         return Here(*known, seen, self._frame(flow, y, seen, h))
 
-    def _frame(self, flow: Flow, y: State, seen: Sighting | None, h: float) -> Frame:
-        if seen is None:
-            empty = y.w.new_zeros(len(y.w), 0)
-            return flow.frame(y, empty, empty)
+    def _frame(self, flow: Flow, y: State, seen: Sighting, h: float) -> Frame:
+        """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
         return replace(self.watch.frame(flow, y, seen, h), on_edge=True)
 
-    def _accept(
-        self, memory: MacroMemory, here: Here, y: State, length: float, tried: float, new: _Accepted
-    ) -> StepResult:
+    def _accept(self, flow: Flow, here: Here, y: State, length: float, tried: float, new: _Accepted) -> StepResult:
         grown = length * float(np.clip(0.85 * (self.tol / max(new.error, 1e-300)) ** (1 / 3), 0.3, 2.0))
         # A step that was cut to land says little about the next one.
         cut = length < 0.7 * tried
         h = max(0.9 * tried, length) if cut and new.error <= 0.2 * self.tol else grown
         h = float(np.clip(h, self.h_min, self.h_max))
-        before = None if here.seen is None else (here.frame, here.seen.block.V, length)
-        node = _node(y.t, here, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
+        before = (here.frame, here.seen.block.V, length)
+        node = _node(flow, y.t, here, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
         return StepResult(new.y, MacroMemory(h, new.here, before), node, _hermite(y, new.y, new.rate, new.end_rate))
 
 
@@ -231,8 +227,8 @@ class _Attempt:
             return self._retry(error)
 
         begin, finish = Rate(first["w"], first["nu"]), Rate(last["w"], last["nu"])
-        if self.here.seen is None:
-            here = Here(float(loss), g, None, self.here.frame)
+        if not flow.constrained:
+            here = self.config._evaluate(flow, end, self.here.seen, h, (float(loss), g))
             return _Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
         seen = self.config.watch.look(flow, end, self.here.seen, h, self._guess())
@@ -254,8 +250,10 @@ class _Attempt:
 
     def _radius(self) -> float:
         """Spectral radius of the flow's Jacobian: λ ≤ 2 in w, and ν's own decay."""
-        top = 2.0 if self.here.seen is None else float(self.here.seen.eigenvalues[0])
-        return max(2.1, 1.05 * top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
+        top = float(self.here.seen.eigenvalues[0])
+        # without a constraint the sharpness rises as it likes, and is known to a tenth only
+        top *= 1.05 if self.flow.constrained else 1.2
+        return max(2.1, top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
 
     def _retry(self, error: float) -> float:
         if not np.isfinite(error):
@@ -278,15 +276,15 @@ class _Attempt:
                 (0.4 * h, {n: last[n] for n in names}),
             ]
         )
-        error = float(d["w"].norm())
+        error: float = torch.linalg.vector_norm(d["w"]).item()
         if not np.isfinite(error):
             return error
         end = State(raw["w"], raw["nu"], self.y.t + h)
         other = State(raw["w"], combine([(1.0, raw["nu"]), (0.5, d["nu"])]), end.t)
         try:
-            shift = h * float((self.flow.velocity(end, g) - self.flow.velocity(other, g)).norm())
+            shift = h * float(torch.linalg.vector_norm(self.flow.velocity(end, g) - self.flow.velocity(other, g)))
         except DomainError:
-            return np.inf
+            return float("inf")
         return max(error, shift)
 
     # ---- frames ---------------------------------------------------------------------------------------
@@ -297,14 +295,12 @@ class _Attempt:
         if before is None or not frame.k or before[0].k != frame.k:
             return frame
         old, V_old, h_old = before
-        assert self.here.seen is not None
         R = _polar(host(self.here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
         turned = torch.as_tensor(skron(R)).to(frame.T) @ old.T
         return replace(frame, T=frame.T + min(2.0, self.h / h_old / 2) * (frame.T - turned))
 
     def _guess(self) -> Tensor | None:
         """Eigenvectors extrapolated to the end of the step."""
-        assert self.here.seen is not None
         V, before = self.here.seen.block.V, self.memory.before
         if before is None or before[1].shape != V.shape:
             return None
@@ -334,9 +330,7 @@ class _Attempt:
                 Z_end = R @ (self.h * X_end) @ R.T
                 if z.any():
                     at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
-                    change = combine(
-                        [(0.5, _pair(lin.kick(Z))), (0.5, _pair(at_start)), (-1.0, _pair(at_middle))]
-                    )
+                    change = combine([(0.5, _pair(lin.kick(Z))), (0.5, _pair(at_start)), (-1.0, _pair(at_middle))])
                     bend = float(change[0].norm())
                     moved = _displaced(end, change)
                     if bend > 4 * self.config.tol and not self.final:
@@ -396,12 +390,12 @@ def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
     return State(w, nu, y.t)
 
 
-def _node(t: float, here: Here, frame: Frame, X: Array, X_time: float, rate: Rate) -> Node:
+def _node(flow: Flow, t: float, here: Here, frame: Frame, X: Array, X_time: float, rate: Rate) -> Node:
     return Node(
         t=t,
         loss=here.loss,
         grad_sq=float(here.g @ here.g),
-        eigenvalues=np.empty(0) if here.seen is None else here.seen.eigenvalues,
+        eigenvalues=here.seen.eigenvalues if flow.constrained else here.seen.eigenvalues[:1],
         U=frame.U,
         HU=frame.HU,
         X=X,

@@ -62,8 +62,6 @@ def rkc(f: Callable[[Any], Any], y: Any, h: float, s: int, f0: Any) -> Any:
     for j in range(2, s + 1):
         mu, nu = 2 * c.b[j] * c.w0 / c.b[j - 1], -c.b[j] / c.b[j - 2]
         slope = 2 * c.b[j] * c.w1 / c.b[j - 1]
-        after = combine(
-            [(1 - mu - nu, y), (mu, now), (nu, before), (slope * h, f(now)), (-c.a[j - 1] * slope * h, f0)]
-        )
+        after = combine([(1 - mu - nu, y), (mu, now), (nu, before), (slope * h, f(now)), (-c.a[j - 1] * slope * h, f0)])
         before, now = now, after
     return now

@@ -53,7 +53,7 @@ class Watch:
     survey_every: float = 20.0
 
     def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
-        """The eigenpairs at y, wanted down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
+        """The eigenpairs at y, down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
         A = flow.effective_hessian(y)
         if last is None:
             block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
@@ -70,8 +70,25 @@ class Watch:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
         return Sighting(block, self._rates(last, block, y.t), y.t, surveyed)
 
+    def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
+        """The leading eigenvalue alone, to a tenth: all that a flow without constraint needs for its step size.
+
+        Args:
+            flow, y: where.
+            last: the last sighting, given back as it is if it is younger than ``every`` unit times.
+            every: unit times between looks.
+        """
+        if last is not None and y.t < last.t + every * (1 - 1e-9):
+            return last
+        A = flow.effective_hessian(y)
+        tol = 0.1 * max(1.0, 0.0 if last is None else float(last.eigenvalues[0]))
+        only = np.inf  # no eigenvalue is wanted beyond the leading one
+        subspace = self.subspace
+        block = subspace.start(A, y.w, only, tol) if last is None else subspace.follow(A, last.block, only, tol)
+        return Sighting(block, np.zeros(block.size), y.t, y.t)
+
     def critical(self, seen: Sighting, h: float) -> int:
-        """How many leading eigenvectors the constraint must hold over the next h: contiguous, and converged ones only."""
+        """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only."""
         reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
         k = int(np.argmin(reach >= CRITICAL)) if not (reach >= CRITICAL).all() else len(reach)
         sharp = seen.block.residuals <= 20 * self.subspace.tol
@@ -97,3 +114,7 @@ class Watch:
         return np.where(known, rates, fastest)
 
 
+def empty_frame(flow: Flow, y: State) -> Frame:
+    """The frame of a flow without constraint: k = 0."""
+    nothing = y.w.new_zeros(len(y.w), 0)
+    return flow.frame(y, nothing, nothing)
