@@ -1,0 +1,75 @@
+"""What a backend of derivatives answers, and the first derivative, which all of them share.
+
+A loss is a sequence of *parts*, scalar functions of the flat weights whose sum it is.  Parts are differentiated one
+after the other and their derivatives added, so memory is that of the largest part and the sums are exact.
+Directions are rows here; the public interface of :class:`~dvi.problems.problem.Problem` has them as columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Part = Callable[[Tensor], Tensor]
+
+
+class Derivatives(Protocol):
+    """Second and third derivatives of a sum of parts."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Typical cost of one of each kind of derivative, in gradients (keys as in the ledger)."""
+
+    def hvp(self, w: Tensor, V: Tensor) -> Tensor:
+        """Rows H(w) vᵢ [k, d] for the rows vᵢ of V [k, d]."""
+
+    def pairs(self, w: Tensor, U: Tensor) -> Tensor:
+        """Rows T[uᵢ, uⱼ] = ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for i ≤ j, row by row, unscaled."""
+
+    def weighted_squares(self, w: Tensor, U: Tensor, x: Tensor) -> Tensor:
+        """Return the sum Σᵢ xᵢ T[uᵢ, uᵢ] [d]."""
+
+    def along(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """Return the matrices uᵢᵀ T[v] uⱼ [m, k, k] for the rows v of V [m, d]."""
+
+
+def value_and_gradient(parts: Sequence[Part], w: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss [] and gradient [d] of the sum of the parts at w [d]."""
+    total = w.new_zeros(())
+    gradient = torch.zeros_like(w)
+    with torch.enable_grad():
+        for part in parts:
+            x = w.detach().requires_grad_()
+            value = part(x)
+            total += value.detach()
+            gradient += pull(value, x)
+    return total, gradient
+
+
+def pull(y: Tensor, x: Tensor, v: Tensor | None = None, *, again: bool = False, keep: bool = False) -> Tensor:
+    """Return the product vᵀ ∂y/∂x, zero where y does not depend on x.
+
+    Args:
+        y: what is differentiated.
+        x: the leaf it is differentiated with respect to.
+        v: the cotangent; None for a scalar y.
+        again: whether the result is to be differentiated once more.
+        keep: whether y will be differentiated once more, with another v.
+
+    """
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (product,) = torch.autograd.grad(y, x, v, create_graph=again, retain_graph=again or keep, allow_unused=True)
+    return torch.zeros_like(x) if product is None else product
+
+
+def matrix_from_pairs(values: Tensor, k: int) -> Tensor:
+    """Symmetric matrices [..., k, k] from their upper triangles [..., k(k+1)/2], row by row."""
+    i, j = torch.triu_indices(k, k, device=values.device)
+    full = values.new_empty(*values.shape[:-1], k, k)
+    full[..., i, j] = values
+    full[..., j, i] = values
+    return full

@@ -1,0 +1,9 @@
+"""What can be wrong with a problem, as exceptions."""
+
+
+class ProblemError(ValueError):
+    """A loss, a module, data or an argument that does not make a well-posed problem; the message says which and why."""
+
+
+class DerivativeError(ProblemError):
+    """A derivative of the loss that is wrong, not available or not finite; the message names the cause."""

@@ -1,0 +1,373 @@
+"""A loss of flat weights and all the derivatives that a central flow asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from dvi.problems.autodiff import Autodiff
+from dvi.problems.check import Discrepancy, find_discrepancy
+from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
+from dvi.problems.errors import DerivativeError, ProblemError
+from dvi.problems.finite_difference import FiniteDifference
+from dvi.problems.ledger import Ledger
+from dvi.problems.timing import measure
+
+if TYPE_CHECKING:
+    from dvi.problems.module import ModuleProblem
+
+NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
+
+Backend = Literal["autodiff", "finite-difference"]
+
+
+class Problem:
+    """A loss L(w) of flat weights w [d], its derivatives, and a ledger of what was asked.
+
+    Public methods validate their arguments and count; the backend computes.  Everything happens in the dtype and on
+    the device of ``w0``.
+
+    Args:
+        loss: the function w [d] -> L []; or a sequence of such functions, whose sum is the loss.  The parts of a sum
+            are differentiated one at a time, so memory is that of the largest one.
+        w0: initial weights [d], float32 or float64.  Copied.
+        derivatives: "autodiff" (exact) or "finite-difference" (differences of gradients: fewer demands on the loss
+            and cheaper; on small networks H is good to about 1e-10 and T to 1e-7, in float32 to 1e-4 and 1e-3).
+        max_directions: how many directions automatic differentiation takes at once.  1 needs the least memory and is
+            fastest on a CPU; more helps a GPU whose kernels are small, if every operation has a batching rule.
+        name: what the problem is called in results.
+
+    Attributes:
+        w0: the initial weights [d].
+        ledger: counts of evaluations so far.
+
+    Raises:
+        ProblemError: if the loss at ``w0`` is no finite scalar that depends on w and is the same when asked twice.
+
+    """
+
+    def __init__(
+        self,
+        loss: Part | Sequence[Part],
+        w0: Tensor,
+        *,
+        derivatives: Backend = "autodiff",
+        max_directions: int = 1,
+        name: str | None = None,
+    ) -> None:
+        self._parts: tuple[Part, ...] = (loss,) if callable(loss) else tuple(loss)
+        if not self._parts:
+            raise ProblemError("a loss of no parts at all")
+        if not isinstance(max_directions, int) or max_directions < 1:
+            raise ProblemError(f"max_directions counts directions, at least 1; got {max_directions!r}")
+        self.w0 = _flat_weights(w0)
+        self.name = name or getattr(loss, "__name__", None) or type(self).__name__
+        self.ledger = Ledger()
+        self._derivatives: Derivatives
+        if derivatives == "autodiff":
+            self._derivatives = Autodiff(self._parts, self.ledger, max_directions)
+        elif derivatives == "finite-difference":
+            self._derivatives = FiniteDifference(self._parts, self.ledger)
+        else:
+            raise ProblemError(f'derivatives is "autodiff" or "finite-difference", not {derivatives!r}')
+        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
+        self.derivatives: Backend = derivatives
+        self._measured = False
+        self._try_loss()
+
+    @classmethod
+    def from_module(
+        cls,
+        model: torch.nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> ModuleProblem:
+        """Return the loss ``criterion(model(inputs), targets)`` as a function of the model's parameters, flat.
+
+        See :class:`~dvi.problems.module.ModuleProblem` for the arguments and what is refused.
+        """
+        from dvi.problems.module import ModuleProblem
+
+        return ModuleProblem(model, criterion, inputs, targets, chunk_size, **options)
+
+    @property
+    def dim(self) -> int:
+        """Number d of weights."""
+        return self.w0.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights and derivatives."""
+        return self.w0.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of weights and derivatives."""
+        return self.w0.device
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}({self.name!r}, dim={self.dim}, dtype={self.dtype}, device={str(self.device)!r})"
+
+    def value(self, w: Tensor) -> Tensor:
+        """Return the loss L(w) [], forward only.
+
+        Raises:
+            ProblemError: if ``w`` is not of the shape, dtype and device of ``w0``, or the loss is not finite.
+
+        """
+        self._check_weights(w)
+        self.ledger.values += 1
+        with torch.no_grad():
+            total = w.new_zeros(())
+            for part in self._parts:
+                total += part(w.detach())
+        return self._finite_loss(total)
+
+    def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss L(w) [] and its gradient [d].
+
+        Raises:
+            ProblemError: if ``w`` is not of the shape, dtype and device of ``w0``, or the loss is not finite.
+            DerivativeError: if the gradient is not finite.
+
+        """
+        self._check_weights(w)
+        self.ledger.gradients += 1
+        value, gradient = value_and_gradient(self._parts, w)
+        return self._finite_loss(value), _finite(gradient, "gradient")
+
+    def hvp(self, w: Tensor, V: Tensor) -> Tensor:
+        """Hessian-vector products H(w) V [d, k] for a block V [d, k]; a vector V [d] gives a vector [d].
+
+        Raises:
+            ProblemError: if an argument is not of the right shape, dtype and device.
+            DerivativeError: if the products are not available or not finite.
+
+        """
+        self._check_weights(w)
+        if isinstance(V, Tensor) and V.ndim == 1:
+            return self.hvp(w, V[:, None])[:, 0]
+        self._check_block(V, "V")
+        if V.shape[1] == 0:
+            return V.clone()
+        return _finite(self._derivatives.hvp(w, _rows(V)).T, "Hessian-vector product")
+
+    def hessian_gradient(self, w: Tensor, U: Tensor) -> Tensor:
+        """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order.
+
+        That is ``torch.triu_indices(k, k)``, row by row, with off-diagonal rows times √2: the rows' inner product with
+        svec(X) is ∇³L[UXUᵀ].
+
+        Raises:
+            ProblemError: if an argument is not of the right shape, dtype and device.
+            DerivativeError: if the derivatives are not available or not finite.
+
+        """
+        self._check_weights(w)
+        self._check_block(U, "U")
+        k = U.shape[1]
+        if k == 0:
+            return U.new_zeros(0, self.dim)
+        rows = self._derivatives.pairs(w, _rows(U))
+        i, j = torch.triu_indices(k, k, device=self.device)
+        rows[i != j] *= math.sqrt(2)
+        return _finite(rows, "third derivative")
+
+    def hessian_gradient_of(self, w: Tensor, U: Tensor, X: Tensor) -> Tensor:
+        """Return the vector ∇³L(w)[U X Uᵀ] [d] for U [d, k] and X [k, k], in as many contractions as X has rank.
+
+        Only the symmetric part of X counts, of any signature: ∇³L is symmetric.
+
+        Raises:
+            ProblemError: if an argument is not of the right shape, dtype and device.
+            DerivativeError: if the derivative is not available or not finite.
+
+        """
+        self._check_weights(w)
+        self._check_block(U, "U")
+        weights, directions = self._principal_directions(U, X)
+        if len(weights) == 0:
+            return torch.zeros_like(w)
+        return _finite(self._derivatives.weighted_squares(w, directions, weights), "third derivative")
+
+    def hessian_derivative(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """Return the matrices Uᵀ (d/dε H(w+εv)) U [m, k, k] for U [d, k] and each column v of V [d, m].
+
+        Raises:
+            ProblemError: if an argument is not of the right shape, dtype and device.
+            DerivativeError: if the derivative is not available or not finite.
+
+        """
+        self._check_weights(w)
+        self._check_block(U, "U")
+        self._check_block(V, "V")
+        k, m = U.shape[1], V.shape[1]
+        if k == 0 or m == 0:
+            return U.new_zeros(m, k, k)
+        return _finite(self._derivatives.along(w, _rows(U), _rows(V)), "third derivative")
+
+    def check(self, w: Tensor | None = None) -> None:
+        """Compare first, second and third derivatives at ``w`` (default: w0) with differences, for 20 to 60 gradients.
+
+        They are taken along a random direction and along the gradient, and not counted in the ledger.
+
+        Raises:
+            DerivativeError: if one is wrong, or is not available; the message names the module at fault.
+
+        """
+        w = self.w0 if w is None else w
+        self._check_weights(w)
+        found: Discrepancy | None = None
+        refusal: DerivativeError | None = None
+        with self.ledger.paused():
+            try:
+                found = find_discrepancy(lambda x: value_and_gradient(self._parts, x), self._derivatives, w.detach())
+            except DerivativeError as error:
+                refusal = error
+            if found is None and refusal is None:
+                return
+            what = str(refusal) if found is None else f"{found}, compared with differences"
+            if found is not None and found.order > 1:
+                if self.derivatives == "finite-difference":
+                    raise DerivativeError(
+                        f"{self.name}: {what} of other steps: "
+                        f"this loss bends too sharply for differences in {self.dtype}; "
+                        'take derivatives="autodiff", or float64'
+                    )
+                what += ' (derivatives="finite-difference" needs the gradient only, but no method helps against kinks)'
+            raise DerivativeError(f"{self.name}: {what}.\nAt fault: {self._blame(w.detach())}") from refusal
+
+    def measure_weights(self, repeats: int = 5) -> dict[str, float]:
+        """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.
+
+        Measured once and remembered; nothing but ``ledger.gradient_equivalents`` depends on the result.
+        """
+        if not self._measured:
+            with self.ledger.paused():
+                measured = measure(self, repeats)
+            self.ledger.weights = {**self.ledger.weights, **measured}
+            self._measured = True
+        return dict(self.ledger.weights)
+
+    def outputs(self, w: Tensor, inputs: Any) -> Any:
+        """Return what the model makes of ``inputs``; only problems made from a module have one.
+
+        See :meth:`ModuleProblem.outputs`.
+        """
+        raise ProblemError(NO_MODULE)
+
+    def output_curvature(self, w: Tensor, inputs: Any, U: Tensor, X: Tensor) -> Tensor:
+        """Return ½⟨∇²h, U X Uᵀ⟩ of the model's outputs h; only problems made from a module have one.
+
+        See :meth:`ModuleProblem.output_curvature`.
+        """
+        raise ProblemError(NO_MODULE)
+
+    def load_into(self, model: torch.nn.Module, w: Tensor) -> None:
+        """Write ``w`` into a model's parameters; only problems made from a module have one.
+
+        See :meth:`ModuleProblem.load_into`.
+        """
+        raise ProblemError(NO_MODULE)
+
+    def _blame(self, w: Tensor) -> str:
+        """Where a wrong derivative comes from, in words."""
+        return "the loss function (a detach, a custom backward, a kink, or numbers too large for the dtype?)"
+
+    def _principal_directions(self, U: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights x [r] and rows v [r, d] with Σ xᵢ vᵢvᵢᵀ = U sym(X) Uᵀ, without those that vanish."""
+        k = U.shape[1]
+        if not isinstance(X, Tensor) or X.shape != (k, k):
+            raise ProblemError(f"X is [k, k] with k = {k}, the number of columns of U; got {_describe(X)}")
+        # Tiny, and needed on the host to know the rank.
+        host = X.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(host).all()):
+            raise ProblemError("X has entries that are not finite")
+        weights, Q = torch.linalg.eigh((host + host.T) / 2)
+        used = weights.abs() > 1e-15 * weights.abs().sum()
+        Q = Q[:, used].to(self.device, self.dtype)
+        return weights[used].to(self.device, self.dtype), _rows(U.detach() @ Q)
+
+    def _check_weights(self, w: Tensor) -> None:
+        if not isinstance(w, Tensor) or w.shape != self.w0.shape or w.dtype != self.dtype or w.device != self.device:
+            raise ProblemError(f"w is {_describe(self.w0)}, as w0; got {_describe(w)}")
+
+    def _check_block(self, V: Tensor, name: str) -> None:
+        if not isinstance(V, Tensor) or V.ndim != 2 or V.shape[0] != self.dim:
+            raise ProblemError(f"{name} is [d, k] with d = {self.dim}, one direction a column; got {_describe(V)}")
+        if V.dtype != self.dtype or V.device != self.device:
+            raise ProblemError(f"{name} is {self.dtype} on {self.device}, as w0; got {_describe(V)}")
+
+    def _finite_loss(self, value: Tensor) -> Tensor:
+        if not math.isfinite(value.item()):
+            raise ProblemError(f"the loss of {self.name} is {value.item()} at these weights")
+        return value
+
+    def _generator_states(self) -> list[bytes]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return [state.numpy().tobytes() for state in states]
+
+    def _try_loss(self) -> None:
+        """Refuse a loss that is no finite, deterministic, differentiable scalar at w0."""
+        generators = self._generator_states()
+        depends = False
+        total = 0.0
+        for part in self._parts:
+            with torch.enable_grad():
+                value = part(self.w0.clone().requires_grad_())
+            if not isinstance(value, Tensor) or value.shape != ():
+                raise ProblemError(f"a loss is a scalar tensor of shape (); this one gives {_describe(value)}")
+            if value.dtype != self.dtype or value.device != self.device:
+                raise ProblemError(f"w0 is {self.dtype} on {self.device}, but the loss is {_describe(value)}")
+            depends |= value.requires_grad
+            total += value.item()
+        if not math.isfinite(total):
+            raise ProblemError(
+                f"the loss is {total} at w0: look for NaN or infinity in the data or in w0, or for an overflow"
+            )
+        if not depends:
+            raise ProblemError("the loss does not depend on w (or was detached from it): nothing to differentiate")
+        if generators != self._generator_states():
+            with torch.no_grad():
+                again = sum(part(self.w0).item() for part in self._parts)
+            if again != total:
+                raise ProblemError(
+                    f"the loss draws random numbers: {total} and then {again} at the same w0; "
+                    "a flow needs a deterministic loss (dropout off, data fixed)"
+                )
+
+
+def _flat_weights(w0: Tensor) -> Tensor:
+    if not isinstance(w0, Tensor) or w0.ndim != 1:
+        raise ProblemError(f"w0 is a flat tensor [d]; got {_describe(w0)}")
+    if w0.dtype not in (torch.float32, torch.float64):
+        raise ProblemError(f"w0 is float32 or float64; got {w0.dtype}, which third derivatives cannot be taken in")
+    if w0.numel() == 0:
+        raise ProblemError("w0 is empty: there is nothing to minimise over")
+    return w0.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _rows(V: Tensor) -> Tensor:
+    return V.detach().T.contiguous()
+
+
+def _finite(result: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(result).all()):
+        raise DerivativeError(f"the {what} of the loss has entries that are not finite at these weights")
+    return result
+
+
+def _describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    return f"a tensor {list(x.shape)} of {x.dtype} on {x.device}"

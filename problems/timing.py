@@ -1,0 +1,45 @@
+"""What each kind of evaluation costs on this machine, in gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dvi.problems.problem import Problem
+
+BLOCK = 2  # directions at once: as many as a flow follows most of the time
+
+
+def measure(problem: Problem, repeats: int) -> dict[str, float]:
+    """Median wall-clock time of one of each kind over that of one gradient.
+
+    The kinds take turns, so that a slow spell of the machine falls on all of them.  Each evaluation is at new weights:
+    nothing can be reused from the last.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    U = torch.randn(problem.dim, BLOCK, generator=generator, dtype=torch.float64, device="cpu").to(problem.w0)
+    U = U / torch.linalg.vector_norm(U, dim=0)
+    calls: dict[str, tuple[Callable[[Tensor], object], int]] = {
+        "gradients": (problem.value_and_grad, 1),
+        "values": (problem.value, 1),
+        "hvps": (lambda w: problem.hvp(w, U), BLOCK),
+        "third_derivatives": (lambda w: problem.hessian_gradient(w, U), BLOCK * (BLOCK + 1) // 2),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    shifts = count()
+    for turn in range(repeats + 1):
+        for kind, (call, number) in calls.items():
+            w = problem.w0 * (1 + 1e-6 * next(shifts))
+            start = perf_counter()
+            call(w)  # ends with a check for finite numbers, which waits for the device
+            if turn:  # the first is a rehearsal
+                times[kind].append((perf_counter() - start) / number)
+    gradient = median(times["gradients"])
+    return {kind: median(spent) / gradient for kind, spent in times.items()}
