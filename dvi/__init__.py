@@ -2,7 +2,7 @@
 
 >>> import dvi
 >>> problem = dvi.problems.digits(network="mlp", loss="mse", n=100, width=16)
->>> method = dvi.methods.GradientDescent(lr=0.2)
+>>> method = dvi.methods.GradientDescent(lr=0.1)
 >>> flow = dvi.central_flow(problem, method)
 >>> solution = dvi.solve(flow, steps=3, progress=False)
 >>> solution.status.name, len(solution.t)
@@ -20,7 +20,7 @@ from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Precondition
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
-from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep
+from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, RungeKutta
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
@@ -42,6 +42,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "RunError",
+    "RungeKutta",
     "Scalar",
     "Solution",
     "SpecError",

@@ -10,6 +10,7 @@ from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepE
 from dvi.solvers.euler import Euler
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
+from dvi.solvers.runge_kutta import RungeKutta
 from dvi.solvers.watch import Sighting, Watch
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MacroStep",
     "Node",
     "Rate",
+    "RungeKutta",
     "Sighting",
     "SolverError",
     "State",

@@ -18,7 +18,6 @@ is predicted to arrive at 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.hermite import hermite
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Node, Rate, State, StepResult, combine, host
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import skron, smat, svec
@@ -173,7 +173,7 @@ class MacroStep:
         h = float(np.clip(h, self.h_min, self.h_max))
         before = (here.frame, here.seen.block.V, length)
         node = _node(flow, y.t, here, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
-        return StepResult(new.y, MacroMemory(h, new.here, before), node, _hermite(y, new.y, new.rate, new.end_rate))
+        return StepResult(new.y, MacroMemory(h, new.here, before), node, hermite(y, new.y, new.rate, new.end_rate))
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class _Attempt:
             if self.final:
                 raise DomainError("the state is not finite.")
             return 0.5 * self.h
-        return self.h * min(0.6, max(0.2, 0.8 * (self.config.tol / error) ** (1 / 3)))
+        return float(self.h * np.clip(0.8 * (self.config.tol / error) ** (1 / 3), 0.2, 0.6))
 
     def _embedded_error(
         self, start: dict[str, Any], raw: dict[str, Any], first: dict[str, Any], last: dict[str, Any], g: Tensor
@@ -403,22 +403,3 @@ def _node(flow: Flow, t: float, here: Here, frame: Frame, X: Array, X_time: floa
         g=here.g,
         rate=rate,
     )
-
-
-def _hermite(a: State, b: State, slope_a: Rate, slope_b: Rate) -> Callable[[float], State]:
-    """Cubic dense output between the ends of a step."""
-
-    def at(t: float) -> State:
-        h = b.t - a.t
-        s = (t - a.t) / h
-        w, nu = combine(
-            [
-                ((1 + 2 * s) * (1 - s) ** 2, (a.w, a.nu)),
-                (s * (1 - s) ** 2 * h, _pair(slope_a)),
-                (s**2 * (3 - 2 * s), (b.w, b.nu)),
-                (-(s**2) * (1 - s) * h, _pair(slope_b)),
-            ]
-        )
-        return State(w, nu, t)
-
-    return at
