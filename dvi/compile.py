@@ -272,10 +272,8 @@ class LinearisedFlow:
             )(self._nu_response)
             parts.append(beta_P.T)
         a, B, aP, G, m, *bP = host(*parts)
-        if bP:
-            B = B + 2 * index.weight[:, None] * bP[0]
-        else:
-            B = 0.5 * (B + B.T)
+        # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
+        B = B + 2 * index.weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
         return smat(a) - (aP + aP.T), B, 0.5 * (G + G.T) - self.frame.M - smat(m)
 
     @property

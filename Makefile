@@ -1,0 +1,40 @@
+# Every target sets up what it needs: on a fresh machine `make demo` and `make test` are all there is to do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.docs
+
+.PHONY: demo test lint docs bench clean
+
+# The main job on real data: two optimizers, each beside its central and its stable flow, and the pictures of it.
+demo: $(INSTALLED)
+	$(BIN)/python docs/examples/plot_digits.py
+
+# All tests, and the examples in the docstrings.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --doctest-modules tests dvi $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo "the pages are in docs/_build/html/index.html"
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build docs/gallery runs
