@@ -20,7 +20,7 @@ from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Precondition
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
-from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, RungeKutta
+from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, RungeKutta, TorchDiffEq
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
@@ -50,6 +50,7 @@ __all__ = [
     "State",
     "Status",
     "StoreError",
+    "TorchDiffEq",
     "central_flow",
     "compare",
     "discrete",

@@ -158,7 +158,8 @@ def compare(
     first = next(iter(compiled.values()))
     observer = Observer(tuple(coordinates), test_inputs)
     about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
-    keeper = Keeper(path, about, problem, every=checkpoint_every)
+    identity = dict(about)
+    keeper = Keeper(path, identity, problem, every=checkpoint_every)
     saved = keeper.checkpoint() if resume else None
     if saved is None:
         start, told = warm_up(first, warm_start)
@@ -168,6 +169,7 @@ def compare(
         name: make_process(flow, integrator if name == "central" else None, start, grid, observer, eigen_every)
         for name, flow in compiled.items()
     }
+    about["warm_start"] = next(iter(processes.values())).origin
     pairs = list(combinations(runs, 2))
     distance: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     done = 0
@@ -204,12 +206,12 @@ def compare(
                 bar.update(1)
                 keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
         except KeyboardInterrupt:
-            keeper.write(result(Status.INTERRUPTED), None)
+            keeper.write(result(Status.INTERRUPTED), checkpoint())
             raise
         except FAILURES as error:
             status, failure = classify(error), error
     race = result(status)
-    keeper.write(race, None)
+    keeper.write(race, checkpoint())
     if failure is not None and throw:
         raise RunError(status, f"{detail(failure)} ({_where(processes)})", race) from failure
     return race

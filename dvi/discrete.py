@@ -27,8 +27,9 @@ class Discrete(CompiledFlow):
         P = self.method.at(y.t).P(y.nu)
         P.check(g)
         w = y.w - P.solve(g)
-        loss, g_next = self.problem.value_and_grad(w)
-        return State(w, self.method.update(y.nu, g_next, y.t + 1), y.t + 1), loss, g_next
+        nu, t = y.nu, y.t + 1
+        loss, g_next = self.value_and_grad(State(w, nu, t))
+        return State(w, self.method.update(nu, g_next, t), t), loss, g_next
 
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:

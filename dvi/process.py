@@ -61,10 +61,11 @@ class Process(ABC):
         """What was recorded until now."""
 
     def weights(self, i: int) -> Tensor:
-        """The weights [d] to compare at grid point i; each point is fetched once, in order."""
+        """The weights [d] to compare at grid point i; points are fetched in order, earlier ones are forgotten."""
         while i not in self.ready:
             self.advance()
-        return self.ready.pop(i)
+        self.ready = {j: w for j, w in self.ready.items() if j >= i}
+        return self.ready[i]
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, as plain data (see :mod:`dvi.freeze`)."""
@@ -89,8 +90,7 @@ class Process(ABC):
         if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
             return np.empty(0)
         self.seen = watch.look(self.flow, y, self.seen, self.eigen_every)
-        sharp = self.seen.block.residuals <= 20 * watch.subspace.tol
-        return self.seen.eigenvalues[: int(np.argmin(sharp)) if not sharp.all() else len(sharp)]
+        return self.seen.shown
 
     def _cost(self, t: list[float]) -> Cost:
         total = Ledger(**(self.counts[-1] if self.counts else {}), weights=self.flow.problem.ledger.weights)

@@ -102,7 +102,6 @@ class Keeper:
         self.path = None if path is None else Path(path)
         self.every, self.pause = every, every
         self.last = time.monotonic()
-        self.bytes: bytes | None = None
         self.device = problem.w0.device
         w0 = problem.w0.detach().cpu().contiguous()
         self.identity = json.dumps(
@@ -126,8 +125,8 @@ class Keeper:
                 raise StoreError(
                     f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from."
                 )
-            self.bytes = bytes(file["checkpoint"][()])
-        saved: dict[str, Any] = from_bytes(self.bytes, self.device)
+            data = bytes(file["checkpoint"][()])
+        saved: dict[str, Any] = from_bytes(data, self.device)
         if saved["identity"] != self.identity:
             raise StoreError(
                 f"{self.path} belongs to another run: {_difference(saved['identity'], self.identity)}. "
@@ -148,14 +147,12 @@ class Keeper:
         self.last = time.monotonic()
         self.pause = max(self.every, 20 * (self.last - began))
 
-    def write(self, result: Comparison, state: dict[str, Any] | None) -> None:
-        """Write the result now, with a new checkpoint or the last one."""
+    def write(self, result: Comparison, state: dict[str, Any]) -> None:
+        """Write the result and the state to go on from now."""
         if self.path is None:
             return
-        if state is not None:
-            self.bytes = to_bytes(state | {"identity": self.identity})
         try:
-            save(result, self.path, self.bytes)
+            save(result, self.path, to_bytes(state | {"identity": self.identity}))
         except StoreError as error:
             error.result = result
             raise
@@ -204,6 +201,7 @@ def _write_comparison(file: Any, race: Comparison) -> None:
     distances = file.create_group("distance")
     for (a, b), values in race.distance.items():
         _put(distances, f"{a}--{b}", values)
+    distances.attrs["pairs"] = json.dumps([f"{a}--{b}" for a, b in race.distance])  # HDF5 lists by name
     file.attrs["runs"] = json.dumps(list(race.runs))
 
 
@@ -211,7 +209,9 @@ def _read_comparison(file: Any) -> Comparison:
     return Comparison(
         t=file["t"][()],
         runs={name: _read_solution(file["runs"][name]) for name in json.loads(file.attrs["runs"])},
-        distance={tuple(name.split("--")): values[()] for name, values in file["distance"].items()},
+        distance={
+            tuple(name.split("--")): file["distance"][name][()] for name in json.loads(file["distance"].attrs["pairs"])
+        },
         status=Status[file.attrs["status"]],
         notes=json.loads(file.attrs["notes"]),
         about=json.loads(file.attrs["about"]),

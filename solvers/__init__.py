@@ -11,6 +11,7 @@ from dvi.solvers.euler import Euler
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
 from dvi.solvers.runge_kutta import RungeKutta
+from dvi.solvers.torchdiffeq import TorchDiffEq
 from dvi.solvers.watch import Sighting, Watch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "State",
     "StepError",
     "StepResult",
+    "TorchDiffEq",
     "Watch",
     "ccp",
     "critical",

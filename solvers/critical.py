@@ -114,8 +114,8 @@ class CriticalSubspace:
             basis.append(r / norm)
         Q, AQ = torch.cat(basis[: len(products)], dim=1), torch.cat(products, dim=1)
         ritz, C = np.linalg.eigh(_small(Q, AQ))
-        # Anything found above the last vector that is kept belongs in the block.
-        if ritz[-1] <= max(want - 0.1, block.eigenvalues[-1] + 1e-6):
+        # What was found is of interest if it is (nearly) wanted, or if it leads; and only if it is not in the block.
+        if ritz[-1] <= max(min(want - 0.1, block.eigenvalues[0]), block.eigenvalues[-1]) + 1e-6:
             return replace(block, draws=draws)
         new = torch.as_tensor(C[:, -1:]).to(Q)
         grown = replace(

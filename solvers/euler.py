@@ -84,7 +84,7 @@ class Euler:
             t=y.t,
             loss=float(loss),
             grad_sq=float(g @ g),
-            eigenvalues=seen.eigenvalues if flow.constrained else seen.eigenvalues[:1],
+            eigenvalues=seen.shown if flow.constrained else seen.eigenvalues[:1],
             U=frame.U,
             HU=frame.HU,
             X=X,

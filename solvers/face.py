@@ -5,23 +5,29 @@ frame of the k directions held at 2.  What ends such a stretch is an event: the 
 changes its rank.  High order needs both located (time-stepping across a breakpoint is of first order at best).
 
 The constraint is held by Baumgarte's term, γ gap + β[X] − α ⪰ 0 ⟂ X: on the exact solution the gap is zero wherever X
-is not, so the term changes nothing there, and numerical drift off 2 decays at the rate γ.
+is not, so the term changes nothing there, and numerical drift off 2 decays at the rate γ.  γ does not depend on the
+step: a γ of order 1/h would make the equation stiff across the constraint, and cost order 4 two of its orders.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.solvers import ccp
-from dvi.solvers.critical import CRITICAL
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State
+from dvi.solvers.critical import CRITICAL, Eigenblock
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 from dvi.solvers.watch import Sighting, Watch, empty_frame
 
 #: An eigenvalue this close to 2 is taken as having arrived; events are located more closely than that.
 ARRIVED = 1e-7
+#: Baumgarte rate, per unit time.
+GAMMA = 1.0
+#: Eigenvalues this far apart have clear eigenvectors.
+CLEAR = 1e-4
 #: A direction that no longer oscillates is let go when its eigenvalue is this far below 2 and its eigenvector is clear.
 RELEASED = 1e-4
 
@@ -31,14 +37,21 @@ class Look:
     """The flow evaluated at a state, k directions held.
 
     Attributes:
-        gaps: signs that tell events, positive on the present stretch: (2 − λ_{k+1}, and the eigenvalues of X − S that
-            would change sign with the rank of X; S = γ gap + β[X] − α).
+        loss, g, seen, X, rate: as in a :class:`~dvi.solvers.protocol.Node`.
+        frame: the frame of the held directions.
+        held: their eigenvectors [d, k]; ``values``: their eigenvalues [k], descending.
+        next_eigenvalue: the largest among the others, the next to arrive.
+        modes: the eigenvalues of X − S (each scaled), descending, S = γ gap + β[X] − α: positive ones oscillate, and
+            one changes its sign when the rank of X changes.
     """
 
     loss: float
     g: Tensor
     seen: Sighting
     frame: Frame
+    held: Tensor
+    values: Array
+    next_eigenvalue: float
     X: Array
     modes: Array
     rate: Rate
@@ -48,12 +61,6 @@ class Look:
         """How many directions oscillate."""
         return int((self.modes > 0).sum())
 
-    @property
-    def next_eigenvalue(self) -> float:
-        """λ_{k+1}, the next to arrive."""
-        values = self.seen.eigenvalues
-        return float(values[self.frame.k]) if len(values) > self.frame.k else -np.inf
-
 
 @dataclass
 class Face:
@@ -62,16 +69,20 @@ class Face:
     Args:
         flow: the flow.
         watch: how eigenpairs are followed; its tolerance bounds the accuracy of X.
-        k: directions held at 2.
-        gamma: Baumgarte rate, per unit time.
+        held: eigenvectors [d, k] of the directions held at 2, where the step began.  Elsewhere the same directions
+            are found by overlap: behind a breakpoint that a trial step has overrun, they are not the leading ones.
         seen: the last sighting.
     """
 
     flow: Flow
     watch: Watch
-    k: int
-    gamma: float
+    held: Tensor
     seen: Sighting | None = None
+
+    @property
+    def k(self) -> int:
+        """How many directions are held."""
+        return int(self.held.shape[1])
 
     def look(self, y: State) -> Look:
         """The flow at y."""
@@ -79,15 +90,17 @@ class Face:
         if not self.flow.constrained:
             self.seen = self.watch.glance(self.flow, y, self.seen)
             lin = self.flow.linearised(y, g, frame := empty_frame(self.flow, y))
-            nothing = np.zeros((0, 0))
-            return Look(float(loss), g, self.seen, frame, nothing, np.empty(0), lin.drift(None))
+            none, nothing = np.empty(0), np.zeros((0, 0))
+            return Look(float(loss), g, self.seen, frame, self.held, none, -np.inf, nothing, none, lin.drift(None))
         self.seen = self.sight(y)
         block = self.seen.block
-        frame = self.flow.frame(y, block.V[:, : self.k], block.AV[:, : self.k])
+        mix, values, following = self._recognise(block)
+        held = block.V @ mix
+        frame = self.flow.frame(y, held, block.AV @ mix)
         lin = self.flow.linearised(y, g, frame)
         X, modes = np.zeros((0, 0)), np.empty(0)
         if self.k:
-            solved = ccp.solve(lin.alpha - self.gamma * lin.gap, lin.beta)
+            solved = ccp.solve(lin.alpha - GAMMA * lin.gap, lin.beta)
             self.flow.count_ccp()
             X = solved.X
             # X and S share their eigenvectors; scaled to one size, X − S shows both with their signs.
@@ -95,7 +108,32 @@ class Face:
             dual = np.linalg.norm(solved.S) or 1.0
             modes = np.linalg.eigvalsh(X / size - solved.S / max(dual, float(np.abs(lin.alpha).max())))[::-1].copy()
             modes[np.abs(modes) < 1e-12] = 0.0
-        return Look(float(loss), g, self.seen, frame, X, modes, lin.drift(X))
+        return Look(float(loss), g, self.seen, frame, held, values, following, X, modes, lin.drift(X))
+
+    def _recognise(self, block: Eigenblock) -> tuple[Tensor, Array, float]:
+        """The held directions among the eigenvectors: coefficients [m, k], eigenvalues [k], and the next eigenvalue.
+
+        Close to an arrival the held and the arriving eigenvalue nearly coincide, and their eigenvectors are any
+        rotation of each other; the directions then are what the last clear look saw of them.
+        """
+        (overlap,) = host(block.V.T @ self.held)  # [m, k]
+        values = block.eigenvalues
+        chosen = sorted(np.argsort(-np.linalg.norm(overlap, axis=1), kind="stable")[: self.k].tolist())
+        others = np.delete(np.arange(len(values)), chosen)
+        distance = np.abs(values[chosen][:, None] - values[others][None, :])
+        if not distance.size or distance.min() > CLEAR:
+            mix = np.eye(len(values))[:, chosen]
+            self.held = block.V[:, chosen]
+            return torch.as_tensor(mix).to(block.V), values[chosen], float(values[others].max(initial=-np.inf))
+        near = np.union1d(chosen, others[distance.min(axis=0) <= 10 * CLEAR])
+        left, _, right = np.linalg.svd(overlap[near], full_matrices=True)
+        k = self.k
+        inside, beside = left[:, :k] @ right[:k], left[:, k:]
+        mix = np.zeros((len(values), k))
+        mix[near] = inside
+        rest = np.append(np.linalg.eigvalsh(beside.T @ (values[near][:, None] * beside)), np.delete(values, near))
+        held_values = np.sort(np.linalg.eigvalsh(inside.T @ (values[near][:, None] * inside)))[::-1].copy()
+        return torch.as_tensor(mix).to(block.V), held_values, float(rest.max(initial=-np.inf))
 
     def sight(self, y: State) -> Sighting:
         """The k held eigenpairs and the next, all of them sharp."""
@@ -113,21 +151,17 @@ class Face:
             block, surveyed = subspace.survey(A, block, want), y.t
         return Sighting(block, np.zeros(block.size), y.t, surveyed)
 
-    def arrived(self, y: State) -> int:
-        """How many eigenvalues are at 2 or above."""
+    def arrived(self, y: State) -> Tensor:
+        """Eigenvectors of all eigenvalues at 2 or above: what is to be held from here on, at a start or an arrival."""
         self.seen = self.sight(y)
-        return int((self.seen.eigenvalues >= CRITICAL - ARRIVED).sum())
+        return self.seen.block.V[:, : int((self.seen.eigenvalues >= CRITICAL - ARRIVED).sum())]
 
-    def released(self, look: Look) -> int:
-        """How many directions to hold from here on: those that have clearly left are let go."""
+    def kept(self, look: Look) -> Tensor:
+        """Eigenvectors of what is to be held from here on: directions that have clearly left are let go."""
         k = self.k
-        while k > look.rank and CRITICAL - look.seen.eigenvalues[k - 1] > RELEASED:
+        while k > look.rank and CRITICAL - look.values[k - 1] > RELEASED:
             k -= 1
-        return k
-
-    def with_k(self, k: int) -> Face:
-        """The same with k directions held."""
-        return replace(self, k=k)
+        return look.held[:, :k]
 
     def event(self, before: Look, after: Look) -> bool:
         """Did a breakpoint pass between two looks?"""
@@ -152,7 +186,7 @@ def node_of(look: Look, t: float, constrained: bool = True) -> Node:
         t=t,
         loss=look.loss,
         grad_sq=float(look.g @ look.g),
-        eigenvalues=look.seen.eigenvalues if constrained else look.seen.eigenvalues[:1],
+        eigenvalues=look.seen.shown if constrained else look.seen.eigenvalues[:1],
         U=look.frame.U,
         HU=look.frame.HU,
         X=look.X,

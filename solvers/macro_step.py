@@ -395,7 +395,7 @@ def _node(flow: Flow, t: float, here: Here, frame: Frame, X: Array, X_time: floa
         t=t,
         loss=here.loss,
         grad_sq=float(here.g @ here.g),
-        eigenvalues=here.seen.eigenvalues if flow.constrained else here.seen.eigenvalues[:1],
+        eigenvalues=here.seen.shown if flow.constrained else here.seen.eigenvalues[:1],
         U=frame.U,
         HU=frame.HU,
         X=X,

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from scipy.optimize import brentq
+from torch import Tensor
 
-from dvi.solvers.critical import CriticalSubspace
+from dvi.solvers.critical import CRITICAL, CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import Face, Look, node_of
+from dvi.solvers.face import ARRIVED, Face, Look, node_of
 from dvi.solvers.hermite import hermite
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
 from dvi.solvers.watch import Sighting, Watch
@@ -43,7 +44,8 @@ class Tableau:
     @property
     def c(self) -> Array:
         """Stage times."""
-        return self.matrix.sum(axis=1)
+        times: Array = self.matrix.sum(axis=1)
+        return times
 
     @property
     def matrix(self) -> Array:
@@ -68,16 +70,21 @@ TABLEAUX = {
 }
 
 
+def to_lattice(t: float, h: float) -> float:
+    """How far it is from t to the next multiple of h."""
+    return float((np.floor(t / h + 1e-9) + 1) * h - t)
+
+
 def sharp_watch() -> Watch:
-    """Eigenpairs to 1e-9: X is wanted to high order, and it is as accurate as the eigenvectors."""
-    return Watch(CriticalSubspace(tol=1e-9), survey_every=20.0)
+    """Eigenpairs to 1e-11: just before an arrival two eigenvalues are close, and eigenvectors off by residual/distance."""
+    return Watch(CriticalSubspace(tol=1e-11), survey_every=20.0)
 
 
 @dataclass(frozen=True)
 class FaceMemory:
-    """k directions held at 2, the eigenpairs, and the next step to try."""
+    """Eigenvectors [d, k] of the directions held at 2, the eigenpairs, and the next step to try."""
 
-    k: int
+    held: Tensor
     seen: Sighting
     h: float
 
@@ -89,7 +96,7 @@ class RungeKutta:
     Args:
         order: 2 or 4.
         tol: error allowed per step, in the norm of w, for adaptive steps.
-        h: a fixed step in unit times instead (cut only at breakpoints); for studies of convergence.
+        h: fixed steps between the multiples of h (unit times) instead, cut only at breakpoints: to study convergence.
         h_max: largest adaptive step: beyond about 1.2 an explicit method is unstable at an effective sharpness of 2.
         watch: how eigenpairs are followed.
 
@@ -111,12 +118,12 @@ class RungeKutta:
 
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""
-        face = Face(flow, self.watch, 0, 0.0)
+        face = Face(flow, self.watch, y.w.new_zeros(len(y.w), 0))
         if not flow.constrained:
-            return FaceMemory(0, self.watch.glance(flow, y, None), self.h or 0.1)
-        k = face.arrived(y)
+            return FaceMemory(face.held, self.watch.glance(flow, y, None), self.h or 0.1)
+        held = face.arrived(y)
         assert face.seen is not None
-        return FaceMemory(k, face.seen, self.h or 0.1)
+        return FaceMemory(held, face.seen, self.h or 0.1)
 
     def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One step of at most h unit times, or to the next breakpoint.
@@ -124,11 +131,11 @@ class RungeKutta:
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        size = min(memory.h, h if h > 1e-12 else 1e-12)
+        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h)
         if h - size < 1e-9 * max(1.0, h):
             size = h
         while True:
-            face = Face(flow, self.watch, memory.k, 1 / max(size, 0.05), memory.seen)
+            face = Face(flow, self.watch, memory.held, memory.seen)
             begin = face.look(y)
             try:
                 end, error = self._advance(face, y, begin, size)
@@ -148,21 +155,27 @@ class RungeKutta:
             )
         taken = size
         if flow.constrained and face.event(begin, after):
-            taken = self._locate(face, y, end, begin, after)
-            end, _ = self._advance(face, y, begin, taken)
-            after = face.look(end)
-            k = max(face.arrived(end), face.released(after))
+            # The trial step ran through the breakpoint, so its dense output is off behind it: locate, land, look again.
+            for _ in range(8):
+                located = self._locate(face, y, end, begin, after)
+                end, _ = self._advance(face, y, begin, located)
+                after = face.look(end)
+                closer, taken = taken - located, located
+                if not face.event(begin, after) or closer < 1e-10:
+                    break
+            arriving = after.next_eigenvalue >= CRITICAL - ARRIVED
+            held = face.arrived(end) if arriving else face.kept(after)
         else:
-            k = face.released(after)
+            held = face.kept(after)
         assert face.seen is not None
         following = self.h or float(np.clip(0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order), 0.3, 3.0)) * size
-        memory = FaceMemory(k, face.seen, min(following, self.h_max if self.h is None else following))
+        memory = FaceMemory(held, face.seen, min(following, self.h_max if self.h is None else following))
         dense = hermite(y, end, begin.rate, after.rate)
         return StepResult(end, memory, node_of(begin, y.t, flow.constrained), dense)
 
     def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
         """What a step from y would begin with."""
-        face = Face(flow, self.watch, memory.k, 1 / max(memory.h, 0.05), memory.seen)
+        face = Face(flow, self.watch, memory.held, memory.seen)
         return node_of(face.look(y), y.t, flow.constrained)
 
     def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float]:

@@ -34,6 +34,12 @@ class Sighting:
         """Effective eigenvalues, descending [m]."""
         return self.block.eigenvalues
 
+    @property
+    def shown(self) -> Array:
+        """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
+        blurred = self.block.residuals[1:] > 0.05
+        return self.eigenvalues[: 1 + (int(np.argmax(blurred)) if blurred.any() else len(blurred))]
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -81,11 +87,15 @@ class Watch:
         if last is not None and y.t < last.t + every * (1 - 1e-9):
             return last
         A = flow.effective_hessian(y)
-        tol = 0.1 * max(1.0, 0.0 if last is None else float(last.eigenvalues[0]))
         only = np.inf  # no eigenvalue is wanted beyond the leading one
-        subspace = self.subspace
-        block = subspace.start(A, y.w, only, tol) if last is None else subspace.follow(A, last.block, only, tol)
-        return Sighting(block, np.zeros(block.size), y.t, y.t)
+        if last is None:  # sharp, since a random vector's residual may be small, too
+            block = self.subspace.start(A, y.w, only)
+            return Sighting(block, np.zeros(block.size), y.t, y.t)
+        tol = 0.1 * max(1.0, float(last.eigenvalues[0]))
+        block, surveyed = self.subspace.follow(A, last.block, only, tol), last.surveyed
+        if y.t - surveyed >= self.survey_every:
+            block, surveyed = self.subspace.survey(A, block, only, tol), y.t
+        return Sighting(block, np.zeros(block.size), y.t, surveyed)
 
     def critical(self, seen: Sighting, h: float) -> int:
         """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only."""
