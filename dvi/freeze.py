@@ -22,10 +22,10 @@ def freeze(x: Any) -> Any:
     Raises:
         TypeError: for anything a checkpoint does not know.
     """
+    if isinstance(x, np.generic):  # first: a numpy float64 is a float, too
+        return x.item()
     if x is None or isinstance(x, (bool, int, float, str, Tensor)):
         return x.detach() if isinstance(x, Tensor) else x
-    if isinstance(x, np.generic):
-        return x.item()
     if isinstance(x, np.ndarray):
         return {"__array__": torch.as_tensor(np.ascontiguousarray(x))}
     if dataclasses.is_dataclass(x) and not isinstance(x, type):

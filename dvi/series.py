@@ -22,6 +22,8 @@ _POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_
 OSCILLATES = 1e-7
 #: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
 FELL_OFF = 1e-3
+#: … or once X has been zero on it for so many unit times.
+SILENT = 2.0
 
 
 def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
@@ -49,12 +51,12 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
 def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
     """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on).
 
-    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2; it leaves with the step
-    that gives it none and after which its eigenvalue falls off 2.
+    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2.  It leaves with the step
+    from which on it is given none, once its eigenvalue has fallen off 2, or X has been silent long enough to mean it.
     """
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
-    silent_since: float | None = None  # X is zero on a direction since then, its eigenvalue still at 2
+    silent: list[float] = []  # the nodes at which X was zero on a direction whose eigenvalue is still at 2
     for node, after in zip(nodes, [*nodes[1:], *nodes[-1:]], strict=True):
         x = np.linalg.eigvalsh(node["X"]) if len(node["X"]) else np.empty(0)
         largest = max(largest, float(x.max(initial=0.0)))
@@ -65,12 +67,13 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
             k = min(rank, at_edge)
             found.append((t, "enter", k))
         elif rank < k:
-            silent_since = t if silent_since is None else silent_since
-            if at_edge < k:
-                k = max(rank, at_edge)
-                found.append((silent_since, "leave", k))
+            silent.append(t)
+            meant = len(silent) >= 3 and t - silent[0] >= SILENT
+            if at_edge < k or meant:
+                k = rank if meant else max(rank, at_edge)
+                found.append((silent[0], "leave", k))
         if rank >= k:
-            silent_since = None
+            silent = []
     return found
 
 

@@ -191,10 +191,10 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
 def _settle(optimizer: Discrete, y: State, limit: int, until_stable: bool) -> tuple[State, int, float]:
     """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
     _, g = optimizer.problem.value_and_grad(y.w)
-    watch, seen, first = Watch(), None, float("nan")
+    watch, first = Watch(), float("nan")
     for taken in range(limit + 1):
         if until_stable:
-            seen = watch.look(optimizer, y, seen, 1.0)
+            seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
             sharpness = float(seen.eigenvalues[0])
             first = sharpness if taken == 0 else first
             if sharpness <= CRITICAL:

@@ -76,7 +76,7 @@ def to_lattice(t: float, h: float) -> float:
 
 
 def sharp_watch() -> Watch:
-    """Eigenpairs to 1e-11: just before an arrival two eigenvalues are close, and eigenvectors off by residual/distance."""
+    """Eigenpairs to 1e-11: before an arrival two eigenvalues are close, and eigenvectors off by residual/distance."""
     return Watch(CriticalSubspace(tol=1e-11), survey_every=20.0)
 
 

@@ -77,7 +77,7 @@ class Watch:
         return Sighting(block, self._rates(last, block, y.t), y.t, surveyed)
 
     def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
-        """The leading eigenvalue alone, to a tenth: all that a flow without constraint needs for its step size.
+        """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
 
         Args:
             flow, y: where.
@@ -91,7 +91,7 @@ class Watch:
         if last is None:  # sharp, since a random vector's residual may be small, too
             block = self.subspace.start(A, y.w, only)
             return Sighting(block, np.zeros(block.size), y.t, y.t)
-        tol = 0.1 * max(1.0, float(last.eigenvalues[0]))
+        tol = 0.03 * max(1.0, float(last.eigenvalues[0]))
         block, surveyed = self.subspace.follow(A, last.block, only, tol), last.surveyed
         if y.t - surveyed >= self.survey_every:
             block, surveyed = self.subspace.survey(A, block, only, tol), y.t
