@@ -1,0 +1,81 @@
+"""What the tests share: one thread, one hypothesis profile, and losses whose derivatives are known exactly."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+torch.set_num_threads(1)
+
+# The same examples in every run: a failure in one place is a failure everywhere.  HYPOTHESIS_PROFILE=explore tries
+# others, and more of them.
+EXPLORE = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
+settings.register_profile(
+    "steady",
+    deadline=None,  # the first call of an operator is slow
+    derandomize=True,
+    print_blob=True,
+    max_examples=30,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # most examples are seeds: there is little to shrink
+    suppress_health_check=[HealthCheck.too_slow],  # an example compiles a flow
+)
+settings.register_profile("explore", parent=settings.get_profile("steady"), derandomize=False)
+settings.load_profile("explore" if EXPLORE else "steady")
+
+
+def examples(count):
+    """Settings for a property whose examples are dear: so many of them, twenty times as many when exploring."""
+    return settings(max_examples=20 * count if EXPLORE else count)
+
+
+class CubicLoss:
+    """L(w) = b·w + ½ wᵀAw + ⅙ C[w, w, w]: gradient, Hessian and third derivative in closed form (numpy, float64)."""
+
+    def __init__(self, b, A, C):
+        self.b, self.A, self.C = b, A, C
+
+    @classmethod
+    def random(cls, rng, d):
+        A = rng.normal(size=(d, d))
+        return cls(rng.normal(size=d), A + A.T, symmetric_cube(rng, d))
+
+    @classmethod
+    def with_derivatives(cls, rng, w, g, H):
+        """A random cubic whose gradient and Hessian at w are g and H."""
+        C = symmetric_cube(rng, len(w))
+        A = H - C @ w
+        return cls(g - A @ w - 0.5 * C @ w @ w, A, C)
+
+    def gradient(self, w):
+        return self.b + self.A @ w + 0.5 * self.C @ w @ w
+
+    def hessian(self, w):
+        return self.A + self.C @ w
+
+    def loss(self, like):
+        """The loss as a torch function, in the dtype of ``like``."""
+        b, A, C = (torch.as_tensor(x).to(like) for x in (self.b, self.A, self.C))
+
+        def cubic(w):
+            return b @ w + 0.5 * w @ A @ w + ((C @ w) @ w) @ w / 6
+
+        return cubic
+
+    def problem(self, w0):
+        """The dvi.Problem, from the numpy vector w0."""
+        import dvi
+
+        w0 = torch.as_tensor(w0)
+        return dvi.Problem(self.loss(w0), w0)
+
+
+def symmetric_cube(rng, d):
+    C = rng.normal(size=(d, d, d))
+    return sum(np.transpose(C, axes) for axes in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))) / 6
+
+
+def orthogonal(rng, d):
+    return np.linalg.qr(rng.normal(size=(d, d)))[0]
