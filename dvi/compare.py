@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.discrete import Discrete
@@ -23,6 +24,7 @@ from dvi.solve import (
     classify,
     describe,
     detail,
+    identity,
     make_process,
     progress_bar,
     time_grid,
@@ -158,8 +160,14 @@ def compare(
     first = next(iter(compiled.values()))
     observer = Observer(tuple(coordinates), test_inputs)
     about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
-    identity = dict(about)
-    keeper = Keeper(path, identity, problem, every=checkpoint_every)
+    arguments = {
+        "integrator": repr(integrator),
+        "warm_start": warm_start,
+        "coordinates": list(coordinates),
+        "test_inputs": test_inputs is not None,
+        "eigen_every": float(eigen_every),
+    }
+    keeper = Keeper(path, identity(first, about | arguments), every=checkpoint_every, device=problem.device)
     saved = keeper.checkpoint() if resume else None
     if saved is None:
         start, told = warm_up(first, warm_start)
@@ -169,7 +177,6 @@ def compare(
         name: make_process(flow, integrator if name == "central" else None, start, grid, observer, eigen_every)
         for name, flow in compiled.items()
     }
-    about["warm_start"] = next(iter(processes.values())).origin
     pairs = list(combinations(runs, 2))
     distance: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     done = 0
@@ -178,6 +185,7 @@ def compare(
         distance = {tuple(pair): list(values) for pair, values in saved["distance"]}
         for name, process in processes.items():
             process.restore(saved["processes"][name])
+    about["warm_start"] = next(iter(processes.values())).origin
 
     def result(status: Status) -> Comparison:
         n = min([done, *(len(values) for values in distance.values())])
@@ -200,8 +208,9 @@ def compare(
         try:
             while done < len(grid):
                 w = {name: process.weights(done) for name, process in processes.items()}
-                for a, b in pairs:
-                    distance[a, b].append(_distance(w[a], w[b]))
+                row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
+                for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled
+                    distance[pair][done:] = [value]
                 done += 1
                 bar.update(1)
                 keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
@@ -218,7 +227,7 @@ def compare(
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm())
+    return float(torch.linalg.vector_norm(a - b))
 
 
 def _where(processes: dict[str, Process]) -> str:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
 from dvi.solvers.errors import DomainError
-from dvi.solvers.protocol import Array, Frame, Rate, State, host
+from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
 from dvi.solvers.svec import smat, svec, triu
 
 #: How ½∇²_w f[Σ] is read.  "gradient-covariance": the curvature of f in g only, ½∇²_g f[HΣH], which gives the paper's
@@ -54,7 +54,7 @@ class SpecCalculus:
         self.covariance = covariance
         self.stateless = not pytree.tree_leaves(nu)
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
-        if self.elementwise and not self.stateless:
+        if not self.stateless:
             self._refuse_algebraic(nu, g)
 
     # ---- P --------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class SpecCalculus:
         k = HU.shape[1]
         rows, columns = torch.triu_indices(k, k, device=g.device)
         second = vmap(curvature)(HU.T[rows], HU.T[columns])
-        weight = torch.as_tensor(0.5 * triu(k).weight, dtype=g.dtype, device=g.device)
+        weight = like(0.5 * triu(k).weight, g)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
             slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * T)
@@ -169,50 +169,77 @@ class SpecCalculus:
         ones = slope(pytree.tree_map(torch.ones_like, nu))
         probe = pytree.tree_map(random, nu)
         for diagonal, seen, r in zip(ones, slope(probe), pytree.tree_leaves(probe), strict=True):
-            # both sides are one product and the sums inside f: some hundred eps, relative to the largest entry
-            scale = max(float((diagonal * r).abs().max()), float(seen.abs().max()))
+            # Both sides are one product and the sums inside f: some hundred eps, relative to the largest entry, or to
+            # 1, the size of ∂f/∂ν that would matter beside I.
+            scale = max(1.0, float((diagonal * r).abs().max()), float(seen.abs().max()))
             if float((seen - diagonal * r).abs().max()) > 1e3 * torch.finfo(r.dtype).eps * scale:
                 return False
         return True
 
     def _refuse_algebraic(self, nu: Nu, g: Tensor) -> None:
         method = self.method.at(0.0)
-        ones = pytree.tree_map(torch.ones_like, nu)
-        J = pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (ones,))[1])
-        lowest = min(float((1 + x).min()) for x in J)
-        if lowest <= 1e-8:  # ν then forgets all but 1e-8 of itself in one step
+        if self.elementwise:
+            ones = pytree.tree_map(torch.ones_like, nu)
+            J = pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (ones,))[1])
+            lowest = min(float((1 + x).min()) for x in J)
+        else:
+            lowest = _smallest_singular_value(lambda nu: method.f(nu, g), nu)
+        if abs(lowest) <= 1e-8:  # ν then forgets all but 1e-8 of itself in one step
             raise SpecError(
-                f"{self.method}: 1 + ∂f/∂ν = {lowest:g}, so ν follows the gradient at once (β₂ = 0) and has no "
+                f"{self.method}: 1 + ∂f/∂ν = {lowest:.1g}, so ν follows the gradient at once (β₂ = 0) and has no "
                 "differential equation. Give it some memory (β₂ ≥ 1e-3), which the flow tracks as closely."
             )
+        if lowest < 0:
+            raise SpecError(
+                f"{self.method}: 1 + ∂f/∂ν = {lowest:.3g} is negative: ν overshoots at every step (it alternates), "
+                "which no flow in ν can follow."
+            )
+
+
+class _Flat:
+    """ν as one vector and back."""
+
+    def __init__(self, nu: Nu) -> None:
+        self.leaves, self.spec = pytree.tree_flatten(nu)
+        self.sizes = [x.numel() for x in self.leaves]
+        self.size, self.example = sum(self.sizes), self.leaves[0]
+
+    def unravel(self, flat: Tensor) -> Nu:
+        parts = torch.split(flat, self.sizes)
+        return pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(parts, self.leaves, strict=True)], self.spec)
+
+    @staticmethod
+    def ravel(tree: Nu) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
+
+    def matrix(self, apply: Callable[[Nu], Nu]) -> Tensor:
+        """A linear map of ν as a dense matrix."""
+        eye = torch.eye(self.size, dtype=self.example.dtype, device=self.example.device)
+        columns: Tensor = vmap(lambda v: self.ravel(apply(self.unravel(v))))(eye)
+        return columns.T
+
+
+def _smallest_singular_value(f: Callable[[Nu], Nu], nu: Nu) -> float:
+    """Of I + ∂f/∂ν; 1 where ν is too large to look (the iterative solve then finds out)."""
+    flat = _Flat(nu)
+    if flat.size > _DENSE_LIMIT:
+        return 1.0
+    A = flat.matrix(lambda dnu: pytree.tree_map(torch.add, dnu, jvp(f, (nu,), (dnu,))[1]))
+    return float(torch.linalg.svdvals(A)[-1])
 
 
 def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> Nu:
     """Solve apply(x) = rhs where the entries of ν are coupled."""
     from scipy.sparse.linalg import LinearOperator, gmres
 
-    leaves, spec = pytree.tree_flatten(nu)
-    sizes = [x.numel() for x in leaves]
-
-    def unravel(flat: Tensor) -> Nu:
-        parts = torch.split(flat, sizes)
-        return pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)], spec)
-
-    def ravel(tree: Nu) -> Tensor:
-        return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
-
-    def flat_apply(flat: Tensor) -> Tensor:
-        return ravel(apply(unravel(flat)))
-
-    like, size = leaves[0], sum(sizes)
-    b = vmap(ravel)(rhs) if batched else ravel(rhs)[None]
-    if size <= _DENSE_LIMIT:
-        A = vmap(flat_apply)(torch.eye(size, dtype=like.dtype, device=like.device)).T
-        x = torch.linalg.solve(A, b.T).T
+    flat = _Flat(nu)
+    b = vmap(flat.ravel)(rhs) if batched else flat.ravel(rhs)[None]
+    if flat.size <= _DENSE_LIMIT:
+        x = torch.linalg.solve(flat.matrix(apply), b.T).T
     else:
         operator = LinearOperator(
-            (size, size),
-            matvec=lambda v: flat_apply(torch.as_tensor(v).to(like)).double().cpu().numpy(),
+            (flat.size, flat.size),
+            matvec=lambda v: flat.ravel(apply(flat.unravel(like(v, flat.example)))).double().cpu().numpy(),
             dtype=np.float64,
         )
         rows = []
@@ -220,9 +247,9 @@ def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) ->
             solution, info = gmres(operator, row.double().cpu().numpy(), rtol=1e-10, atol=0.0, maxiter=200)
             if info != 0:
                 raise SpecError("(I + ∂f/∂ν)⁻¹ could not be solved for: is I + ∂f/∂ν singular (ν without memory)?")
-            rows.append(torch.as_tensor(solution).to(like))
+            rows.append(like(solution, flat.example))
         x = torch.stack(rows)
-    return vmap(unravel)(x) if batched else unravel(x[0])
+    return vmap(flat.unravel)(x) if batched else flat.unravel(x[0])
 
 
 @dataclass(frozen=True)
@@ -301,7 +328,7 @@ class LinearisedFlow:
 
     def kick(self, Z: Array) -> Rate:
         """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that is due to oscillations."""
-        z = torch.as_tensor(svec(Z)).to(self.g)
+        z = like(svec(Z), self.g)
         dnu = self.y.nu
         if not self.calculus.stateless:
             dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)

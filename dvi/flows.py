@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dvi.compile import Covariance, Linearisation, LinearisedFlow, SpecCalculus
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
-from dvi.problems import Problem, ProblemError
+from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Frame, State, host
 from dvi.solvers.watch import Watch
@@ -26,7 +26,7 @@ logger = logging.getLogger("dvi")
 MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
-class LossLeftDomainError(ProblemError, DomainError):
+class LossLeftDomainError(NotFiniteError, DomainError):
     """The loss or its gradient is not finite at a state that was tried; an integrator may retry with a smaller step."""
 
 
@@ -91,15 +91,20 @@ class CompiledFlow:
         """L(w) [] and ∇L(w) [d]."""
         try:
             return self.problem.value_and_grad(y.w)
-        except ProblemError as error:
-            if bool(y.w.isfinite().all()) and "finite" not in str(error):
-                raise
+        except NotFiniteError as error:
             raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
         P = self.calculus.checked_P(y.nu, y.t)
-        return lambda V: P.inv_sqrt(self.problem.hvp(y.w, P.inv_sqrt(V)))
+
+        def product(V: Tensor) -> Tensor:
+            try:
+                return P.inv_sqrt(self.problem.hvp(y.w, P.inv_sqrt(V)))
+            except NotFiniteError as error:
+                raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
+
+        return product
 
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
         """The frame U = P^{−1/2}V of orthonormal vectors V [d, k], given AV; T if asked for."""
@@ -169,10 +174,10 @@ class CompiledFlow:
         (UPU,) = host(frame.U.T @ lin.preconditioner.apply(frame.U))
         eigenvalues = np.sort(np.linalg.eigvals(np.linalg.solve(UPU, frame.M)).real)[::-1].copy()
         return Linearisation(
-            alpha=torch.as_tensor(lin.alpha.copy()),
-            beta=torch.as_tensor(lin.beta.copy()),
-            gap=torch.as_tensor(lin.gap.copy()),
-            eigenvalues=torch.as_tensor(eigenvalues),
+            alpha=torch.from_numpy(lin.alpha.copy()),
+            beta=torch.from_numpy(lin.beta.copy()),
+            gap=torch.from_numpy(lin.gap.copy()),
+            eigenvalues=torch.from_numpy(eigenvalues),
             U=frame.U,
             T=frame.T,
             flow=lin,

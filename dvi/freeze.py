@@ -27,7 +27,7 @@ def freeze(x: Any) -> Any:
     if x is None or isinstance(x, (bool, int, float, str, Tensor)):
         return x.detach() if isinstance(x, Tensor) else x
     if isinstance(x, np.ndarray):
-        return {"__array__": torch.as_tensor(np.ascontiguousarray(x))}
+        return {"__array__": torch.from_numpy(np.array(x))}
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         fields = {f.name: freeze(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return {"__class__": f"{type(x).__module__}:{type(x).__qualname__}", "fields": fields}

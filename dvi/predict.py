@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvi.flows import CompiledFlow
-from dvi.solvers.protocol import Array, Node, State, host
+from dvi.solvers.protocol import Array, Node, State, host, like
 
 #: What a flow's observation holds, beside eigenvalues and X; "osc_*" is what oscillations add to the time average.
 Observation = dict[str, Any]
@@ -42,7 +42,7 @@ class Observer:
     def observe_flow(self, flow: CompiledFlow, y: State, node: Node) -> Observation:
         """The observation at a node of a flow."""
         U, HU, g = node.U, node.HU, node.g
-        X = torch.as_tensor(node.X).to(g)
+        X = like(node.X, g)
         index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=g.device)
         rows = HU[index]
         UU, HUHU, MM, slope, lr, square, added = host(
@@ -78,7 +78,7 @@ class Observer:
         outputs = flow.problem.outputs(y.w, self.test_inputs)
         added = torch.zeros_like(outputs)
         if node.k and node.X.any():
-            X = torch.as_tensor(node.X).to(node.U)
+            X = like(node.X, node.U)
             added = flow.problem.output_curvature(y.w, self.test_inputs, node.U, X)
         value, osc = host(outputs, added)
         return {"outputs": value, "osc_outputs": osc}

@@ -79,11 +79,10 @@ class Process(ABC):
 
     _own_state: tuple[str, ...] = ()
 
-    def _count(self, before: Ledger) -> None:
-        """Enter what was spent since ``before`` into this process's own, cumulative ledger."""
-        spent = (self.flow.problem.ledger - before).counts
-        last = self.counts[-1] if self.counts else {}
-        self.counts.append({kind: count + last.get(kind, 0) for kind, count in spent.items()})
+    def _spent(self, before: Ledger, counts: list[dict[str, int]]) -> dict[str, int]:
+        """This process's own, cumulative ledger: the last of ``counts`` and what was spent since ``before``."""
+        last = counts[-1] if counts else {}
+        return {kind: n + last.get(kind, 0) for kind, n in (self.flow.problem.ledger - before).counts.items()}
 
     def _look(self, y: State, watch: Watch) -> Array:
         """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
@@ -117,33 +116,36 @@ class FlowProcess(Process):
         self.finished = False
 
     def advance(self) -> None:
-        """One step of the integrator."""
-        start, before = self.y, self.flow.problem.ledger.copy()
-        result = self.integrator.step(self.flow, self.memory, start, self.origin + self.grid[-1] - start.t)
-        self._count(before)
+        """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
+        start, problem = self.y, self.flow.problem
+        before, end = problem.ledger.copy(), float(self.grid[-1])
+        result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
         node = result.node
-        if not self.nodes and len(node.eigenvalues) and node.eigenvalues[0] > FEASIBLE:
+        if not self.nodes and self.flow.constrained and node.eigenvalues[0] > FEASIBLE:
             raise RunError(
                 Status.INFEASIBLE_START, f"The effective sharpness at the start is {node.eigenvalues[0]:.3f}."
             )
-        seen = self._observe(start, node)
+        counts = [self._spent(before, self.counts)]
         reached = result.y.t - self.origin
-        end = self.grid[-1]
-        self.finished = reached >= end - 1e-9 * max(1.0, end)
-        inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if self.finished else reached)))
+        finished = reached >= end - 1e-9 * max(1.0, end)
+        seen = self._observe(start, node)
+        inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if finished else reached)))
         if len(inside):
             seen |= self.observer.observe_outputs(self.flow, start, node)
-        for i in inside:
-            at_end = self.finished and i == len(self.grid) - 1
-            self.ready[int(i)] = (result.y if at_end else result.interpolate(self.origin + float(self.grid[i]))).w
-        self.nodes.append(self._carry(seen))
-        self.y, self.memory = result.y, result.memory
-        if self.finished:
-            before = self.flow.problem.ledger.copy()
-            last = self.integrator.observe(self.flow, self.memory, self.y)
-            self._count(before)
-            seen = self._observe(self.y, last) | self.observer.observe_outputs(self.flow, self.y, last)
-            self.nodes.append(seen | {"t": float(end)})
+        ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
+        nodes = [self._carry(seen)]
+        if finished:
+            ready[len(self.grid) - 1] = result.y.w
+            before = problem.ledger.copy()
+            last = self.integrator.observe(self.flow, result.memory, result.y)
+            counts.append(self._spent(before, counts))
+            nodes.append(
+                self._observe(result.y, last) | self.observer.observe_outputs(self.flow, result.y, last) | {"t": end}
+            )
+        self.counts.extend(counts)
+        self.nodes.extend(nodes)
+        self.ready |= ready
+        self.y, self.memory, self.finished = result.y, result.memory, finished
 
     def _observe(self, y: State, node: Any) -> Observation:
         seen = self.observer.observe_flow(self.flow, y, node)
@@ -202,7 +204,7 @@ class DiscreteProcess(Process):
         y, loss, g = self.y, self.loss, self.g
         assert loss is not None
         following, next_loss, next_g = self.flow.step(y, g)
-        self._count(before)
+        counts = self._spent(before, self.counts)
         t = y.t - self.origin
         middle = y.w if self.previous is None else 0.25 * (self.previous + 2 * y.w + following.w)
         value, grad_sq, lr, trace, length = host(
@@ -225,9 +227,9 @@ class DiscreteProcess(Process):
         }
         with self.flow.problem.ledger.paused():
             seen["eigenvalues"] = self._look(State(middle, y.nu, y.t), self._watch)
+        self.counts.append(counts)
         self.nodes.append(seen)
-        near = np.flatnonzero(np.abs(self.grid - t) < 1e-9)
-        for i in near:
+        for i in np.flatnonzero(np.abs(self.grid - t) < 1e-9):
             self.ready[int(i)] = middle
         self.previous, self.y, self.loss, self.g = y.w, following, next_loss, next_g
 

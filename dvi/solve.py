@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from dvi.discrete import Discrete
 from dvi.flows import CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
+from dvi.methods.schedules import value_and_slope
 from dvi.predict import Observer
 from dvi.problems import ProblemError
 from dvi.process import DiscreteProcess, FlowProcess, Process
@@ -162,6 +164,30 @@ def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
         "steps": float(steps),
         "dvi": dvi.__version__,
         "torch": str(torch.__version__),
+    }
+
+
+def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this one, in words and numbers that another session would find again.
+
+    A schedule is known by its values, a loss by its value and gradient at the start (six digits: devices differ in the
+    last ones), the starting weights by their bytes.
+    """
+    w0 = flow.problem.w0
+    with flow.problem.ledger.paused():
+        loss, g = flow.problem.value_and_grad(w0)
+    settings = {
+        name: [f"{float(value_and_slope(value, t)[0]):.12g}" for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)]
+        if callable(value)
+        else repr(value)
+        for name, value in flow.method.hyperparameters().items()
+    }
+    return {
+        **{name: value for name, value in about.items() if name not in ("method", "dvi", "torch")},
+        "method": type(flow.method).__qualname__,
+        "hyperparameters": settings,
+        "w0": sha256(w0.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "start": [f"{float(loss):.6g}", f"{float(torch.linalg.vector_norm(g)):.6g}"],
     }
 
 

@@ -7,12 +7,12 @@ from is one dataset of bytes (``checkpoint``) that holds data only, no code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from dvi.compare import Comparison
 from dvi.freeze import from_bytes, to_bytes
-from dvi.problems import Ledger, Problem
+from dvi.problems import Ledger
 from dvi.solution import Cost, Solution
 from dvi.status import Status
 
@@ -64,7 +64,8 @@ def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | No
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when a flush on close fails
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         before = " The file written earlier is intact." if path.exists() else ""
         raise StoreError(
             f"{path} could not be written: {error}.{before} Free some space or choose another path."
@@ -93,20 +94,17 @@ class Keeper:
 
     Args:
         path: the file, or None to keep nothing.
-        about: what the run is; a file of another run is not gone on from.
-        problem: the problem, whose starting weights are fingerprinted.
+        identity: what makes the run this one; a file of another run is not gone on from.
         every: seconds between updates, at least; twenty times as long as an update takes, at least, too.
+        device: where the state is put when it is read back.
     """
 
-    def __init__(self, path: str | Path | None, about: dict[str, Any], problem: Problem, every: float) -> None:
+    def __init__(self, path: str | Path | None, identity: dict[str, Any], every: float, device: torch.device) -> None:
         self.path = None if path is None else Path(path)
         self.every, self.pause = every, every
         self.last = time.monotonic()
-        self.device = problem.w0.device
-        w0 = problem.w0.detach().cpu().contiguous()
-        self.identity = json.dumps(
-            about | {"w0": sha256(w0.numpy().tobytes()).hexdigest()}, sort_keys=True, default=str
-        )
+        self.device = device
+        self.identity = json.dumps(identity, sort_keys=True, default=str)
         if self.path is not None:
             _h5py()
 

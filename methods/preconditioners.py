@@ -80,10 +80,17 @@ class Scalar(Preconditioner):
 
     def effective_lr(self) -> Tensor:
         """1/p."""
-        return torch.as_tensor(1.0 / self.p)
+        if isinstance(self.p, Tensor):
+            return 1.0 / self.p
+        return torch.tensor(1.0 / self.p, dtype=torch.float64, device="cpu")
 
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive."""
+        if isinstance(self.p, Tensor) and self.p.ndim:
+            raise NotPositiveDefiniteError(
+                f"Scalar(p) takes a number or a tensor of shape [], not of shape {list(self.p.shape)}; "
+                "for a vector p write Diagonal(p)."
+            )
         p = float(self.p)
         if not 0 < p < float("inf"):
             raise NotPositiveDefiniteError(
@@ -143,6 +150,10 @@ class Diagonal(Preconditioner):
 
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive, or zero only where the gradient is."""
+        if g is not None and len(self.p) != len(g):
+            raise NotPositiveDefiniteError(
+                f"Diagonal(p) with {len(self.p)} entries cannot act on vectors of {len(g)} weights."
+            )
         low, high = (float(x) for x in torch.aminmax(self.p))
         if not (low >= 0 and high < float("inf")):  # also false for NaN
             bad = int((~(self.p >= 0) | self.p.isinf()).sum())

@@ -78,6 +78,8 @@ class Method:
                 self._check_range(name, value_and_slope(value, 0.0)[0], at=0.0)
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._check_range(name, value)
+            elif name in self.ranges:
+                raise SpecError(f"{type(self).__name__}({name}={value!r}): {name} must be a number or a schedule.")
 
     # ---- what an optimizer declares -------------------------------------------------------------------
 

@@ -49,9 +49,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
             f"{name}.P(nu) is {_what(P)}; it must be a preconditioner: dvi.Scalar(p) for p·I, "
             "dvi.Diagonal(p) for diag(p)."
         )
+    P.check(g)
     if P.apply(g).shape != g.shape:
         raise SpecError(f"{name}.P(nu) does not act on vectors of shape {list(g.shape)}.")
-    P.check(g)
     return after
 
 

@@ -5,7 +5,7 @@ if __name__ != "dvi.problems":  # a second copy under another name would load ev
 
 from dvi.problems.catalogue import digits, sorting
 from dvi.problems.edge import Circle, MatrixSweep
-from dvi.problems.errors import DerivativeError, ProblemError
+from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.ledger import Ledger
 from dvi.problems.module import ModuleProblem
 from dvi.problems.networks import CNN, GPT, MLP, RNN, BetaGELU
@@ -24,6 +24,7 @@ __all__ = [
     "Ledger",
     "MatrixSweep",
     "ModuleProblem",
+    "NotFiniteError",
     "Problem",
     "ProblemError",
     "Quadratic",

@@ -7,3 +7,7 @@ class ProblemError(ValueError):
 
 class DerivativeError(ProblemError):
     """A derivative of the loss that is wrong, not available or not finite; the message names the cause."""
+
+
+class NotFiniteError(DerivativeError):
+    """The loss or a derivative is NaN or infinite at these weights: a trajectory has left its domain, or diverged."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dvi.problems.autodiff import Autodiff
 from dvi.problems.check import Discrepancy, find_discrepancy
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
-from dvi.problems.errors import DerivativeError, ProblemError
+from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.ledger import Ledger
 from dvi.problems.timing import measure
@@ -308,7 +308,7 @@ class Problem:
 
     def _finite_loss(self, value: Tensor) -> Tensor:
         if not math.isfinite(value.item()):
-            raise ProblemError(f"the loss of {self.name} is {value.item()} at these weights")
+            raise NotFiniteError(f"the loss of {self.name} is {value.item()} at these weights")
         return value
 
     def _generator_states(self) -> list[bytes]:
@@ -363,7 +363,7 @@ def _rows(V: Tensor) -> Tensor:
 
 def _finite(result: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(result).all()):
-        raise DerivativeError(f"the {what} of the loss has entries that are not finite at these weights")
+        raise NotFiniteError(f"the {what} of the loss has entries that are not finite at these weights")
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.protocol import Array, host
+from dvi.solvers.protocol import Array, host, like
 
 Operator = Callable[[Tensor], Tensor]  # V [d, m] -> A V [d, m], A symmetric
 
@@ -58,6 +58,9 @@ class CriticalSubspace:
         max_iterations: block products before :class:`ConvergenceError`.
         krylov: dimension of the random look-around (:meth:`survey`).
         seed: of the random vectors.
+
+    Raises:
+        ValueError: if slack is not at least 1: without it nothing is seen coming.
     """
 
     tol: float = 1e-3
@@ -66,19 +69,23 @@ class CriticalSubspace:
     krylov: int = 12
     seed: int = 0
 
-    def start(self, A: Operator, like: Tensor, want: float, tol: float | None = None) -> Eigenblock:
+    def __post_init__(self) -> None:
+        if self.slack < 1 or not self.tol > 0:
+            raise ValueError("CriticalSubspace: slack must be at least 1, tol positive.")
+
+    def start(self, A: Operator, example: Tensor, want: float, tol: float | None = None) -> Eigenblock:
         """Leading eigenpairs from nothing: all above ``want`` and ``slack`` more.
 
         Args:
             A: the operator.
-            like: a vector [d] whose dtype and device are taken.
+            example: a vector [d] whose dtype and device are taken.
             want: every eigenvalue above this is converged (at least the leading one).
             tol: instead of the configured one.
 
         Raises:
             ConvergenceError: if that takes more than ``max_iterations`` block products.
         """
-        V, draws = self._fresh(like, 1 + self.slack, None, 0)
+        V, draws = self._fresh(example, 1 + self.slack, None, 0)
         block = Eigenblock(V, A(V), np.zeros(V.shape[1]), np.full(V.shape[1], np.inf), draws)
         return self.survey(A, self._iterate(A, block, want, tol or self.tol), want, tol)
 
@@ -115,15 +122,16 @@ class CriticalSubspace:
         Q, AQ = torch.cat(basis[: len(products)], dim=1), torch.cat(products, dim=1)
         ritz, C = np.linalg.eigh(_small(Q, AQ))
         # What was found is of interest if it is (nearly) wanted, or if it leads; and only if it is not in the block.
-        if ritz[-1] <= max(min(want - 0.1, block.eigenvalues[0]), block.eigenvalues[-1]) + 1e-6:
+        news = ritz > max(min(want - 0.1, block.eigenvalues[0]), block.eigenvalues[-1]) + 1e-6
+        if not news.any():
             return replace(block, draws=draws)
-        new = torch.as_tensor(C[:, -1:]).to(Q)
+        new = like(C[:, news], Q)
         grown = replace(
             block,
             V=torch.cat([V, Q @ new], dim=1),
             AV=torch.cat([block.AV, AQ @ new], dim=1),
-            eigenvalues=np.append(block.eigenvalues, ritz[-1]),
-            residuals=np.append(block.residuals, np.inf),
+            eigenvalues=np.append(block.eigenvalues, ritz[news]),
+            residuals=np.append(block.residuals, np.full(int(news.sum()), np.inf)),
             draws=draws,
         )
         return self._iterate(A, grown, want, tol or self.tol)
@@ -133,31 +141,33 @@ class CriticalSubspace:
     def _needed(self, eigenvalues: Array, want: float) -> int:
         return max(1, int((eigenvalues > want).sum()))
 
-    def _fresh(self, like: Tensor, count: int, V: Tensor | None, draws: int) -> tuple[Tensor, int]:
+    def _fresh(self, example: Tensor, count: int, V: Tensor | None, draws: int) -> tuple[Tensor, int]:
         """Random orthonormal vectors, orthogonal to V; reproducible from the number of earlier draws."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draws)
-        count = min(count, len(like) - (0 if V is None else V.shape[1]))
-        X = torch.randn(len(like), count, generator=generator, dtype=torch.float64, device="cpu").to(like)
+        count = min(count, len(example) - (0 if V is None else V.shape[1]))
+        X = torch.randn(len(example), count, generator=generator, dtype=torch.float64, device="cpu").to(example)
         return _orthonormal_against(X, V), draws + 1
 
     def _iterate(self, A: Operator, block: Eigenblock, want: float, tol: float) -> Eigenblock:
         """LOBPCG until all Ritz pairs above ``want`` are converged and ``slack`` more vectors are at hand."""
         X, AX, draws = block.V, block.AV, block.draws
         d = X.shape[0]
-        floor = 100 * torch.finfo(X.dtype).eps * max(1.0, float(np.abs(block.eigenvalues).max(initial=1.0)))
+        floor = 2e3 * torch.finfo(X.dtype).eps * max(1.0, float(np.abs(block.eigenvalues).max(initial=1.0)))
         tol = max(tol, floor)
         P = AP = None
         for iteration in range(self.max_iterations + 1):
             ritz, C = np.linalg.eigh(_small(X, AX))
-            ritz, rotation = ritz[::-1].copy(), torch.as_tensor(C[:, ::-1].copy()).to(X)
+            ritz, rotation = ritz[::-1].copy(), like(C[:, ::-1], X)
             X, AX = X @ rotation, AX @ rotation
-            R = AX - X * torch.as_tensor(ritz).to(X)
+            R = AX - X * like(ritz, X)
             residuals = np.asarray(torch.linalg.vector_norm(R, dim=0).double().cpu())
             if not np.isfinite(ritz).all():
                 raise ConvergenceError("Hessian–vector products are not finite: the loss has left its domain.")
             needed = self._needed(ritz, want)
             converged = residuals <= tol
-            if converged[:needed].all():
+            # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
+            rough = residuals[needed:] <= np.maximum(want - ritz[needed:], tol)
+            if converged[:needed].all() and rough.all():
                 missing = min(needed + self.slack, d) - X.shape[1]
                 if missing <= 0:
                     return Eigenblock(X, AX, ritz, residuals, draws)
@@ -170,7 +180,7 @@ class CriticalSubspace:
             if iteration == self.max_iterations:
                 break
             active = ~converged & (np.arange(len(ritz)) < needed + self.slack)
-            W = _orthonormal_against(R[:, torch.as_tensor(active).to(X.device)], X)
+            W = _orthonormal_against(R[:, np.flatnonzero(active).tolist()], X)
             AW = A(W)
             S, AS = [X, W], [AX, AW]
             if P is not None and AP is not None:
@@ -188,7 +198,7 @@ class CriticalSubspace:
         """A few unconditional iterations, so that a random vector turns towards the top of the spectrum."""
         P = AP = None
         for _ in range(count):
-            ritz = torch.as_tensor(np.linalg.eigvalsh(_small(X, AX))[::-1].copy()).to(X)
+            ritz = like(np.linalg.eigvalsh(_small(X, AX))[::-1], X)
             R = AX - X * ritz if P is not None else AX - X @ (X.T @ AX)
             if float(R.norm()) < 1e-8:
                 break
@@ -229,10 +239,10 @@ def _rayleigh_ritz(S: Tensor, AS: Tensor, keep: int) -> tuple[Tensor, Tensor, Te
     C = whiten @ np.linalg.eigh(0.5 * (small + small.T))[1][:, ::-1][:, :keep]
     beyond = C.copy()
     beyond[:keep] = 0
-    C_, beyond_ = torch.as_tensor(C.copy()).to(S), torch.as_tensor(beyond).to(S)
+    C_, beyond_ = like(C, S), like(beyond, S)
     P, AP = S @ beyond_, AS @ beyond_
     norm = torch.linalg.vector_norm(P, dim=0)
-    nonzero = norm > 1e-14
+    nonzero = norm > torch.finfo(S.dtype).eps ** 0.5  # P is divided by it, and so are the rounding errors in AP
     P, AP = P[:, nonzero] / norm[nonzero], AP[:, nonzero] / norm[nonzero]
     X, R = torch.linalg.qr(S @ C_)  # orthonormal to rounding, so that Ritz values mean what they say
     AX = torch.linalg.solve_triangular(R, AS @ C_, upper=True, left=False)

@@ -14,12 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like
 from dvi.solvers.watch import Sighting, Watch, empty_frame
 
 #: An eigenvalue this close to 2 is taken as having arrived; events are located more closely than that.
@@ -124,7 +123,7 @@ class Face:
         if not distance.size or distance.min() > CLEAR:
             mix = np.eye(len(values))[:, chosen]
             self.held = block.V[:, chosen]
-            return torch.as_tensor(mix).to(block.V), values[chosen], float(values[others].max(initial=-np.inf))
+            return like(mix, block.V), values[chosen], float(values[others].max(initial=-np.inf))
         near = np.union1d(chosen, others[distance.min(axis=0) <= 10 * CLEAR])
         left, _, right = np.linalg.svd(overlap[near], full_matrices=True)
         k = self.k
@@ -133,7 +132,7 @@ class Face:
         mix[near] = inside
         rest = np.append(np.linalg.eigvalsh(beside.T @ (values[near][:, None] * beside)), np.delete(values, near))
         held_values = np.sort(np.linalg.eigvalsh(inside.T @ (values[near][:, None] * inside)))[::-1].copy()
-        return torch.as_tensor(mix).to(block.V), held_values, float(rest.max(initial=-np.inf))
+        return like(mix, block.V), held_values, float(rest.max(initial=-np.inf))
 
     def sight(self, y: State) -> Sighting:
         """The k held eigenpairs and the next, all of them sharp."""

@@ -220,6 +220,11 @@ class Integrator(Protocol):
         ...
 
 
+def like(array: NDArray[Any], example: Tensor) -> Tensor:
+    """A host array as a tensor of the dtype and on the device of an example (whatever torch's default device is)."""
+    return torch.from_numpy(np.array(array, dtype=np.float64)).to(example)
+
+
 def host(*tensors: Tensor) -> list[Array]:
     """Small tensors as host float64 arrays, in one transfer."""
     flat = torch.cat([x.detach().reshape(-1).double() for x in tensors]).cpu().numpy()

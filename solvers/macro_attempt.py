@@ -1,0 +1,286 @@
+"""One try of a macro step (see :mod:`dvi.solvers.macro_step`): stages, new frame, corrections, error estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.solvers import ccp
+from dvi.solvers.errors import DomainError
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like
+from dvi.solvers.rkc import rkc, stages
+from dvi.solvers.svec import skron, smat, svec
+from dvi.solvers.watch import Sighting, Watch, empty_frame
+
+_OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
+
+
+@dataclass(frozen=True)
+class Here:
+    """All that is known at the start of a step."""
+
+    loss: float
+    g: Tensor
+    seen: Sighting
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A step that was taken.
+
+    Attributes:
+        y: the state at its end; here: what is known there, to start the next step from.
+        X: the impulse of the step over its length, in ``X_frame``.
+        rate, end_rate: dy/dt at both ends.
+        error: the larger of the embedded estimate and the trapezoid correction, in the norm of w.
+    """
+
+    y: State
+    here: Here
+    X: Array
+    X_frame: Frame
+    rate: Rate
+    end_rate: Rate
+    error: float
+
+
+@dataclass
+class Attempt:
+    """One try of a macro step; ``run`` gives what was reached, or (a float) the step to try instead."""
+
+    flow: Flow
+    watch: Watch
+    tol: float
+    before: tuple[Frame, Tensor, float] | None  # frame, eigenvectors and length of the last step
+    here: Here
+    y: State
+    h: float
+    final: bool  # as short as allowed: accept whatever is finite
+
+    def run(self) -> Accepted | float:
+        """What was reached, or the length of the step to try instead.
+
+        Raises:
+            DomainError: if a stage leaves the domain of the loss or of P.
+        """
+        flow, y, h, tol = self.flow, self.y, self.h, self.tol
+        frame = self._middle_frame()
+        gamma = baumgarte(h)
+        warm: list[ccp.CCPResult | None] = [None]
+
+        def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array]:
+            state = State(at["w"], at["nu"], at["t"])
+            if g is None:
+                g = flow.value_and_grad(state)[1]
+            lin = flow.linearised(state, g, frame)
+            X = multiplier(flow, lin, gamma, warm)
+            drift = lin.drift(X)
+            return {"w": drift.w, "nu": drift.nu, "t": 1.0, "z": svec(X)}, X
+
+        start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
+        first, _ = rate(start, self.here.g)
+        raw = rkc(lambda at: rate(at)[0], start, h, stages(h, self._radius()), first)
+        end = State(raw["w"], raw["nu"], y.t + h)
+        loss, g = flow.value_and_grad(end)
+        last, X_end = rate({**raw, "t": end.t}, g)
+        error = self._embedded_error(start, raw, first, last, g)
+        if not np.isfinite(error):
+            return self._retry(np.inf)
+        if error > 4 * tol and not self.final:
+            return self._retry(error)
+
+        begin, finish = Rate(first["w"], first["nu"]), Rate(last["w"], last["nu"])
+        if not flow.constrained:
+            here = evaluate(flow, self.watch, end, self.here.seen, h, (float(loss), g))
+            return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
+
+        seen = self.watch.look(flow, end, self.here.seen, h, self._guess())
+        if seen.eigenvalues[0] > _OVERSHOOT and not self.final:
+            return 0.5 * h
+        new = critical_frame(flow, self.watch, end, seen, h)
+        corrected = self._correct(end, g, new, raw["z"], frame, X_end)
+        if corrected is None:
+            return self._retry(np.inf)
+        moved, Z, bend = corrected
+        if bend > 4 * tol and not self.final:
+            return self._retry(bend)
+        if moved is not end:
+            loss, g = flow.value_and_grad(moved)
+            gap = flow.linearised(moved, g, new).gap
+            new, seen = self._settled(moved, new, gap, seen)
+        here = Here(float(loss), g, seen, new)
+        return Accepted(moved, here, Z / h, new, begin, finish, max(error, bend))
+
+    def _radius(self) -> float:
+        """Spectral radius of the flow's Jacobian: λ ≤ 2 in w, and ν's own decay."""
+        top = float(self.here.seen.eigenvalues[0])
+        # without a constraint the sharpness rises as it likes, and is known to a tenth only
+        top *= 1.05 if self.flow.constrained else 1.2
+        return max(2.1, top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
+
+    def _retry(self, error: float) -> float:
+        if not np.isfinite(error):
+            if self.final:
+                raise DomainError("the state is not finite.")
+            return 0.5 * self.h
+        return float(self.h * np.clip(0.8 * (self.tol / error) ** (1 / 3), 0.2, 0.6))
+
+    def _embedded_error(
+        self, start: dict[str, Any], raw: dict[str, Any], first: dict[str, Any], last: dict[str, Any], g: Tensor
+    ) -> float:
+        """RKC's third-order estimate, in w; that of ν as the displacement of w it stands for."""
+        h = self.h
+        names = ("w", "nu")
+        d = combine(
+            [
+                (0.8, {n: start[n] for n in names}),
+                (-0.8, {n: raw[n] for n in names}),
+                (0.4 * h, {n: first[n] for n in names}),
+                (0.4 * h, {n: last[n] for n in names}),
+            ]
+        )
+        error: float = torch.linalg.vector_norm(d["w"]).item()
+        if not np.isfinite(error):
+            return error
+        end = State(raw["w"], raw["nu"], self.y.t + h)
+        other = State(raw["w"], combine([(1.0, raw["nu"]), (0.5, d["nu"])]), end.t)
+        try:
+            shift = h * float(torch.linalg.vector_norm(self.flow.velocity(end, g) - self.flow.velocity(other, g)))
+        except DomainError:
+            return float("inf")
+        return max(error, shift)
+
+    # ---- frames ---------------------------------------------------------------------------------------
+
+    def _middle_frame(self) -> Frame:
+        """The frame at the start, T extrapolated to the middle of the step where the last step allows it."""
+        frame, before = self.here.frame, self.before
+        if before is None or not frame.k or before[0].k != frame.k:
+            return frame
+        old, V_old, h_old = before
+        R = _polar(host(self.here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
+        turned = like(skron(R), frame.T) @ old.T
+        return replace(frame, T=frame.T + min(2.0, self.h / h_old / 2) * (frame.T - turned))
+
+    def _guess(self) -> Tensor | None:
+        """Eigenvectors extrapolated to the end of the step."""
+        V, before = self.here.seen.block.V, self.before
+        if before is None or before[1].shape != V.shape:
+            return None
+        R = _polar(host(before[1].T @ V)[0])
+        return V + min(2.0, self.h / before[2]) * (V - before[1] @ like(R, V))
+
+    # ---- the end of the step --------------------------------------------------------------------------
+
+    def _correct(
+        self, end: State, g: Tensor, new: Frame, z: Array, middle: Frame, X_end: Array
+    ) -> tuple[State, Array, float] | None:
+        """Trapezoid rule for the change of frame, then the signed correction of the impulse onto the constraint.
+
+        Returns the corrected state, the impulse of the whole step in the new frame, and the size of the trapezoid
+        correction in w; None if the correction leaves the domain of P.
+        """
+        flow, old = self.flow, self.here.frame
+        if not new.k:
+            return end, np.zeros((0, 0)), 0.0
+        try:
+            lin = flow.linearised(end, g, new)
+            Z = Z_end = np.zeros((new.k, new.k))
+            moved, bend = end, 0.0
+            if old.k:
+                R = self._transport(end, new, old)
+                Z = R @ smat(z) @ R.T
+                Z_end = R @ (self.h * X_end) @ R.T
+                if z.any():
+                    at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
+                    change = combine([(0.5, _pair(lin.kick(Z))), (0.5, _pair(at_start)), (-1.0, _pair(at_middle))])
+                    bend = float(change[0].norm())
+                    moved = _displaced(end, change)
+                    if bend > 4 * self.tol and not self.final:
+                        return moved, Z, bend
+                    lin = flow.linearised(moved, g, new)
+            # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
+            Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X
+            flow.count_ccp()
+            y = Y - Z_end
+            if y.any():
+                moved = _displaced(moved, _pair(lin.kick(y)))
+                flow.velocity(moved, g)  # still in the domain?
+        except DomainError:
+            return None
+        return moved, Z + y, bend
+
+    def _transport(self, end: State, new: Frame, old: Frame) -> Array:
+        """The rotation from the old frame to the new one: polar factor of U'ᵀPU, also when k changed."""
+        return _polar(host(new.U.T @ self.flow.precondition(end, old.U))[0])
+
+    def _settled(self, moved: State, new: Frame, gap: Array, seen: Sighting) -> tuple[Frame, Sighting]:
+        """Frame and eigenvalues after the small displacement by the corrections, to first order."""
+        M = 2 * host(new.U.T @ self.flow.precondition(moved, new.U))[0] - gap
+        values = seen.eigenvalues.copy()
+        values[: new.k] = 2 - np.linalg.eigvalsh(gap)
+        elapsed = seen.t - self.y.t
+        shift = (values - seen.eigenvalues) / elapsed
+        block = replace(seen.block, eigenvalues=values)
+        return replace(new, w=moved.w, M=0.5 * (M + M.T)), replace(seen, block=block, rates=seen.rates + shift)
+
+
+def multiplier(flow: Flow, lin: Linearised, gamma: float, warm: list[ccp.CCPResult | None] | None) -> Array:
+    """X of Baumgarte type: γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0."""
+    alpha = lin.alpha
+    if not len(alpha):
+        return np.zeros((0, 0))
+    solved = ccp.solve(alpha - gamma * lin.gap, lin.beta, warm=warm[0] if warm else None)
+    flow.count_ccp()
+    if warm:
+        warm[0] = solved
+    return solved.X
+
+
+def _polar(A: Array) -> Array:
+    """The nearest matrix with orthonormal rows or columns."""
+    left, _, right = np.linalg.svd(A, full_matrices=False)
+    nearest: Array = left @ right
+    return nearest
+
+
+def _pair(rate: Rate) -> tuple[Tensor, Any]:
+    return rate.w, rate.nu
+
+
+def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
+    w, nu = combine([(1.0, (y.w, y.nu)), (1.0, change)])
+    return State(w, nu, y.t)
+
+
+def baumgarte(h: float) -> float:
+    """The rate at which a gap is closed, per unit time."""
+    return 4 / max(h, 2.0)
+
+
+def evaluate(
+    flow: Flow,
+    watch: Watch,
+    y: State,
+    last: Sighting | None,
+    h: float,
+    known: tuple[float, Tensor] | None = None,
+) -> Here:
+    """All that a step from y needs to know; ``known``: loss and gradient, if at hand."""
+    if known is None:
+        loss, g = flow.value_and_grad(y)
+        known = float(loss), g
+    if not flow.constrained:
+        return Here(*known, watch.glance(flow, y, last), empty_frame(flow, y))
+    seen = watch.look(flow, y, last, h)
+    return Here(*known, seen, critical_frame(flow, watch, y, seen, h))
+
+
+def critical_frame(flow: Flow, watch: Watch, y: State, seen: Sighting, h: float) -> Frame:
+    """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    return replace(watch.frame(flow, y, seen, h), on_edge=True)
