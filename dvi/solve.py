@@ -176,6 +176,7 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
     w0 = flow.problem.w0
     with flow.problem.ledger.paused():
         loss, g = flow.problem.value_and_grad(w0)
+    ramp = torch.linspace(1, 2, len(g), dtype=g.dtype, device=g.device)  # tells a gradient from a rotated one
     settings = {
         name: [f"{float(value_and_slope(value, t)[0]):.12g}" for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)]
         if callable(value)
@@ -187,7 +188,7 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
         "method": type(flow.method).__qualname__,
         "hyperparameters": settings,
         "w0": sha256(w0.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "start": [f"{float(loss):.6g}", f"{float(torch.linalg.vector_norm(g)):.6g}"],
+        "start": [f"{float(x):.6g}" for x in (loss, torch.linalg.vector_norm(g), g @ ramp)],
     }
 
 
