@@ -42,15 +42,15 @@ CASES: dict[str, Case] = {
     "digits (4 classes) MLP, MSE, GD 0.3": (
         lambda: digits("mlp", "mse", n=300, width=32, classes=4), GradientDescent(0.3), 1000,
     ),
-    "digits CNN, MSE, GD 0.5": (lambda: digits("cnn", "mse", n=200, width=8), GradientDescent(0.5), 400),
+    "digits CNN, MSE, GD 0.5": (lambda: digits("cnn", "mse", n=100, width=6), GradientDescent(0.5), 300),
     "digits CNN, MSE, RMSProp 5e-4": (
-        lambda: digits("cnn", "mse", n=200, width=8), RMSProp(5e-4, 0.99, **ADAM_LIKE), 300,
+        lambda: digits("cnn", "mse", n=100, width=6), RMSProp(5e-4, 0.99, **ADAM_LIKE), 300,
     ),
     "sorting transformer, MSE, GD 0.02": (
         lambda: sorting("transformer", "mse", n=250, width=12, depth=2), GradientDescent(0.02), 400,
     ),
     "sorting transformer, CE, RMSProp 5e-4": (
-        lambda: sorting("transformer", "ce", n=250, width=12, depth=2), RMSProp(1e-3, 0.99, **ADAM_LIKE), 300,
+        lambda: sorting("transformer", "ce", n=250, width=12, depth=2), RMSProp(1e-3, 0.99, **ADAM_LIKE), 200,
     ),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Precondition
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
-from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, RungeKutta, TorchDiffEq
+from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, MemoryLimitError, RungeKutta, TorchDiffEq
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
@@ -36,6 +36,7 @@ __all__ = [
     "Euler",
     "Linearisation",
     "MacroStep",
+    "MemoryLimitError",
     "Method",
     "NotPositiveDefiniteError",
     "Preconditioner",

@@ -17,7 +17,7 @@ from torch import Tensor
 from dvi.compile import Covariance, Linearisation, LinearisedFlow, SpecCalculus
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
 from dvi.problems import NotFiniteError, Problem
-from dvi.solvers.errors import DomainError
+from dvi.solvers.errors import DomainError, MemoryLimitError
 from dvi.solvers.protocol import Frame, State, host
 from dvi.solvers.watch import Watch
 
@@ -56,10 +56,12 @@ class CompiledFlow:
         *,
         check: bool = True,
         covariance: Covariance = "gradient-covariance",
+        max_gib: float = 4.0,
     ) -> None:
         self.problem = problem
         self.method = as_method(method)
         self.covariance = covariance
+        self.max_gib = max_gib
         self.notes: list[str] = []
         if check:
             problem.check()
@@ -114,9 +116,19 @@ class CompiledFlow:
 
     def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
         k = U.shape[1]
+        self._check_memory(k, U)
         T = self.problem.hessian_gradient(y.w, U) if k and third else U.new_zeros(0, len(y.w))
         (M,) = host(U.T @ HU)
         return Frame(y.w, U, HU, 0.5 * (M + M.T), T)
+
+    def _check_memory(self, k: int, U: Tensor) -> None:
+        pairs = k * (k + 1) // 2
+        gib = pairs * len(U) * U.element_size() / 2**30
+        if gib > self.max_gib:
+            raise MemoryLimitError(
+                f"{k} directions are critical: their third derivatives are {pairs} vectors of {len(U)} weights, "
+                f"{gib:.1f} GiB, and max_gib={self.max_gib:g} are allowed."
+            )
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
@@ -204,7 +216,12 @@ class StableFlow(CompiledFlow):
 
 
 def central_flow(
-    problem: Problem, method: MethodLike, *, check: bool = True, covariance: Covariance = "gradient-covariance"
+    problem: Problem,
+    method: MethodLike,
+    *,
+    check: bool = True,
+    covariance: Covariance = "gradient-covariance",
+    max_gib: float = 4.0,
 ) -> CentralFlow:
     """Compile the central flow of a method on a problem: α, β and the CCP are derived here.
 
@@ -214,13 +231,15 @@ def central_flow(
         check: compare the loss's second and third derivatives with finite differences once (``problem.check()``).
         covariance: how the paper's ½∇²_w f[Σ] is read: ``"gradient-covariance"`` (C.4, C.5) keeps f's curvature in g,
             ``"full"`` also the bend of g itself.
+        max_gib: memory allowed for the third derivatives of k critical directions, k(k+1)/2 vectors like w; more
+            directions than that fit end the run with :class:`dvi.MemoryLimitError`.
 
     Raises:
         SpecError: if the declaration is wrong, or ν has no memory (β₂ = 0).
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
-    return CentralFlow(problem, method, check=check, covariance=covariance)
+    return CentralFlow(problem, method, check=check, covariance=covariance, max_gib=max_gib)
 
 
 def stable_flow(problem: Problem, method: MethodLike, *, check: bool = False) -> StableFlow:

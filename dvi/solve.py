@@ -21,7 +21,7 @@ from dvi.process import DiscreteProcess, FlowProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
-from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepError
+from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.watch import Watch
@@ -107,6 +107,7 @@ def classify(error: BaseException) -> Status:
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (MemoryLimitError, Status.OUT_OF_MEMORY),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
         (FloatingPointError, Status.DIVERGED),

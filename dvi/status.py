@@ -36,6 +36,10 @@ class Status(Enum):
         "The trajectory diverged (weights or loss not finite). Lower lr; for a flow, also lower dt or tol, and start "
         "from an effective sharpness below 2 (warm_start)."
     )
+    OUT_OF_MEMORY = (
+        "So many directions are critical that their third derivatives would not fit the memory allowed. Allow more "
+        "(max_gib= of central_flow), compute in float32, or lower lr so that fewer directions oscillate."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

@@ -8,6 +8,23 @@ from torch import Tensor
 from dvi.problems.errors import ProblemError
 
 
+def usable(device: torch.device | str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ProblemError: if there is no such device on this machine.
+
+    """
+    try:
+        found = torch.device(device)
+        torch.empty((), device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own kinds, by backend
+        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here = ", ".join(["cpu", *cards])
+        raise ProblemError(f"there is no device {device!r} to use; on this machine: {here}") from error
+    return found
+
+
 def load_digits(
     n: int = 1000,
     classes: int = 10,
@@ -22,9 +39,10 @@ def load_digits(
 
     Raises:
         ImportError: if scikit-learn, which ships the images, is missing.
-        ProblemError: if there are not so many.
+        ProblemError: if there are not so many, or no such device.
 
     """
+    device = usable(device)
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
@@ -53,12 +71,13 @@ def make_sorting(
     sequence's own last position on, the next token is the next of the sorted sequence: those are the targets.
 
     Raises:
-        ProblemError: if a size is not positive.
+        ProblemError: if a size is not positive, or there is no such device.
 
     """
     if min(n, length, alphabet) < 1:
         raise ProblemError(f"n, length and alphabet are positive; got {n}, {length}, {alphabet}")
     generator = torch.Generator("cpu").manual_seed(seed)
+    device = usable(device)
     sequences = torch.randint(alphabet, (n, length), generator=generator, device="cpu", dtype=torch.int64)
     solved = sequences.sort(dim=1).values
     return torch.cat([sequences, solved[:, :-1]], dim=1).to(device), solved.to(device)

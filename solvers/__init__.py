@@ -6,7 +6,7 @@ if __name__ != "dvi.solvers":  # a second copy under another name would load eve
 from dvi.solvers import ccp, critical, svec
 from dvi.solvers.ccp import CCPError, CCPResult
 from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.errors import ConvergenceError, DomainError, SolverError, StepError
+from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.euler import Euler
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
@@ -26,6 +26,7 @@ __all__ = [
     "Frame",
     "Integrator",
     "MacroStep",
+    "MemoryLimitError",
     "Node",
     "Rate",
     "RungeKutta",

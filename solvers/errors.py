@@ -13,5 +13,9 @@ class DomainError(SolverError):
     """A state at which the flow is not defined was tried; with a smaller step an integrator may avoid it."""
 
 
+class MemoryLimitError(SolverError):
+    """So many directions are critical that their third derivatives would not fit the memory that was allowed."""
+
+
 class StepError(SolverError):
     """An integrator could not make a step."""

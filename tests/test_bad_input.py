@@ -1,0 +1,71 @@
+"""Bad input, one test each: an error that names the cause and the remedy.
+
+What is refused where it is declared is in test_methods.py and test_problem.py, files in test_results.py.
+"""
+
+import pytest
+import torch
+
+import dvi
+
+
+def tiny(**options):
+    return dvi.problems.digits(network="mlp", loss="mse", n=60, width=8, **options)
+
+
+def test_unknown_device():
+    with pytest.raises(dvi.ProblemError, match=r"(?s)device.*cpu"):
+        tiny(device="warp")
+
+
+def test_more_directions_than_memory_allows():
+    """k is bounded by what k(k+1)/2 vectors of third derivatives may take; what was computed until then is given."""
+    flow = dvi.central_flow(tiny(), dvi.methods.GradientDescent(0.2), max_gib=1e-6)
+    with pytest.raises(dvi.RunError, match="max_gib") as failure:
+        dvi.solve(flow, 200, warm_start="auto", progress=False)
+    assert failure.value.status is dvi.Status.OUT_OF_MEMORY
+    assert "directions are critical" in failure.value.detail
+    assert failure.value.result.status is dvi.Status.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p, m: dvi.compare(p, m, 0), "steps=0"),
+        (lambda p, m: dvi.compare(p, m, 10, save_every=-1), "save_every=-1"),
+        (lambda p, m: dvi.compare(p, m, 10, runs=("central", "stabel")), "choose from"),
+        (lambda p, m: dvi.compare(p, m, 10, warm_start=-3), "warm_start=-3"),
+        (lambda p, m: dvi.compare(p, m, 10, resume=True), "path"),
+        (lambda p, m: dvi.central_flow(p, m, covariance="all"), "gradient-covariance"),
+        (lambda p, m: dvi.solve(dvi.discrete(p, m), 3, integrator=dvi.Euler(0.25)), "its own steps"),
+    ],
+)
+def test_arguments_out_of_range(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(tiny(), dvi.methods.GradientDescent(0.05))
+
+
+def test_a_method_that_is_none():
+    with pytest.raises(dvi.SpecError, match=r"GradientDescent\(lr=…\)"):
+        dvi.central_flow(tiny(), dvi.methods.GradientDescent)
+    with pytest.raises(dvi.SpecError, match="declares no P"):
+        dvi.central_flow(tiny(), type("Nothing", (dvi.Method,), {})())
+
+
+def test_a_quadratic_cannot_be_held_at_the_edge():
+    """No third derivative: when a growing step size brings the sharpness to 2, nothing can hold it there."""
+    H = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+    problem = dvi.Problem(lambda w: 0.5 * w @ H @ w, torch.ones(2, dtype=torch.float64))
+    flow = dvi.central_flow(problem, dvi.methods.GradientDescent(lambda t: 1.0 + 0.1 * t))
+    for integrator in (dvi.MacroStep(), dvi.Euler(0.25), dvi.RungeKutta(4)):
+        solution = dvi.solve(flow, 40, integrator=integrator, progress=False, throw=False)
+        assert solution.status is dvi.Status.NO_SOLUTION
+        # λ = η reaches 2 at t = 10.  MacroStep's Baumgarte model asks for help up to two units before.
+        assert 7 <= solution.t[-1] <= 10.5
+
+
+def test_floats_of_another_kind_are_told():
+    flow = dvi.central_flow(tiny(), dvi.methods.GradientDescent(0.05))
+    w = flow.initial.w.float()
+    with pytest.raises(dvi.ProblemError, match="float32"):
+        flow.linearise(w, {})
