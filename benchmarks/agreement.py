@@ -66,7 +66,8 @@ def measure(name: str) -> dict[str, Any]:
     row["seconds"] = time.perf_counter() - started
     if not race.central.breakpoints:
         return row | {"edge": None}
-    t, sigma = race.t, min(50.0, race.t[-1] / 10)
+    t = race.t[: min(len(run.t) for run in race.runs.values())]  # a run that failed is measured as far as it went
+    sigma = min(50.0, t[-1] / 10)
     since = t >= race.central.breakpoints[0][0]
     inner = since & (t > sigma) & (t < t[-1] - sigma)  # where the averaging window fits
     observed = race.smoothed("discrete", sigma)[: len(t)][inner]
@@ -78,8 +79,8 @@ def measure(name: str) -> dict[str, Any]:
         "warm": race.about["warm_start"],
         "edge": race.central.breakpoints[0][0],
         "k": max(k for _, _, k in race.central.breakpoints),
-        "central": float(race.distance["discrete", "central"][since].mean()),
-        "stable": float(race.distance["discrete", "stable"][since].mean()),
+        "central": float(race.distance["discrete", "central"][: len(t)][since].mean()),
+        "stable": float(race.distance["discrete", "stable"][: len(t)][since].mean()),
         "predicted": loss_error(time_average(race.central, race.central.predicted_loss, sigma)),
         "stable loss": loss_error(time_average(race.stable, race.stable.loss, sigma)),
         "cost": race.central.ledger.per_unit_time(),

@@ -166,8 +166,8 @@ class CriticalSubspace:
             needed = self._needed(ritz, want)
             converged = residuals <= tol
             # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
-            rough = residuals[needed:] <= np.maximum(want - ritz[needed:], tol)
-            if converged[:needed].all() and rough.all():
+            hiding = residuals > np.maximum(want - ritz, tol)
+            if converged[:needed].all() and not hiding[needed:].any():
                 missing = min(needed + self.slack, d) - X.shape[1]
                 if missing <= 0:
                     return Eigenblock(X, AX, ritz, residuals, draws)
@@ -179,7 +179,7 @@ class CriticalSubspace:
                 continue
             if iteration == self.max_iterations:
                 break
-            active = ~converged & (np.arange(len(ritz)) < needed + self.slack)
+            active = ~converged & ((np.arange(len(ritz)) < needed + self.slack) | hiding)
             W = _orthonormal_against(R[:, np.flatnonzero(active).tolist()], X)
             AW = A(W)
             S, AS = [X, W], [AX, AW]
