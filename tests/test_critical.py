@@ -241,11 +241,10 @@ def test_two_eigenvalues_that_enter_at_once_are_both_found(seed):
     np.testing.assert_allclose(found.eigenvalues[:3], [2.3, 2.2, 1.9], atol=1e-4, rtol=0)
 
 
-def test_without_slack_all_that_is_wanted_is_still_found():
-    values = np.r_[2.0, 1.9, np.linspace(1, -1, 48)]
-    A, _ = dense(np.random.default_rng(0), values)
-    block = CriticalSubspace(slack=0).start(Counted(A), A[0], WANT)
-    np.testing.assert_allclose(block.eigenvalues[:2], values[:2], atol=1e-4)
+@pytest.mark.parametrize("bad", [{"slack": 0}, {"tol": 0.0}])
+def test_settings_that_would_miss_an_entry_are_refused(bad):
+    with pytest.raises(ValueError, match="slack must be at least 1, tol positive"):
+        CriticalSubspace(**bad)
 
 
 def test_the_watch_surveys_on_its_own_and_misses_no_entry():
