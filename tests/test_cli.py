@@ -108,6 +108,23 @@ def test_integrators():
     assert cli.Compare(dt=0.5)._integrator() == dvi.Euler(0.5)
     assert cli.Compare(integrator="euler")._integrator() == dvi.Euler()
     assert cli.Compare(tol=1e-4)._integrator() == dvi.MacroStep(tol=1e-4)
+    assert cli.Compare(integrator="rk", tol=1e-4)._integrator() == dvi.RungeKutta(tol=1e-4)
+    assert cli.Compare(order=2, tol=1e-4)._integrator() == dvi.RungeKutta(order=2, tol=1e-4)
+    assert cli.Compare(integrator="torchdiffeq")._integrator() == dvi.TorchDiffEq()
+    assert cli.Compare(ode_method="rk4")._integrator() == dvi.TorchDiffEq("rk4")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "integrator"),
+    [
+        ("--dt", "0.5", "Euler(dt=0.5"),
+        ("--order", "2", "RungeKutta(order=2"),
+        ("--ode-method", "midpoint", "TorchDiffEq(method='midpoint'"),
+    ],
+)
+def test_integrators_reach_the_central_flow(tmp_path, flag, value, integrator):
+    assert compare(tmp_path, "--runs", "central", "--no-plot", flag, value) == 0
+    assert dvi.load(tmp_path / "race.h5").central.about["integrator"].startswith(integrator)
 
 
 def test_every_problem_can_be_made():
@@ -139,6 +156,9 @@ def test_every_problem_can_be_made():
         (["--integrator", "euler", "--tol", "1"], "--tol does not apply to --integrator euler"),
         (["--dt", "1", "--tol", "1"], "give one of them"),
         (["--dt", "-1"], "dt must be positive"),
+        (["--integrator", "macro-step", "--order", "2"], "--order does not apply to --integrator macro-step"),
+        (["--order", "3"], "choose from 2, 4"),
+        (["--ode-method", "scipy_solver"], "choose from dopri8, dopri5"),
         (["--threads", "0"], "--threads 0"),
     ],
 )

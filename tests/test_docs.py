@@ -1,9 +1,9 @@
 """The pages say what happens: their code runs, prints what they show, and their links lead somewhere.
 
-A block fenced with ```python is run, in the order of the page, in one namespace, in an empty folder.  A block fenced with
-```text right after it is what it prints: words must agree, numbers to a tenth and up to their sign (eigenvectors have
-none).  In a block fenced with ```console, lines that start with ``$ dvi`` are run, too.  ``<!-- check: … -->`` holds an
-expression that must be true, which readers do not see.
+A block fenced with ```python is run, in the order of the page, in one namespace, in an empty folder.  A block fenced
+with ```text right after it is what it prints: words must agree, numbers to a tenth and up to their sign (eigenvectors
+have none).  In a block fenced with ```console, lines that start with ``$ dvi`` are run, too.  ``<!-- check: … -->``
+holds an expression that must be true, which readers do not see.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ def gap(text, start, end):
     return not text[start:end].strip()
 
 
+@pytest.mark.slow
 @page_by_page
 def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     text = page.read_text()
@@ -54,6 +55,8 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
         pytest.skip("no code")
     for extra in ("h5py", "matplotlib", "sklearn", "tyro"):
         pytest.importorskip(extra)
+    from dvi.cli import main
+
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     printed, end = "", -1
@@ -68,7 +71,7 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
         elif part["kind"] == "console":
             for command in re.findall(r"^\$ dvi (.*)$", part["body"], re.MULTILINE):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    assert dvi.cli.main([*shlex.split(command)]) == 0, f"{where}: dvi {command}"
+                    assert main(shlex.split(command)) == 0, f"{where}: dvi {command}"
         elif part["kind"] == "text" and end >= 0 and gap(text, end, part.start()):
             found = difference(part["body"], printed)
             assert found is None, f"{where}: {found}"

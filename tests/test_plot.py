@@ -15,6 +15,7 @@ from dvi.solution import Cost
 
 pytest.importorskip("matplotlib")
 
+from dvi.captions import method_in_words
 from dvi.plot import plot_comparison, plot_solution, time_average
 
 N = 121
@@ -106,6 +107,39 @@ def test_four_panels_with_labels_and_units(adaptive, last):
     assert figure.get_suptitle() == (
         "RMSProp (η = 0.002, β$_2$ = 0.99, bias-corrected) on digits-mlp-mse (3466 weights)"
     )
+
+
+@pytest.mark.parametrize(
+    ("about", "line"),
+    [
+        ({}, None),
+        ({"warm_start": 0.0}, None),
+        ({"warm_start": 1.0}, "time 0 is after 1 step of warm start"),
+        ({"warm_start": 12.0}, "time 0 is after 12 steps of warm start"),
+    ],
+)
+def test_title_tells_the_warm_start(about, line):
+    result = race()
+    result.about |= about
+    assert plot_comparison(result).get_suptitle().split("\n")[1:] == ([line] if line else [])
+    result.about = about
+    assert plot_comparison(result).get_suptitle() == (line or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            "RMSPropNorm(lr=0.1, beta2=0.9, eps=1e-08, bias_correction=False)",
+            "RMSProp-Norm (η = 0.1, β$_2$ = 0.9, ε = 1e-08)",
+        ),
+        ("RMSProp(lr=<function f>, beta2=0.9, eps=0)", "RMSProp (η = <function f>, β$_2$ = 0.9)"),
+        ("HeavyBall(lr=0.5, beta1=0.9, m=2)", "Heavy Ball (η = 0.5, β$_1$ = 0.9, m=2)"),
+        ("Mine", "Mine"),
+    ],
+)
+def test_methods_in_words(method, words):
+    assert method_in_words(method) == words
 
 
 def test_lines_hold_the_data():
