@@ -15,10 +15,11 @@ from torch import Tensor
 from dvi import series
 from dvi.discrete import Discrete
 from dvi.flows import CompiledFlow
+from dvi.methods import NotPositiveDefiniteError
 from dvi.predict import Observation, Observer
-from dvi.problems import Ledger
+from dvi.problems import Ledger, ProblemError
 from dvi.solution import Cost, Solution
-from dvi.solvers.errors import StepError
+from dvi.solvers.errors import SolverError, StepError
 from dvi.solvers.protocol import Array, Integrator, State, host
 from dvi.solvers.watch import Sighting, Watch
 from dvi.status import RunError, Status
@@ -88,7 +89,11 @@ class Process(ABC):
         """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
         if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
             return np.empty(0)
-        self.seen = watch.look(self.flow, y, self.seen, self.eigen_every)
+        try:
+            self.seen = watch.look(self.flow, y, self.seen, self.eigen_every)
+        except (SolverError, ProblemError, NotPositiveDefiniteError):
+            self.seen = None  # a look for display does not decide how a run ends
+            return np.empty(0)
         return self.seen.shown
 
     def _cost(self, t: list[float]) -> Cost:
@@ -119,12 +124,15 @@ class FlowProcess(Process):
         """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
         start, problem = self.y, self.flow.problem
         before, end = problem.ledger.copy(), float(self.grid[-1])
-        result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
+        try:
+            result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
+        except Exception:
+            if not self.nodes and self.flow.constrained:
+                self._require_feasible(float(Watch().glance(self.flow, start, None).eigenvalues[0]))
+            raise
         node = result.node
-        if not self.nodes and self.flow.constrained and node.eigenvalues[0] > FEASIBLE:
-            raise RunError(
-                Status.INFEASIBLE_START, f"The effective sharpness at the start is {node.eigenvalues[0]:.3f}."
-            )
+        if not self.nodes and self.flow.constrained:
+            self._require_feasible(float(node.eigenvalues[0]))
         counts = [self._spent(before, self.counts)]
         reached = result.y.t - self.origin
         finished = reached >= end - 1e-9 * max(1.0, end)
@@ -146,6 +154,11 @@ class FlowProcess(Process):
         self.nodes.extend(nodes)
         self.ready |= ready
         self.y, self.memory, self.finished = result.y, result.memory, finished
+
+    @staticmethod
+    def _require_feasible(sharpness: float) -> None:
+        if sharpness > FEASIBLE:
+            raise RunError(Status.INFEASIBLE_START, f"The effective sharpness at the start is {sharpness:.3f}.")
 
     def _observe(self, y: State, node: Any) -> Observation:
         seen = self.observer.observe_flow(self.flow, y, node)

@@ -29,6 +29,9 @@ class Cost:
     counts: list[dict[str, int]]
     ledger: Ledger
 
+    def __repr__(self) -> str:
+        return f"Cost({self.ledger!r}, {self.ledger.gradient_equivalents:.0f} gradient equivalents)"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "ledger":
             raise AttributeError(name)

@@ -177,6 +177,7 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
     w0 = flow.problem.w0
     with flow.problem.ledger.paused():
         loss, g = flow.problem.value_and_grad(w0)
+    first = flow.velocity(flow.initial, g)  # tells methods apart that are made of plain functions
     ramp = torch.linspace(1, 2, len(g), dtype=g.dtype, device=g.device)  # tells a gradient from a rotated one
     settings = {
         name: [f"{float(value_and_slope(value, t)[0]):.12g}" for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)]
@@ -189,7 +190,7 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
         "method": type(flow.method).__qualname__,
         "hyperparameters": settings,
         "w0": sha256(w0.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "start": [f"{float(x):.6g}" for x in (loss, torch.linalg.vector_norm(g), g @ ramp)],
+        "start": [f"{float(x):.6g}" for x in (loss, torch.linalg.vector_norm(g), g @ ramp, first @ ramp)],
     }
 
 
@@ -197,6 +198,9 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     """The state after a few steps of the real optimizer, and what to tell the user about it.
 
     With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step.
+
+    Raises:
+        RunError: if the optimizer diverges meanwhile, or does not settle.
     """
     y = start or flow.initial
     auto = warm_start == "auto"
@@ -207,7 +211,10 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     optimizer = Discrete(flow.problem, flow.method, check=False)
     limit = _AUTO_LIMIT if auto else int(warm_start)
     with flow.problem.ledger.paused():
-        y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto)
+        try:
+            y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto)
+        except FAILURES as error:
+            raise RunError(classify(error), f"In the warm start: {detail(error)}") from error
     if taken == 0:
         return y, []
     why = f" (effective sharpness {sharpness:.2f} at the start)" if auto else ""

@@ -69,3 +69,22 @@ def test_floats_of_another_kind_are_told():
     w = flow.initial.w.float()
     with pytest.raises(dvi.ProblemError, match="float32"):
         flow.linearise(w, {})
+
+
+def test_an_infeasible_start_is_told_apart_from_an_infeasible_flow():
+    """λ = 2.5 at time 0 on a quadratic: the first step fails for want of a third derivative, the cause is the start."""
+    H = torch.diag(torch.tensor([5.0, 1.0], dtype=torch.float64))
+    problem = dvi.Problem(lambda w: 0.5 * w @ H @ w, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(dvi.RunError, match=r"at the start is 2\.500") as failure:
+        dvi.solve(dvi.central_flow(problem, dvi.methods.GradientDescent(0.5)), 5, progress=False)
+    assert failure.value.status is dvi.Status.INFEASIBLE_START
+
+
+def test_an_optimizer_that_diverges_in_its_warm_start():
+    with pytest.raises(dvi.RunError, match="In the warm start"):
+        dvi.compare(tiny(), dvi.methods.GradientDescent(1e4), 5, warm_start=50, progress=False)
+
+
+def test_a_look_for_display_does_not_decide_how_a_run_ends():
+    solution = dvi.solve(dvi.discrete(tiny(), dvi.methods.GradientDescent(1e4)), 2000, progress=False, throw=False)
+    assert solution.status is dvi.Status.DIVERGED
