@@ -22,6 +22,7 @@ from dvi.solve import (
     FAILURES,
     WarmStart,
     classify,
+    default_integrator,
     describe,
     detail,
     identity,
@@ -161,7 +162,7 @@ def compare(
     observer = Observer(tuple(coordinates), test_inputs)
     about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
     arguments = {
-        "integrator": repr(integrator),
+        "integrator": repr(integrator or default_integrator(first)),
         "warm_start": warm_start,
         "coordinates": list(coordinates),
         "test_inputs": test_inputs is not None,

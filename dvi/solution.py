@@ -106,8 +106,8 @@ class Solution:
 
         save(self, path)
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None, **options: Any) -> Any:
         """Draw loss, effective eigenvalues and what else was recorded; returns the figure, saves it to ``path``."""
         from dvi.plot import plot_solution
 
-        return plot_solution(self, path)
+        return plot_solution(self, path, **options)

@@ -205,7 +205,16 @@ class StepResult:
 
 
 class Integrator(Protocol):
-    """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere."""
+    """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere.
+
+    1. It keeps nothing between calls: what it wants to remember is its memory, made of frozen dataclasses of this
+       package, tensors, arrays and numbers, so that a run can be stored and taken up bit for bit.
+    2. ``step`` advances by at most ``h``; recorded moments come from ``interpolate``, never from shortened steps.
+    3. A node is seen at the beginning of a step and carries the X of that step; ``X_time`` says for when it speaks.
+    4. A flow that is not constrained has k = 0: no frame, no CCP.
+    5. Every CCP is entered with ``flow.count_ccp()``; evaluations of the loss count themselves.
+    6. A state that raises ``DomainError`` is to be avoided by a shorter step; what cannot be done raises ``StepError``.
+    """
 
     def init(self, flow: Flow, y: State) -> Any:
         """The memory before the first step: pytree of tensors and numbers."""

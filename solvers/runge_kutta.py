@@ -6,7 +6,7 @@ and 4 hold through breakpoints.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -75,9 +75,12 @@ def to_lattice(t: float, h: float) -> float:
     return float((np.floor(t / h + 1e-9) + 1) * h - t)
 
 
-def sharp_watch() -> Watch:
-    """Eigenpairs to 1e-11: before an arrival two eigenvalues are close, and eigenvectors off by residual/distance."""
-    return Watch(CriticalSubspace(tol=1e-11), survey_every=20.0)
+def sharp_watch(tol: float) -> Watch:
+    """Eigenpairs a thousand times sharper than the steps.
+
+    Before an arrival two eigenvalues are close, and their eigenvectors off by residual/distance.
+    """
+    return Watch(CriticalSubspace(tol=max(1e-11, 1e-3 * tol)), survey_every=20.0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class RungeKutta:
         tol: error allowed per step, in the norm of w, for adaptive steps.
         h: fixed steps between the multiples of h (unit times) instead, cut only at breakpoints: to study convergence.
         h_max: largest adaptive step: beyond about 1.2 an explicit method is unstable at an effective sharpness of 2.
-        watch: how eigenpairs are followed.
+        watch: how eigenpairs are followed (default: as sharply as tol asks for, or to 1e-11 with a fixed h).
 
     Raises:
         ValueError: for another order, or a step or tolerance that is not positive.
@@ -108,13 +111,15 @@ class RungeKutta:
     tol: float = 1e-6
     h: float | None = None
     h_max: float = 1.2
-    watch: Watch = field(default_factory=sharp_watch)
+    watch: Watch = None  # type: ignore[assignment]  # made from tol
 
     def __post_init__(self) -> None:
         if self.order not in TABLEAUX:
             raise ValueError(f"RungeKutta(order={self.order}): choose from {', '.join(map(str, TABLEAUX))}.")
         if not self.tol > 0 or (self.h is not None and not self.h > 0) or not self.h_max > 0:
             raise ValueError("RungeKutta: tol, h and h_max must be positive (h in unit times).")
+        if self.watch is None:
+            object.__setattr__(self, "watch", sharp_watch(self.tol if self.h is None else 0.0))
 
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""

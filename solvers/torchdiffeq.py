@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class TorchDiffEq:
         rtol, atol: its tolerances.
         window: unit times integrated at a time, from multiple to multiple; inside, the result is interpolated.
         options: further options of the method.
-        watch: how eigenpairs are followed.
+        watch: how eigenpairs are followed (default: as sharply as the tolerances ask for).
 
     Raises:
         ValueError: if a tolerance or the window is not positive.
@@ -42,11 +42,13 @@ class TorchDiffEq:
     atol: float = 1e-8
     window: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
-    watch: Watch = field(default_factory=sharp_watch)
+    watch: Watch = None  # type: ignore[assignment]  # made from the tolerances
 
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0 and self.window > 0):
             raise ValueError("TorchDiffEq: rtol, atol and window must be positive (window in unit times).")
+        if self.watch is None:
+            object.__setattr__(self, "watch", sharp_watch(min(self.rtol, self.atol)))
 
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""
