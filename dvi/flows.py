@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compile import Covariance, Linearisation, LinearisedFlow, SpecCalculus
+from dvi.compile import Covariance, LeftDomainError, Linearisation, LinearisedFlow, SpecCalculus
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import DomainError, MemoryLimitError
@@ -145,6 +145,14 @@ class CompiledFlow:
     def nu_decay(self, y: State, g: Tensor) -> float:
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
         return self.calculus.nu_decay(y.nu, y.t, g)
+
+    def in_domain(self, y: State) -> bool:
+        """Is P(ν) positive definite at y?"""
+        try:
+            self.calculus.checked_P(y.nu, y.t)
+        except LeftDomainError:
+            return False
+        return True
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like, mended
 from dvi.solvers.watch import Sighting, Watch, empty_frame
 
 #: An eigenvalue this close to 2 is taken as having arrived; events are located more closely than that.
@@ -71,12 +71,14 @@ class Face:
         held: eigenvectors [d, k] of the directions held at 2, where the step began.  Elsewhere the same directions
             are found by overlap: behind a breakpoint that a trial step has overrun, they are not the leading ones.
         seen: the last sighting.
+        start: where the step began; trial states that leave the domain of P are set back towards it.
     """
 
     flow: Flow
     watch: Watch
     held: Tensor
     seen: Sighting | None = None
+    start: State | None = None
 
     @property
     def k(self) -> int:
@@ -85,6 +87,7 @@ class Face:
 
     def look(self, y: State) -> Look:
         """The flow at y."""
+        y = self.mend(y)
         loss, g = self.flow.value_and_grad(y)
         if not self.flow.constrained:
             self.seen = self.watch.glance(self.flow, y, self.seen)
@@ -133,6 +136,10 @@ class Face:
         rest = np.append(np.linalg.eigvalsh(beside.T @ (values[near][:, None] * beside)), np.delete(values, near))
         held_values = np.sort(np.linalg.eigvalsh(inside.T @ (values[near][:, None] * inside)))[::-1].copy()
         return like(mix, block.V), held_values, float(rest.max(initial=-np.inf))
+
+    def mend(self, y: State) -> State:
+        """A trial state, set back into the domain of P where it has left it."""
+        return y if self.start is None else mended(self.flow, y, self.start)
 
     def sight(self, y: State) -> Sighting:
         """The k held eigenpairs and the next, all of them sharp."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like, mended
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import skron, smat, svec
 from dvi.solvers.watch import Sighting, Watch, empty_frame
@@ -74,7 +74,7 @@ class Attempt:
         warm: list[ccp.CCPResult | None] = [None]
 
         def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array]:
-            state = State(at["w"], at["nu"], at["t"])
+            state = mended(flow, State(at["w"], at["nu"], at["t"]), y)
             if g is None:
                 g = flow.value_and_grad(state)[1]
             lin = flow.linearised(state, g, frame)
@@ -85,7 +85,8 @@ class Attempt:
         start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
         first, _ = rate(start, self.here.g)
         raw = rkc(lambda at: rate(at)[0], start, h, stages(h, self._radius()), first)
-        end = State(raw["w"], raw["nu"], y.t + h)
+        end = mended(flow, State(raw["w"], raw["nu"], y.t + h), y)
+        raw["nu"] = end.nu
         loss, g = flow.value_and_grad(end)
         last, X_end = rate({**raw, "t": end.t}, g)
         error = self._embedded_error(start, raw, first, last, g)
@@ -200,7 +201,7 @@ class Attempt:
                     at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
                     change = combine([(0.5, _pair(lin.kick(Z))), (0.5, _pair(at_start)), (-1.0, _pair(at_middle))])
                     bend = float(change[0].norm())
-                    moved = _displaced(end, change)
+                    moved = mended(flow, _displaced(end, change), self.y)
                     if bend > 4 * self.tol and not self.final:
                         return moved, Z, bend
                     lin = flow.linearised(moved, g, new)
@@ -209,7 +210,7 @@ class Attempt:
             flow.count_ccp()
             y = Y - Z_end
             if y.any():
-                moved = _displaced(moved, _pair(lin.kick(y)))
+                moved = mended(flow, _displaced(moved, _pair(lin.kick(y))), self.y)
                 flow.velocity(moved, g)  # still in the domain?
         except DomainError:
             return None

@@ -149,9 +149,29 @@ class Flow(Protocol):
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
         ...
 
+    def in_domain(self, y: State) -> bool:
+        """Is P(ν) positive definite at y?"""
+        ...
+
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""
         ...
+
+
+def mended(flow: Flow, y: State, start: State) -> State:
+    """A trial state y, or where it has left the domain of P, the same with ν set back inside.
+
+    A second moment never becomes negative, but a stage of a method of second order may make it so where it is nearly
+    zero, however short the step.  Entries of ν that were positive at the start of the step and are not at y are set to
+    a thousandth of their value there, where, and only where, P(ν) would not be positive definite otherwise.
+    """
+    if flow.in_domain(y):
+        return y
+
+    def back(now: Tensor, before: Tensor) -> Tensor:
+        return torch.where((before > 0) & ~(now > 0), 1e-3 * before, now)
+
+    return State(y.w, pytree.tree_map(back, y.nu, start.nu), y.t)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class RungeKutta:
         if h - size < 1e-9 * max(1.0, h):
             size = h
         while True:
-            face = Face(flow, self.watch, memory.held, memory.seen)
+            face = Face(flow, self.watch, memory.held, memory.seen, y)
             begin = face.look(y)
             try:
                 end, error = self._advance(face, y, begin, size)
@@ -196,7 +196,7 @@ class RungeKutta:
         )
         off = combine([(h * e, rate.w) for e, rate in zip(tableau.b_error, rates, strict=True)])
         error: float = torch.linalg.vector_norm(off).item()
-        return State(w, nu, y.t + h), error if np.isfinite(error) else float("inf")
+        return face.mend(State(w, nu, y.t + h)), error if np.isfinite(error) else float("inf")
 
     def _locate(self, face: Face, y: State, end: State, begin: Look, after: Look) -> float:
         """Where in the step the first breakpoint is: a root on the dense output."""

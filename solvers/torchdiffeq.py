@@ -66,7 +66,7 @@ class TorchDiffEq:
             StepError: if the library's solver fails.
         """
         size = min(to_lattice(y.t, self.window), h)
-        face = Face(flow, self.watch, memory.held, memory.seen)
+        face = Face(flow, self.watch, memory.held, memory.seen, y)
         begin = face.look(y)
         end = self._integrate(face, y, size)
         after = face.look(end)
@@ -98,7 +98,7 @@ class TorchDiffEq:
             # smooth, with steps that are unstable at an effective sharpness of 2.
             settings["options"] = {"step_t": times[1:], "max_step": size, **settings["options"]}
         out = self._call(lambda: odeint(self._field(face, state_of), flat, times, **settings), y)
-        return state_of(size, tuple(x[-1] for x in out))
+        return face.mend(state_of(size, tuple(x[-1] for x in out)))
 
     def _to_event(self, face: Face, y: State, begin: Look, end: State) -> State:
         """The state at the first breakpoint after y, which lies before ``end``."""

@@ -261,3 +261,31 @@ def test_float32_end_to_end():
         assert len(solution.breakpoints) >= 1
         ends.append(solution.series["w"].astype(np.float64))
     assert np.linalg.norm(ends[0] - ends[1], axis=1).max() < 1e-4
+
+
+def test_a_second_moment_near_zero_is_no_obstacle(monkeypatch):
+    """A transformer has weights whose v is nearly zero; there a stage makes it negative, and no shorter step helps."""
+    problem = dvi.problems.sorting("transformer", "ce", n=20, width=6, depth=2)
+    method = dvi.methods.RMSProp(lr=5e-4, beta2=0.99, eps=1e-8, bias_correction=True)
+    flow = dvi.central_flow(problem, method)
+    solution = run(flow, dvi.MacroStep(), 3, warm_start="auto")
+    assert bool((solution.nu["v"] >= 0).all())
+    # without the repair the run ends at once: the test looks at the right place
+    monkeypatch.setattr("dvi.solvers.macro_attempt.mended", lambda flow, y, start: y)
+    assert run(flow, dvi.MacroStep(), 3, warm_start="auto", throw=False).status is dvi.Status.DIVERGED
+
+
+def test_states_outside_the_domain_are_mended_there_only():
+    """An entry that was positive and is not any more is set to a thousandth of its value; a valid state stays."""
+    from dvi.solvers.protocol import State, mended
+
+    problem = dvi.Problem(lambda w: (w**2).sum(), torch.ones(3, dtype=torch.float64))
+    flow = dvi.central_flow(problem, dvi.methods.RMSProp(lr=0.1, beta2=0.9))
+
+    def at(*v):
+        return State(problem.w0, {"v": torch.tensor(v, dtype=torch.float64)}, 0.0)
+
+    inside = at(1.0, 0.5, 0.0)
+    assert mended(flow, inside, at(1.0, 1.0, 1.0)) is inside
+    back = mended(flow, at(1.0, -0.5, float("nan")), at(2.0, 4.0, 8.0))
+    assert back.nu["v"].tolist() == [1.0, 4e-3, 8e-3]
