@@ -1,0 +1,6 @@
+"""One thread for everything: imported before numpy and torch are."""
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
