@@ -22,9 +22,9 @@ def work_precision(cases: dict[str, dict[str, Any]]) -> Figure | None:
     panels = {name: about for name, about in cases.items() if _is_swept(about["rows"])}
     if not panels:
         return None
-    columns = min(2, len(panels))
+    columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 4.0 * rows), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 4.0 * rows), layout="constrained")
     handles: dict[str, Any] = {}
     first: Any = None
     for i, (name, about) in enumerate(panels.items()):
