@@ -163,13 +163,15 @@ def mended(flow: Flow, y: State, start: State) -> State:
 
     A second moment never becomes negative, but a stage of a method of second order may make it so where it is nearly
     zero, however short the step.  Entries of ν that were positive at the start of the step and are not at y are set to
-    a thousandth of their value there, where, and only where, P(ν) would not be positive definite otherwise.
+    what mere forgetting would have left of them, start · exp(−decay · h), which the exact flow of an average of squares
+    cannot fall below.  This is done where, and only where, P(ν) would not be positive definite otherwise.
     """
     if flow.in_domain(y):
         return y
+    left = float(np.exp(-flow.nu_decay(start, torch.zeros_like(start.w)) * max(y.t - start.t, 0.0)))
 
     def back(now: Tensor, before: Tensor) -> Tensor:
-        return torch.where((before > 0) & ~(now > 0), 1e-3 * before, now)
+        return torch.where((before > 0) & ~(now > 0), left * before, now)
 
     return State(y.w, pytree.tree_map(back, y.nu, start.nu), y.t)
 
