@@ -55,5 +55,6 @@ def work_precision(cases: dict[str, dict[str, Any]]) -> Figure | None:
 
 
 def _is_swept(rows: list[dict[str, Any]]) -> bool:
-    """Whether a case has a curve to draw: macro steps at four tolerances."""
+    """Whether a case has a curve to draw: a short run with macro steps at four tolerances."""
+    rows = [row for row in rows if row["kind"] == "hard"]
     return len({row["knob"] for row in rows if row["family"] == "macro step" and "error_w" in row}) >= 4

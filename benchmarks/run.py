@@ -6,7 +6,7 @@
     --only PART …      runs, ccp, scale, gpu (default: runs and ccp, and gpu where there is CUDA)
     --scale            a network of a million weights on the CPU, too
     --gpu              only the part on a GPU
-    --add              keep what results.json already holds and add to it
+    --add              go on from what results.json already holds
     --out FOLDER       results.json, report.md and the work–precision diagram go there (default: runs/benchmarks)
 
 Costs are counts, the same on every machine; times are CPU seconds and mean little on a machine shared with others.
@@ -39,8 +39,13 @@ from scale import gpu_run, scale_run
 PARTS = ("runs", "ccp", "scale", "gpu")
 
 
-def run_case(case: Case, quick: bool, folder: Path) -> dict[str, Any]:
-    """All integrators on one case."""
+def run_case(case: Case, quick: bool, folder: Path, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All integrators on one case; what is known so far, after each of them.
+
+    Args:
+        folder: where the fine solutions are kept.
+        known: an earlier run of this case, whose rows stay.
+    """
     problem, start, taken = warm_started(case)
     fine = reference(case, start, folder / "references")
     weights = measured_weights(problem)
@@ -52,14 +57,15 @@ def run_case(case: Case, quick: bool, folder: Path) -> dict[str, Any]:
         "breakpoints": ", ".join(f"{t:.1f} {what} (k = {k})" for t, what, k in fine.breakpoints),
         "doubt": fine.doubt,
         "doubt_X": fine.doubt_X,
-        "rows": [],
+        "rows": list(known.get("rows", [])),
     }
+    done = {row["integrator"] for row in about["rows"]}
     for entry in ENTRIES:
-        if entry.runs_on(case, quick):
+        if entry.runs_on(case, quick) and entry.name not in done:
             row = run(case, entry, start, fine, weights)
             about["rows"].append(row)
             print(f"{case.name}: {entry.name}: {row['cpu_seconds']:.1f} s, {row['status']}", flush=True)
-    return about
+            yield about
 
 
 def main() -> None:
@@ -89,8 +95,10 @@ def main() -> None:
 
     if "runs" in parts:
         for case in chosen(options):
-            results["cases"][case.title] = run_case(case, options.quick, options.out)
-            keep()
+            known = results["cases"].get(case.title, {})
+            for about in run_case(case, options.quick, options.out, known):
+                results["cases"][case.title] = about
+                keep()
         figure = work_precision(results["cases"])
         if figure is not None:
             figure.savefig(options.out / "work_precision.png", dpi=150)
