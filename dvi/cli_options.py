@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 
 import dvi
+from dvi.problems import ProblemError
+from dvi.problems.data import usable
 from dvi.solve import WarmStart
 from dvi.solvers.protocol import Integrator
 from dvi.solvers.torchdiffeq import ADAPTIVE
@@ -117,7 +119,7 @@ class Options:
     save_every: float = 1.0
     """Time between recorded moments of the flows, in optimizer steps; the optimizer is recorded at every step."""
     eigen_every: float = 5.0
-    """Time between looks at the eigenvalues of the optimizer and the stable flow, in optimizer steps; 0 for never."""
+    """Time between looks at the eigenvalues of the optimizer, in optimizer steps; 0 for never."""
 
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the flags that were given."""
@@ -193,12 +195,9 @@ def _flag(name: str) -> str:
 def _device(name: str) -> torch.device:
     """Return the device, once it was seen to work."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch raises any of them
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
-    return device
+        return usable(name)
+    except ProblemError as error:
+        raise UsageError(f"--device {name} cannot be used here: {error}") from None
 
 
 __all__ = [

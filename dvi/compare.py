@@ -138,7 +138,7 @@ def compare(
         save_every: unit times between recorded moments.
         coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
-        eigen_every: unit times between looks at the eigenvalues of the optimizer and the stable flow (0: never).
+        eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
         check: compare the loss's derivatives with finite differences once.
         path: an HDF5 file that is kept up to date while the run goes on.
         resume: go on from that file to the same result, bit for bit, as an uninterrupted run.
@@ -168,7 +168,8 @@ def compare(
         "test_inputs": test_inputs is not None,
         "eigen_every": float(eigen_every),
     }
-    keeper = Keeper(path, identity(first, about | arguments), every=checkpoint_every, device=problem.device)
+    known_by = identity(first, about | arguments) if path is not None else {}
+    keeper = Keeper(path, known_by, every=checkpoint_every, device=problem.device)
     saved = keeper.checkpoint() if resume else None
     if saved is None:
         start, told = warm_up(first, warm_start)

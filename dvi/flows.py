@@ -78,14 +78,12 @@ class CompiledFlow:
     def _note_dead_weights(self, P: Preconditioner) -> None:
         dead = P.dead()
         if dead is not None and bool(dead.any()):
-            self._note(
+            note = (
                 f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change): "
                 "they stay where they are and are left out of the P-metric. An eps > 0 would keep them in."
             )
-
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        _tell(text)
+            self.notes.append(note)
+            _tell(note)
 
     # ---- what an integrator asks (dvi.solvers.protocol.Flow) -------------------------------------------
 

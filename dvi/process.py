@@ -19,7 +19,7 @@ from dvi.methods import NotPositiveDefiniteError
 from dvi.predict import Observation, Observer
 from dvi.problems import Ledger, ProblemError
 from dvi.solution import Cost, Solution
-from dvi.solvers.errors import SolverError, StepError
+from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, Integrator, State, host
 from dvi.solvers.watch import Sighting, Watch
 from dvi.status import RunError, Status
@@ -36,22 +36,14 @@ class Process(ABC):
         start: where it starts.
         grid: recorded times, ascending from 0.
         observer: what is watched.
-        eigen_every: unit times between looks at the eigenvalues where they are not needed for the run itself
-            (0: never).
     """
 
-    def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer, eigen_every: float) -> None:
-        self.flow, self.grid, self.observer, self.eigen_every = flow, grid, observer, eigen_every
+    def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer) -> None:
+        self.flow, self.grid, self.observer = flow, grid, observer
         self.y, self.origin = start, start.t
         self.nodes: list[Observation] = []
         self.counts: list[dict[str, int]] = []
         self.ready: dict[int, Tensor] = {}  # weights at grid points not yet fetched
-        self.seen: Sighting | None = None  # eigenpairs looked at for display only
-
-    @property
-    def name(self) -> str:
-        """Which process: "discrete", "central" or "stable"."""
-        return self.flow.name
 
     @abstractmethod
     def advance(self) -> None:
@@ -70,7 +62,7 @@ class Process(ABC):
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, as plain data (see :mod:`dvi.freeze`)."""
-        names = ("y", "origin", "nodes", "counts", "ready", "seen", *self._own_state)
+        names = ("y", "origin", "nodes", "counts", "ready", *self._own_state)
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -85,17 +77,6 @@ class Process(ABC):
         last = counts[-1] if counts else {}
         return {kind: n + last.get(kind, 0) for kind, n in (self.flow.problem.ledger - before).counts.items()}
 
-    def _look(self, y: State, watch: Watch) -> Array:
-        """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
-        if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
-            return np.empty(0)
-        try:
-            self.seen = watch.look(self.flow, y, self.seen, self.eigen_every)
-        except (SolverError, ProblemError, NotPositiveDefiniteError):
-            self.seen = None  # a look for display does not decide how a run ends
-            return np.empty(0)
-        return self.seen.shown
-
     def _cost(self, t: list[float]) -> Cost:
         total = Ledger(**(self.counts[-1] if self.counts else {}), weights=self.flow.problem.ledger.weights)
         return Cost(np.array(t), list(self.counts), total)
@@ -104,21 +85,14 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state = ("memory", "finished")
+    _own_state = ("memory",)
 
     def __init__(
-        self,
-        flow: CompiledFlow,
-        integrator: Integrator,
-        start: State,
-        grid: Array,
-        observer: Observer,
-        eigen_every: float = 5.0,
+        self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
     ) -> None:
-        super().__init__(flow, start, grid, observer, eigen_every)
+        super().__init__(flow, start, grid, observer)
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
-        self.finished = False
 
     def advance(self) -> None:
         """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
@@ -153,7 +127,7 @@ class FlowProcess(Process):
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
-        self.y, self.memory, self.finished = result.y, result.memory, finished
+        self.y, self.memory = result.y, result.memory
 
     @staticmethod
     def _require_feasible(sharpness: float) -> None:
@@ -179,7 +153,7 @@ class FlowProcess(Process):
         data = series.on_grid(self.nodes, grid) if len(grid) else {}
         empty = np.empty(0)
         return Solution(
-            name=self.name,
+            name=self.flow.name,
             t=grid,
             loss=data.pop("loss", empty),
             predicted_loss=data.pop("predicted_loss", empty),
@@ -197,13 +171,20 @@ class FlowProcess(Process):
 
 
 class DiscreteProcess(Process):
-    """The optimizer itself, one step ahead of what it shows: the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}."""
+    """The optimizer itself, one step ahead of what it shows: the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}.
 
-    _own_state = ("previous", "loss", "g")
+    Args:
+        flow, start, grid, observer: see :class:`Process`.
+        eigen_every: unit times between looks at the eigenvalues, which the run itself does not need (0: never).
+    """
+
+    _own_state = ("previous", "loss", "g", "seen")
     flow: Discrete
 
     def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
-        super().__init__(flow, start, grid, observer, eigen_every)
+        super().__init__(flow, start, grid, observer)
+        self.eigen_every = eigen_every
+        self.seen: Sighting | None = None  # the last look
         self.previous: Tensor | None = None
         self.loss: Tensor | None = None
         self.g: Tensor | None = None
@@ -213,7 +194,7 @@ class DiscreteProcess(Process):
         """One step of the optimizer."""
         before = self.flow.problem.ledger.copy()
         if self.g is None:
-            self.loss, self.g = self.flow.problem.value_and_grad(self.y.w)
+            self.loss, self.g = self.flow.value_and_grad(self.y)
         y, loss, g = self.y, self.loss, self.g
         assert loss is not None
         following, next_loss, next_g = self.flow.step(y, g)
@@ -227,8 +208,6 @@ class DiscreteProcess(Process):
             ((y.w - middle) ** 2).sum(),
             torch.linalg.vector_norm(following.w - y.w),
         )
-        if not np.isfinite(value):
-            raise StepError(f"The optimizer's loss is {float(value)} at step {t:g}.")
         seen: Observation = {
             "t": t,
             "loss": float(value),
@@ -239,27 +218,35 @@ class DiscreteProcess(Process):
             **self.observer.observe_iterate(self.flow, y.w, g),
         }
         with self.flow.problem.ledger.paused():
-            seen["eigenvalues"] = self._look(State(middle, y.nu, y.t), self._watch)
+            seen["eigenvalues"] = self._look(State(middle, y.nu, y.t))
         self.counts.append(counts)
         self.nodes.append(seen)
         for i in np.flatnonzero(np.abs(self.grid - t) < 1e-9):
             self.ready[int(i)] = middle
         self.previous, self.y, self.loss, self.g = y.w, following, next_loss, next_g
 
+    def _look(self, y: State) -> Array:
+        """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
+        if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
+            return np.empty(0)
+        try:
+            self.seen = self._watch.look(self.flow, y, self.seen, self.eigen_every)
+        except (SolverError, ProblemError, NotPositiveDefiniteError):
+            self.seen = None  # a look for display does not decide how a run ends
+            return np.empty(0)
+        return self.seen.shown
+
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
         """Every step of the optimizer (whatever the grid: a thinned oscillation would show as something else)."""
         t = np.array([node["t"] for node in self.nodes])
         names = [n for n in (self.nodes[0] if self.nodes else {}) if n not in ("t", "loss", "eigenvalues")]
         data = {name: np.array([node[name] for node in self.nodes]) for name in names}
-        table = np.full((len(t), max((len(n["eigenvalues"]) for n in self.nodes), default=0)), np.nan)
-        for row, node in zip(table, self.nodes, strict=True):
-            row[: len(node["eigenvalues"])] = node["eigenvalues"]
         return Solution(
-            name=self.name,
+            name=self.flow.name,
             t=t,
             loss=np.array([node["loss"] for node in self.nodes]),
             predicted_loss=np.full(len(t), np.nan),
-            eigenvalues=table,
+            eigenvalues=series.padded([node["eigenvalues"] for node in self.nodes]),
             X=[np.zeros((0, 0))] * len(t),
             w=self.y.w if self.previous is None else self.previous,
             nu=self.y.nu,

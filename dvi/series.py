@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dvi.predict import Observation
 from dvi.solvers.critical import CRITICAL
+from dvi.solvers.hermite import basis
 from dvi.solvers.protocol import Array
 
 _AVERAGED = ("osc_loss", "osc_grad_sq", "trace", "osc_coordinate_grad_sq", "osc_outputs")  # stamped at X_time
@@ -77,12 +79,27 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
     return found
 
 
+def padded(rows: list[Array]) -> Array:
+    """Rows of unequal length as a table [n, m], NaN where they end."""
+    table = np.full((len(rows), max((len(row) for row in rows), default=0)), np.nan)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+def _place(t: Array, grid: Array) -> tuple[NDArray[np.intp], Array, Array]:
+    """For each time of the grid: the node before it, the part of the way to the next one, and how long that is."""
+    i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
+    h = t[i + 1] - t[i]
+    return i, np.clip((grid - t[i]) / h, 0.0, 1.0), h
+
+
 def _linear(t: Array, values: list[Any], grid: Array) -> Array:
     y = np.asarray(values, dtype=np.float64)
     if len(t) == 1:
         return np.repeat(y, len(grid), axis=0)
-    i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
-    s = np.clip((grid - t[i]) / (t[i + 1] - t[i]), 0.0, 1.0).reshape(-1, *[1] * (y.ndim - 1))
+    i, s, _ = _place(t, grid)
+    s = s.reshape(-1, *[1] * (y.ndim - 1))
     out: Array = np.where(s == 0, y[i], np.where(s == 1, y[i + 1], (1 - s) * y[i] + s * y[i + 1]))
     return out
 
@@ -92,26 +109,17 @@ def _hermite(t: Array, nodes: list[Observation], grid: Array) -> Array:
     y, dy = (np.array([node[name] for node in nodes]) for name in ("loss", "loss_rate"))
     if len(t) == 1:
         return np.full(len(grid), y[0])
-    i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
-    h = t[i + 1] - t[i]
-    s = np.clip((grid - t[i]) / h, 0.0, 1.0)
-    value = (
-        (1 + 2 * s) * (1 - s) ** 2 * y[i]
-        + s * (1 - s) ** 2 * h * dy[i]
-        + s**2 * (3 - 2 * s) * y[i + 1]
-        - s**2 * (1 - s) * h * dy[i + 1]
-    )
+    i, s, h = _place(t, grid)
+    a, da, b, db = basis(s, h)
+    value = a * y[i] + da * dy[i] + b * y[i + 1] + db * dy[i + 1]
     return np.where(s == 0, y[i], np.where(s == 1, y[i + 1], value))
 
 
 def _eigenvalues(t: Array, rows: list[Array], grid: Array) -> Array:
     """[len(grid), m], NaN where fewer were followed; linear where both neighbours have the value."""
-    m = max((len(row) for row in rows), default=0)
-    table = np.full((len(rows), m), np.nan)
-    for row, values in zip(table, rows, strict=True):
-        row[: len(values)] = values
-    out = np.full((len(grid), m), np.nan)
-    for j in range(m):
+    table = padded(rows)
+    out = np.full((len(grid), table.shape[1]), np.nan)
+    for j in range(table.shape[1]):
         known = np.isfinite(table[:, j])
         if known.any():
             column = np.interp(grid, t[known], table[known, j], left=np.nan, right=np.nan)

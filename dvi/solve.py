@@ -60,7 +60,7 @@ def solve(
         save_every: unit times between recorded moments.
         save: ("w",) to record the weights at every recorded moment, too.
         coordinates, test_inputs: what else to observe, see :class:`dvi.predict.Observer`.
-        eigen_every: unit times between looks at the eigenvalues of processes that do not need them (0: never).
+        eigen_every: unit times between looks at the eigenvalues of the optimizer, which it does not need (0: never).
         progress: show a progress bar.
         throw: raise where the run cannot go on; otherwise give back what was computed, with its status.
         start: a state to start from instead of the flow's own.
@@ -148,7 +148,7 @@ def make_process(
         if integrator is not None:
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
-    return FlowProcess(flow, integrator or default_integrator(flow), start, grid, observer, eigen_every)
+    return FlowProcess(flow, integrator or default_integrator(flow), start, grid, observer)
 
 
 def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dvi.problems.errors import ProblemError
 
 
 def usable(device: torch.device | str) -> torch.device:
-    """Return the device of that name.
+    """Return the device of that name, once it was seen to work.
 
     Raises:
         ProblemError: if there is no such device on this machine.
@@ -17,7 +17,7 @@ def usable(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
-        torch.empty((), device=found)
+        torch.zeros((), device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own kinds, by backend
         cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         here = ", ".join(["cpu", *cards])

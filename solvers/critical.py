@@ -160,7 +160,7 @@ class CriticalSubspace:
             ritz, rotation = ritz[::-1].copy(), like(C[:, ::-1], X)
             X, AX = X @ rotation, AX @ rotation
             R = AX - X * like(ritz, X)
-            residuals = np.asarray(torch.linalg.vector_norm(R, dim=0).double().cpu())
+            (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
             if not np.isfinite(ritz).all():
                 raise ConvergenceError("Hessian–vector products are not finite: the loss has left its domain.")
             needed = self._needed(ritz, want)
@@ -180,13 +180,7 @@ class CriticalSubspace:
             if iteration == self.max_iterations:
                 break
             active = ~converged & ((np.arange(len(ritz)) < needed + self.slack) | hiding)
-            W = _orthonormal_against(R[:, np.flatnonzero(active).tolist()], X)
-            AW = A(W)
-            S, AS = [X, W], [AX, AW]
-            if P is not None and AP is not None:
-                S.append(P)
-                AS.append(AP)
-            X, AX, P, AP = _rayleigh_ritz(torch.cat(S, dim=1), torch.cat(AS, dim=1), X.shape[1])
+            X, AX, P, AP = _improved(A, X, AX, R[:, np.flatnonzero(active).tolist()], P, AP)
         worst = residuals[:needed].max()
         raise ConvergenceError(
             f"The leading {needed} eigenpairs of the effective Hessian did not converge: residual {worst:.1e} against "
@@ -202,12 +196,7 @@ class CriticalSubspace:
             R = AX - X * ritz if P is not None else AX - X @ (X.T @ AX)
             if float(R.norm()) < 1e-8:
                 break
-            W = _orthonormal_against(R, X)
-            S, AS = [X, W], [AX, A(W)]
-            if P is not None and AP is not None:
-                S.append(P)
-                AS.append(AP)
-            X, AX, P, AP = _rayleigh_ritz(torch.cat(S, dim=1), torch.cat(AS, dim=1), X.shape[1])
+            X, AX, P, AP = _improved(A, X, AX, R, P, AP)
         return X, AX
 
 
@@ -224,6 +213,18 @@ def _orthonormal_against(W: Tensor, X: Tensor | None) -> Tensor:
             W = W - X @ (X.T @ W)
         W = torch.linalg.qr(W)[0]
     return W
+
+
+def _improved(
+    A: Operator, X: Tensor, AX: Tensor, R: Tensor, P: Tensor | None, AP: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One move of LOBPCG, for one block product: the best of X, its residuals R and the last directions P."""
+    W = _orthonormal_against(R, X)
+    S, AS = [X, W], [AX, A(W)]
+    if P is not None and AP is not None:
+        S.append(P)
+        AS.append(AP)
+    return _rayleigh_ritz(torch.cat(S, dim=1), torch.cat(AS, dim=1), X.shape[1])
 
 
 def _rayleigh_ritz(S: Tensor, AS: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

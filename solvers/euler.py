@@ -9,7 +9,7 @@ import numpy as np
 from dvi.solvers import ccp
 from dvi.solvers.errors import StepError
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
-from dvi.solvers.watch import Sighting, Watch, empty_frame
+from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Euler:
             memory = EulerMemory(seen)
             h = min(h, 1 / max(1.0, float(seen.eigenvalues[0])))
         h = h if h <= self.dt * (1 + 1e-9) else self.dt  # land on h when the rest would be rounding
-        node, memory, rate = self._evaluate(flow, memory, y, h)
+        begin, memory, rate = self._evaluate(flow, memory, y, h)
         end = y.moved(rate, h)
         if not bool(end.w.isfinite().all()):
             raise StepError(
                 f"Euler(dt={self.dt:g}) left the finite numbers at t = {y.t:g}. Take a smaller dt; if the effective "
                 "sharpness was above 2 at the start, warm-start with real optimizer steps."
             )
-        return StepResult(end, memory, node, lambda t: y.moved(rate, t - y.t))
+        return StepResult(end, memory, begin, lambda t: y.moved(rate, t - y.t))
 
     def observe(self, flow: Flow, memory: EulerMemory, y: State) -> Node:
         """What a step from y would begin with."""
@@ -80,16 +80,4 @@ class Euler:
             X = ccp.solve(lin.alpha - lin.gap / h, lin.beta, warm=warm).X
             flow.count_ccp()
         rate = lin.drift(X)
-        node = Node(
-            t=y.t,
-            loss=float(loss),
-            grad_sq=float(g @ g),
-            eigenvalues=seen.shown if flow.constrained else seen.eigenvalues[:1],
-            U=frame.U,
-            HU=frame.HU,
-            X=X,
-            X_time=y.t,
-            g=g,
-            rate=rate,
-        )
-        return node, EulerMemory(seen, X), rate
+        return node(flow, y.t, float(loss), g, seen, frame, X, y.t, rate), EulerMemory(seen, X), rate

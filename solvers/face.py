@@ -19,7 +19,7 @@ from torch import Tensor
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like, mended
-from dvi.solvers.watch import Sighting, Watch, empty_frame
+from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
 #: An eigenvalue this close to 2 is taken as having arrived; events are located more closely than that.
 ARRIVED = 1e-7
@@ -186,17 +186,6 @@ class Face:
         return min(signs)
 
 
-def node_of(look: Look, t: float, constrained: bool = True) -> Node:
+def node_of(flow: Flow, look: Look, t: float) -> Node:
     """What a run records of a look."""
-    return Node(
-        t=t,
-        loss=look.loss,
-        grad_sq=float(look.g @ look.g),
-        eigenvalues=look.seen.shown if constrained else look.seen.eigenvalues[:1],
-        U=look.frame.U,
-        HU=look.frame.HU,
-        X=look.X,
-        X_time=t,
-        g=look.g,
-        rate=look.rate,
-    )
+    return node(flow, t, look.loss, look.g, look.seen, look.frame, look.X, t, look.rate)

@@ -1,26 +1,28 @@
-"""Dense output: the state inside a step from its ends and the rates there, to fourth order locally."""
+"""Cubic Hermite interpolation: between the ends of a step from the values and slopes there, to fourth order locally."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
-from dvi.solvers.protocol import Rate, State, combine
+from dvi.solvers.protocol import Array, Rate, State, combine
+
+Number = TypeVar("Number", float, Array)
+
+
+def basis(s: Number, h: Number) -> tuple[Number, Number, Number, Number]:
+    """Weights of (value, slope) at the start and (value, slope) at the end, at a part s of a step h."""
+    return (1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2 * h, s**2 * (3 - 2 * s), -(s**2) * (1 - s) * h
 
 
 def hermite(a: State, b: State, slope_a: Rate, slope_b: Rate) -> Callable[[float], State]:
-    """Cubic dense output between the ends of a step."""
+    """Dense output between the ends of a step."""
 
     def at(t: float) -> State:
         h = b.t - a.t
-        s = (t - a.t) / h
-        w, nu = combine(
-            [
-                ((1 + 2 * s) * (1 - s) ** 2, (a.w, a.nu)),
-                (s * (1 - s) ** 2 * h, (slope_a.w, slope_a.nu)),
-                (s**2 * (3 - 2 * s), (b.w, b.nu)),
-                (-(s**2) * (1 - s) * h, (slope_b.w, slope_b.nu)),
-            ]
-        )
+        weights = basis((t - a.t) / h, h)
+        parts = (a.parts, slope_a.parts, b.parts, slope_b.parts)
+        w, nu = combine(list(zip(weights, parts, strict=True)))
         return State(w, nu, t)
 
     return at

@@ -120,7 +120,7 @@ class Attempt:
     def _radius(self) -> float:
         """Spectral radius of the flow's Jacobian: λ ≤ 2 in w, and ν's own decay."""
         top = float(self.here.seen.eigenvalues[0])
-        # without a constraint the sharpness rises as it likes, and is known to a tenth only
+        # without a constraint the sharpness rises as it likes, and is known to a few percent, up to a unit ago
         top *= 1.05 if self.flow.constrained else 1.2
         return max(2.1, top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
 
@@ -199,7 +199,7 @@ class Attempt:
                 Z_end = R @ (self.h * X_end) @ R.T
                 if z.any():
                     at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
-                    change = combine([(0.5, _pair(lin.kick(Z))), (0.5, _pair(at_start)), (-1.0, _pair(at_middle))])
+                    change = combine([(0.5, lin.kick(Z).parts), (0.5, at_start.parts), (-1.0, at_middle.parts)])
                     bend = float(change[0].norm())
                     moved = mended(flow, _displaced(end, change), self.y)
                     if bend > 4 * self.tol and not self.final:
@@ -210,7 +210,7 @@ class Attempt:
             flow.count_ccp()
             y = Y - Z_end
             if y.any():
-                moved = mended(flow, _displaced(moved, _pair(lin.kick(y))), self.y)
+                moved = mended(flow, _displaced(moved, lin.kick(y).parts), self.y)
                 flow.velocity(moved, g)  # still in the domain?
         except DomainError:
             return None
@@ -250,12 +250,8 @@ def _polar(A: Array) -> Array:
     return nearest
 
 
-def _pair(rate: Rate) -> tuple[Tensor, Any]:
-    return rate.w, rate.nu
-
-
 def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
-    w, nu = combine([(1.0, (y.w, y.nu)), (1.0, change)])
+    w, nu = combine([(1.0, y.parts), (1.0, change)])
     return State(w, nu, y.t)
 
 

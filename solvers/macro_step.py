@@ -26,8 +26,8 @@ from torch import Tensor
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
 from dvi.solvers.macro_attempt import Accepted, Attempt, Here, baumgarte, evaluate, multiplier
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.protocol import Flow, Frame, Node, State, StepResult
+from dvi.solvers.watch import Sighting, Watch, node
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MacroMemory:
     """What the macro step wants to be given back.
 
     Attributes:
-        h: the next step to try; rejected: whether it follows a rejection (then it is not cut to land again).
+        h: the next step to try.
         here: the evaluations at the current state.
         before: frame, eigenvectors and length of the last step, to extrapolate from.
     """
@@ -114,7 +114,7 @@ class MacroStep:
         here = memory.here or evaluate(flow, self.watch, y, None, memory.h)
         lin = flow.linearised(y, here.g, here.frame)
         X = multiplier(flow, lin, baumgarte(memory.h), None)
-        return _node(flow, y.t, here, here.frame, X, y.t, lin.drift(X))
+        return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, lin.drift(X))
 
     # ---- inside ---------------------------------------------------------------------------------------
 
@@ -136,20 +136,6 @@ class MacroStep:
         h = max(0.9 * tried, length) if cut and new.error <= 0.2 * self.tol else grown
         h = float(np.clip(h, self.h_min, self.h_max))
         before = (here.frame, here.seen.block.V, length)
-        node = _node(flow, y.t, here, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
-        return StepResult(new.y, MacroMemory(h, new.here, before), node, hermite(y, new.y, new.rate, new.end_rate))
-
-
-def _node(flow: Flow, t: float, here: Here, frame: Frame, X: Array, X_time: float, rate: Rate) -> Node:
-    return Node(
-        t=t,
-        loss=here.loss,
-        grad_sq=float(here.g @ here.g),
-        eigenvalues=here.seen.shown if flow.constrained else here.seen.eigenvalues[:1],
-        U=frame.U,
-        HU=frame.HU,
-        X=X,
-        X_time=X_time,
-        g=here.g,
-        rate=rate,
-    )
+        middle = y.t + 0.5 * length
+        begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate)
+        return StepResult(new.y, MacroMemory(h, new.here, before), begin, hermite(y, new.y, new.rate, new.end_rate))

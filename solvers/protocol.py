@@ -36,6 +36,11 @@ class State:
     nu: PyTree
     t: float
 
+    @property
+    def parts(self) -> tuple[Tensor, PyTree]:
+        """(w, ν), what :func:`combine` takes."""
+        return self.w, self.nu
+
     def moved(self, rate: Rate, h: float) -> State:
         """This state after h unit times at a constant rate."""
         nu = pytree.tree_map(lambda x, dx: x + h * dx, self.nu, rate.nu)
@@ -48,6 +53,11 @@ class Rate:
 
     w: Tensor
     nu: PyTree
+
+    @property
+    def parts(self) -> tuple[Tensor, PyTree]:
+        """(dw/dt, dν/dt), what :func:`combine` takes."""
+        return self.w, self.nu
 
 
 def combine(terms: list[tuple[float, Any]]) -> Any:

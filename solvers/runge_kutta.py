@@ -17,7 +17,7 @@ from dvi.solvers.critical import CRITICAL, CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import ARRIVED, Face, Look, node_of
 from dvi.solvers.hermite import hermite
-from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.protocol import Array, Flow, Node, State, StepResult, combine
 from dvi.solvers.watch import Sighting, Watch
 
 
@@ -176,24 +176,22 @@ class RungeKutta:
         following = self.h or float(np.clip(0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order), 0.3, 3.0)) * size
         memory = FaceMemory(held, face.seen, min(following, self.h_max if self.h is None else following))
         dense = hermite(y, end, begin.rate, after.rate)
-        return StepResult(end, memory, node_of(begin, y.t, flow.constrained), dense)
+        return StepResult(end, memory, node_of(flow, begin, y.t), dense)
 
     def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
         """What a step from y would begin with."""
         face = Face(flow, self.watch, memory.held, memory.seen)
-        return node_of(face.look(y), y.t, flow.constrained)
+        return node_of(flow, face.look(y), y.t)
 
     def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float]:
         """One plain step of length h on a face: the end, and the embedded error estimate in w."""
         tableau = TABLEAUX[self.order]
         rates = [begin.rate]
         for row in tableau.A[1:]:
-            weight = [(h * a, _pair(rate)) for a, rate in zip(row, rates, strict=True) if a]
-            w, nu = combine([(1.0, (y.w, y.nu)), *weight])
+            weight = [(h * a, rate.parts) for a, rate in zip(row, rates, strict=True) if a]
+            w, nu = combine([(1.0, y.parts), *weight])
             rates.append(face.look(State(w, nu, y.t + h * sum(row))).rate)
-        w, nu = combine(
-            [(1.0, (y.w, y.nu)), *((h * b, _pair(rate)) for b, rate in zip(tableau.b, rates, strict=True) if b)]
-        )
+        w, nu = combine([(1.0, y.parts), *((h * b, rate.parts) for b, rate in zip(tableau.b, rates, strict=True) if b)])
         off = combine([(h * e, rate.w) for e, rate in zip(tableau.b_error, rates, strict=True)])
         error: float = torch.linalg.vector_norm(off).item()
         return face.mend(State(w, nu, y.t + h)), error if np.isfinite(error) else float("inf")
@@ -209,7 +207,3 @@ class RungeKutta:
         if sign(0.0) <= 0:  # it lies at the start itself: a short step shows what follows
             return min(h, 1e-6)
         return float(brentq(sign, 0.0, h, xtol=1e-11 * max(1.0, h), rtol=1e-12))
-
-
-def _pair(rate: Rate) -> tuple[object, object]:
-    return rate.w, rate.nu

@@ -78,12 +78,12 @@ class TorchDiffEq:
         held = face.arrived(end) if arriving else face.kept(after)
         assert face.seen is not None
         dense = hermite(y, end, begin.rate, after.rate)
-        return StepResult(end, FaceMemory(held, face.seen, size), node_of(begin, y.t, flow.constrained), dense)
+        return StepResult(end, FaceMemory(held, face.seen, size), node_of(flow, begin, y.t), dense)
 
     def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
         """What a window from y would begin with."""
         face = Face(flow, self.watch, memory.held, memory.seen)
-        return node_of(face.look(y), y.t, flow.constrained)
+        return node_of(flow, face.look(y), y.t)
 
     # ---- the library's side -----------------------------------------------------------------------------
 

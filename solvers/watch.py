@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
-from dvi.solvers.protocol import Array, Flow, Frame, State
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
 _UNKNOWN_RATE = 0.2  # per unit time, while nothing is known: early sharpening is rarely faster
 
@@ -37,8 +38,7 @@ class Sighting:
     @property
     def shown(self) -> Array:
         """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
-        blurred = self.block.residuals[1:] > 0.05
-        return self.eigenvalues[: 1 + (int(np.argmax(blurred)) if blurred.any() else len(blurred))]
+        return self.eigenvalues[: 1 + leading(self.block.residuals[1:] <= 0.05)]
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,19 @@ class Watch:
     def critical(self, seen: Sighting, h: float) -> int:
         """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only."""
         reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
-        k = int(np.argmin(reach >= CRITICAL)) if not (reach >= CRITICAL).all() else len(reach)
-        sharp = seen.block.residuals <= 20 * self.subspace.tol
-        return min(k, int(np.argmin(sharp)) if not sharp.all() else len(sharp))
+        return min(leading(reach >= CRITICAL), leading(seen.block.residuals <= 20 * self.subspace.tol))
 
-    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, third: bool = True) -> Frame:
+    def frame(self, flow: Flow, y: State, seen: Sighting, h: float) -> Frame:
         """The frame of the critical eigenvectors at y."""
         k = self.critical(seen, h)
-        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k], third)
+        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k])
 
     def _rates(self, last: Sighting, block: Eigenblock, t: float) -> Array:
         """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest."""
         elapsed = t - last.t
         if elapsed <= 0:
             return np.resize(last.rates, block.size)
-        overlap = np.abs(np.asarray((last.block.V.T @ block.V).double().cpu()))
+        overlap = np.abs(host(last.block.V.T @ block.V)[0])
         match = overlap.argmax(axis=0)
         rates = (block.eigenvalues - last.eigenvalues[match]) / elapsed
         # a Ritz value is off by about residual²/gap, at most the residual: of no use as a rate if that is large
@@ -122,6 +120,29 @@ class Watch:
         known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
         return np.where(known, rates, fastest)
+
+
+def leading(holds: NDArray[np.bool_]) -> int:
+    """How many hold from the first on, without a break."""
+    return len(holds) if holds.all() else int(np.argmin(holds))
+
+
+def node(
+    flow: Flow, t: float, loss: float, g: Tensor, seen: Sighting, frame: Frame, X: Array, X_time: float, rate: Rate
+) -> Node:
+    """What a run records of a moment at which ``seen`` was seen."""
+    return Node(
+        t=t,
+        loss=loss,
+        grad_sq=float(g @ g),
+        eigenvalues=seen.shown if flow.constrained else seen.eigenvalues[:1],
+        U=frame.U,
+        HU=frame.HU,
+        X=X,
+        X_time=X_time,
+        g=g,
+        rate=rate,
+    )
 
 
 def empty_frame(flow: Flow, y: State) -> Frame:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+import dvi
+
 torch.set_num_threads(1)
 
 # The same examples in every run: a failure in one place is a failure everywhere.  HYPOTHESIS_PROFILE=explore tries
@@ -66,8 +68,6 @@ class CubicLoss:
 
     def problem(self, w0):
         """The dvi.Problem, from the numpy vector w0."""
-        import dvi
-
         w0 = torch.as_tensor(w0)
         return dvi.Problem(self.loss(w0), w0)
 
@@ -79,3 +79,19 @@ def symmetric_cube(rng, d):
 
 def orthogonal(rng, d):
     return np.linalg.qr(rng.normal(size=(d, d)))[0]
+
+
+class AdaGrad(dvi.Method):
+    """An optimizer as a user declares one."""
+
+    lr: float
+    eps: float = 1e-8
+
+    def init(self, w):
+        return {"s": torch.zeros_like(w)}
+
+    def f(self, nu, g):
+        return {"s": g**2}
+
+    def P(self, nu):
+        return dvi.Diagonal((nu["s"].sqrt() + self.eps) / self.lr)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import AdaGrad
 
 import dvi
 from dvi.freeze import from_bytes, to_bytes
@@ -181,20 +182,7 @@ def test_macro_step_with_either_backend(derivatives):
 
 
 def test_user_defined_method_with_a_schedule():
-    """AdaGrad with a warm-up, declared here, by both integrators: they agree to Euler's own error."""
-
-    class AdaGrad(dvi.Method):
-        lr: object
-        eps: float = 1e-8
-
-        def init(self, w):
-            return {"s": torch.zeros_like(w)}
-
-        def f(self, nu, g):
-            return {"s": g**2}
-
-        def P(self, nu):
-            return dvi.Diagonal((nu["s"].sqrt() + self.eps) / self.lr)
+    """AdaGrad with a warm-up, declared by a user, by both integrators: they agree to Euler's own error."""
 
     problem = dvi.problems.digits(network="mlp", loss="mse", n=100, width=12)
     flow = dvi.central_flow(problem, AdaGrad(lr=lambda t: 0.01 * (1 + t / 40)))

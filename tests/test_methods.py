@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CubicLoss, examples
+from conftest import AdaGrad, CubicLoss, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,20 +84,6 @@ def test_steps_are_those_of_torch_optim(name, seed):
     method, make = TORCH[name]
     cubic, w = bowl(seed)
     agree(trajectory(method, cubic, w), torch_trajectory(make, cubic, w))
-
-
-class AdaGrad(dvi.Method):
-    lr: float
-    eps: float = 1e-8
-
-    def init(self, w):
-        return {"s": torch.zeros_like(w)}
-
-    def f(self, nu, g):
-        return {"s": g**2}
-
-    def P(self, nu):
-        return dvi.Diagonal((nu["s"].sqrt() + self.eps) / self.lr)
 
 
 @given(seed=seeds)
