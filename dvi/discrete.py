@@ -10,7 +10,7 @@ from dvi.solvers.protocol import State
 
 
 class Discrete(CompiledFlow):
-    """The discrete optimizer  w_{t+1} = w_t − P(ν_t)⁻¹∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
+    """The discrete optimizer  w_{t+1} = w_t − P(ν_t)⁻¹ m_t,  m_t = Q∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
 
     It starts from the same state as the flows, (w0, ν after the update at w0, t = 0), and has no constraint to keep.
     """
@@ -19,17 +19,19 @@ class Discrete(CompiledFlow):
     constrained = False
 
     def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One step from y = (w_t, ν_t, t), given g = ∇L(w_t): the next state, and L and ∇L there.
+        """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.
 
         Raises:
             NotPositiveDefiniteError: if P(ν_t) is not positive definite.
         """
-        P = self.method.at(y.t).P(y.nu)
+        now = self.method.at(y.t)
+        P = now.P(y.nu)
         P.check(g)
-        w = y.w - P.solve(g)
+        m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
+        w = y.w - P.solve(m)
         nu, t = y.nu, y.t + 1
         loss, g_next = self.value_and_grad(State(w, nu, t))
-        return State(w, self.method.update(nu, g_next, t), t), loss, g_next
+        return State(w, self.method.update(nu, g_next, t), t, memory), loss, g_next
 
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:

@@ -68,7 +68,8 @@ class CompiledFlow:
         w = problem.w0
         _, g = problem.value_and_grad(w)
         nu = validate(self.method, w, g)
-        self.initial = State(w, nu, 0.0)
+        Q = self.method.at(0.0).Q()
+        self.initial = State(w, nu, 0.0, None if Q.trivial else Q.initial(w))
         self.calculus = SpecCalculus(self.method, nu, g, covariance)
         self._note_dead_weights(self.calculus.P(nu, 0.0))
 

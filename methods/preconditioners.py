@@ -53,6 +53,44 @@ class Preconditioner(ABC):
         return None
 
 
+class Scaled(Preconditioner):
+    """A multiple s·P of a preconditioner, s > 0 a number or a tensor []."""
+
+    def __init__(self, base: Preconditioner, factor: Tensor | float) -> None:
+        self.base, self.factor = base, factor
+
+    def __repr__(self) -> str:
+        return f"Scaled({self.base!r}, {self.factor!r})"
+
+    def apply(self, V: Tensor) -> Tensor:
+        """P V."""
+        return self.factor * self.base.apply(V)
+
+    def solve(self, V: Tensor) -> Tensor:
+        """P⁻¹ V."""
+        return self.base.solve(V) / self.factor
+
+    def inv_sqrt(self, V: Tensor) -> Tensor:
+        """P^{−1/2} V."""
+        return self.base.inv_sqrt(V) / self.factor**0.5
+
+    def sqrt(self, V: Tensor) -> Tensor:
+        """P^{1/2} V."""
+        return self.base.sqrt(V) * self.factor**0.5
+
+    def effective_lr(self) -> Tensor:
+        """Of P, divided by the factor."""
+        return self.base.effective_lr() / self.factor
+
+    def dead(self) -> Tensor | None:
+        """The coordinates that never move."""
+        return self.base.dead()
+
+    def check(self, g: Tensor | None = None) -> None:
+        """Raise unless the base is finite and positive definite; the factor is positive by construction."""
+        self.base.check(g)
+
+
 class Scalar(Preconditioner):
     """P = p I with a scalar p (a number or a tensor [])."""
 
@@ -170,4 +208,4 @@ class Diagonal(Preconditioner):
             )
 
 
-__all__ = ["Diagonal", "Preconditioner", "Scalar"]
+__all__ = ["Diagonal", "Preconditioner", "Scalar", "Scaled"]

@@ -1,4 +1,4 @@
-"""The declaration of an optimizer: init, f and P.
+"""The declaration of an optimizer: init, f and P, and Q where it has momentum.
 
 An optimizer is declared as a state spec (paper, Appendix C.7)
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
+from dvi.methods.filter import Filter
 from dvi.methods.preconditioners import Preconditioner
 from dvi.methods.schedules import value_and_slope
 
@@ -33,6 +34,8 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "eps": (lambda x: x >= 0, "zero or positive"),
     "beta1": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "beta2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "share": (lambda x: 0 <= x <= 1, "in [0, 1]"),
 }
 
 
@@ -62,7 +65,8 @@ class Method:
 
     Raises:
         SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
-            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2`` in [0, 1)).
+            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2``, ``momentum`` in
+            [0, 1)).
     """
 
     #: Ranges by field name; a subclass may extend them.
@@ -94,6 +98,10 @@ class Method:
     def P(self, nu: Nu) -> Preconditioner:
         """Make the preconditioner, the learning rate folded in, so that the critical threshold is 2."""
         raise SpecError(f"{type(self).__name__} declares no P(nu): say which preconditioner its state makes.")
+
+    def Q(self) -> Filter:
+        """Momentum: the linear filter that makes the step's m_t of the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
+        return Filter()
 
     # ---- what follows from it -------------------------------------------------------------------------
 

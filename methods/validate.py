@@ -18,11 +18,12 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
 
     Raises:
         SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
-            structure, shapes or dtypes than ν's, modifies ν in place, gives a number that is not finite, or if ``P``
-            gives no preconditioner.
+            structure, shapes or dtypes than ν's, modifies ν in place, gives a number that is not finite, if ``P`` gives
+            no preconditioner, or if Q is a filter that does not oscillate with period two first.
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
+    method.at(0.0).Q().check()
     nu = method.init(w)
     for path, leaf in leaves(nu):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

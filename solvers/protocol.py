@@ -30,11 +30,19 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class State:
-    """Where a flow is: weights w [d], the optimizer's state ν (a pytree of tensors), and the clock t (unit times)."""
+    """Where a flow or an optimizer is.
+
+    Attributes:
+        w: weights [d].
+        nu: the optimizer's state ν, a pytree of tensors.
+        t: the clock, unit times.
+        m: momentum, for those that have it: a flow's m [d]; of an optimizer, its filter's memory (a tuple of [d]).
+    """
 
     w: Tensor
     nu: PyTree
     t: float
+    m: PyTree = None
 
     @property
     def parts(self) -> tuple[Tensor, PyTree]:

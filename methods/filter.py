@@ -1,0 +1,179 @@
+"""Momentum as a linear filter on the gradient, and what an edge of stability makes of it.
+
+With w_{t+1} = w_t − P⁻¹ m_t and m_t = Q(z) g_t, on an eigenvector HU = λPU of a quadratic the characteristic equation is
+
+    (z − 1) + λ Q(z) = 0,        x = z⁻¹,
+
+so the optimizer becomes unstable at the least real λ > 0 at which a root stands on the unit circle, λ = (1 − z)/Q(z).
+Where that is at z = −1 the optimizer oscillates with period two, as gradient descent does at λ = 2, and the filter enters
+its central flow through three numbers only: the threshold c, the gain Q₁ and the lag τ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.methods.errors import SpecError
+
+Memory = tuple[Tensor, ...]  # delay buffers [d], as many as the filter's order, and the last output [d]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Q(x) = (n₀ + n₁x + …)/(d₀ + d₁x + …), x = z⁻¹ one step's delay; ``Filter()`` is 1, no momentum.
+
+    >>> heavy_ball = Filter([1], [1, -0.9])
+    >>> [round(float(number), 12) for number in (heavy_ball.threshold, heavy_ball.gain, heavy_ball.lag)]
+    [3.8, 10.0, 9.0]
+
+    Args:
+        numerator: n₀, n₁, …: numbers (or, inside a method with schedules, tensors []).
+        denominator: d₀, d₁, …, d₀ ≠ 0.
+    """
+
+    numerator: Sequence[Any] = (1.0,)
+    denominator: Sequence[Any] = (1.0,)
+
+    @property
+    def trivial(self) -> bool:
+        """Is there no filter, Q = 1?"""
+        return self.order == 0 and float(self.numerator[0]) == float(self.denominator[0])
+
+    @property
+    def order(self) -> int:
+        """How many past vectors the filter remembers."""
+        return max(len(self.numerator), len(self.denominator)) - 1
+
+    # ---- what the flow needs --------------------------------------------------------------------------
+
+    @property
+    def gain(self) -> Any:
+        """Q₁ = Q(x = 1): how much further than P⁻¹g a step goes on average."""
+        return sum(self.numerator) / sum(self.denominator)
+
+    @property
+    def threshold(self) -> Any:
+        """c = 2/Q(z = −1): the effective sharpness at which period-two oscillations begin, H ⪯ cP."""
+        return 2 * _alternating(self.denominator) / _alternating(self.numerator)
+
+    @property
+    def lag(self) -> Any:
+        """τ = Q′(x = 1)/Q₁: the mean age of the gradients in m, in unit times."""
+        return _slope(self.numerator) / sum(self.numerator) - _slope(self.denominator) / sum(self.denominator)
+
+    # ---- the filter at work ---------------------------------------------------------------------------
+
+    def initial(self, w: Tensor) -> Memory:
+        """An empty memory for gradients like w [d]."""
+        return tuple(torch.zeros_like(w) for _ in range(self.order + 1))
+
+    def step(self, g: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """m_t [d] from g_t [d], and the memory after it (direct form II, transposed)."""
+        n, d = self._padded
+        *buffers, _ = memory
+        shifted = [*buffers[1:], torch.zeros_like(g)]
+        m = n[0] * g + buffers[0] if buffers else n[0] * g
+        kept = [n[i + 1] * g - d[i + 1] * m + shifted[i] for i in range(self.order)]
+        return m, (*kept, m)
+
+    @property
+    def _padded(self) -> tuple[list[Any], list[Any]]:
+        """Coefficients of equal length, the denominator's first scaled to 1."""
+        size, first = self.order + 1, self.denominator[0]
+        return tuple([x / first for x in c] + [0.0] * (size - len(c)) for c in (self.numerator, self.denominator))  # type: ignore[return-value]
+
+    # ---- what does not fit ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise unless the filter is stable and the optimizer leaves stability by oscillating with period two.
+
+        Raises:
+            SpecError: naming the pole, the gain, or the frequency at which it would escape first.
+        """
+        if self.trivial:
+            return
+        numbers = [*self._numbers[0], *self._numbers[1]]
+        if not all(math.isfinite(x) for x in numbers) or self._numbers[1][0] == 0:
+            raise SpecError(f"{self}: coefficients must be finite, and the denominator's first one not zero.")
+        poles = np.roots(self._numbers[1])  # in z
+        if len(poles) and np.abs(poles).max() >= 1:
+            raise SpecError(
+                f"{self}: a pole of modulus {np.abs(poles).max():.3g} (momentum must forget: moduli below 1)."
+            )
+        if not float(self.gain) > 0:
+            raise SpecError(f"{self}: Q(1) = {float(self.gain):.3g}; the average step must go downhill, Q(1) > 0.")
+        first = self.escape
+        if first is None:
+            raise SpecError(f"{self}: no step size makes the optimizer oscillate: it has no edge of stability.")
+        frequency, sharpness = first
+        if frequency < math.pi:
+            raise SpecError(
+                f"{self}: the optimizer leaves stability at z = exp(±{frequency:.4g}i), a cycle of "
+                f"{2 * math.pi / frequency:.3g} steps, at effective sharpness {sharpness:.4g}, before it would oscillate "
+                "with period two. A central flow describes period-two oscillations (z = −1) only."
+            )
+
+    @cached_property
+    def escape(self) -> tuple[float, float] | None:
+        """(ω, λ): the least real λ > 0 at which a root of (z−1) + λQ = 0 is on the unit circle, z = exp(iω), 0 < ω ≤ π.
+
+        Where (1−z)/Q(z) is real: Im[(1−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0, a polynomial in cos ω once divided by sin ω.
+        """
+        numerator, denominator = (np.array(c) for c in self._numbers)
+        crossings = []
+        at_minus_one = _alternating(numerator)
+        if at_minus_one != 0:
+            crossings.append((math.pi, 2 * float(_alternating(denominator) / at_minus_one)))
+        # powers of x = z̄ from −len(N) on: (1 − x⁻¹) · D(x) · N(x⁻¹)
+        product = np.convolve(np.convolve([-1.0, 1.0], denominator), numerator[::-1])
+        a = {k - len(numerator): float(value) for k, value in enumerate(product)}
+        top = max(abs(k) for k in a)
+        odd = [0.0] + [a.get(k, 0.0) - a.get(-k, 0.0) for k in range(1, top + 1)]
+        for y in _roots_in_cosine(odd):
+            omega = math.acos(y)
+            x = np.exp(-1j * omega)
+            value = np.polyval(numerator[::-1], x)
+            if abs(value) > 1e-12:
+                crossings.append((omega, float(((1 - 1 / x) * np.polyval(denominator[::-1], x) / value).real)))
+        positive = [c for c in crossings if c[1] > 0]
+        return min(positive, key=lambda c: c[1]) if positive else None
+
+    @cached_property
+    def _numbers(self) -> tuple[list[float], list[float]]:
+        return [float(x) for x in self.numerator], [float(x) for x in self.denominator]
+
+
+def _alternating(coefficients: Sequence[Any]) -> Any:
+    """The polynomial at x = −1."""
+    return sum(c if i % 2 == 0 else -c for i, c in enumerate(coefficients))
+
+
+def _slope(coefficients: Sequence[Any]) -> Any:
+    """The polynomial's derivative at x = 1."""
+    return sum(i * c for i, c in enumerate(coefficients))
+
+
+def _roots_in_cosine(odd: list[float]) -> list[float]:
+    """Roots y = cos ω, −1 < y < 1, of Σ_{k≥1} odd[k] sin(kω)/sin ω = Σ odd[k] U_{k−1}(y)."""
+    polynomial = np.polynomial.Polynomial([0.0])
+    before, now = np.polynomial.Polynomial([0.0]), np.polynomial.Polynomial([1.0])  # U₋₁, U₀
+    for c in odd[1:]:
+        polynomial = polynomial + c * now
+        before, now = now, np.polynomial.Polynomial([0.0, 2.0]) * now - before
+    scale = np.abs(polynomial.coef).max()
+    if scale == 0:
+        return []
+    roots = polynomial.trim(1e-13 * scale).roots()
+    # a real root from a companion matrix is off by its rounding, the square root of it where two meet
+    return [float(r.real) for r in roots if abs(r.imag) < 1e-7 and -1 + 1e-9 < r.real < 1 - 1e-9]
+
+
+__all__ = ["Filter", "Memory"]
