@@ -16,11 +16,20 @@ from dvi.compare import Comparison, compare
 from dvi.compile import Linearisation
 from dvi.discrete import Discrete, discrete
 from dvi.flows import CentralFlow, StableFlow, central_flow, stable_flow
-from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Preconditioner, Scalar, SpecError
+from dvi.methods import Diagonal, Filter, Method, NotPositiveDefiniteError, Preconditioner, Scalar, SpecError
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
-from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, MemoryLimitError, RungeKutta, TorchDiffEq
+from dvi.solvers import (
+    CCPError,
+    ConvergenceError,
+    Euler,
+    MacroStep,
+    MemoryLimitError,
+    RungeKutta,
+    SemiImplicit,
+    TorchDiffEq,
+)
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
@@ -34,6 +43,7 @@ __all__ = [
     "Diagonal",
     "Discrete",
     "Euler",
+    "Filter",
     "Linearisation",
     "MacroStep",
     "MemoryLimitError",
@@ -45,6 +55,7 @@ __all__ = [
     "RunError",
     "RungeKutta",
     "Scalar",
+    "SemiImplicit",
     "Solution",
     "SpecError",
     "StableFlow",

@@ -6,6 +6,10 @@ With J = ∂f/∂ν, h_i = H u_i and an svec basis E_b of symmetric k × k matri
     α  = T P⁻¹(−g) − 2 Uᵀ(∂P[ν̇₀])U,     β_ab = ½ T_a P⁻¹ T_b + 2 ⟨E_a, Uᵀ(∂P[ν̇_b])U⟩.
 
 Nothing here is written for one optimizer: f and P are only called, and differentiated forwards.
+
+Momentum Q enters by its threshold c and gain Q₁.  H ⪯ cP is H ⪯ 2P̃ with P̃ = (c/2)P, so everything above and all of
+the numerics is written in P̃, where the edge is at 2, and the flow moves at κ = Q₁c/2 times the speed of its P̃:
+−Q₁P⁻¹ = −κP̃⁻¹.  P below is P̃; without momentum κ = 1 and P̃ = P.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
+from dvi import forgetting
+from dvi.forgetting import Accuracy
 from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
+from dvi.methods.preconditioners import Scaled
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
 from dvi.solvers.svec import smat, svec, triu
@@ -45,13 +52,22 @@ class SpecCalculus:
         nu: ν after a first update at some weights, g [d] the gradient there: an example to find the structure of
             ∂f/∂ν with.
         covariance: how ½∇²_w f[Σ] is read, see :data:`Covariance`.
+        accuracy: of ν's rate, see :data:`dvi.forgetting.Accuracy`.
     """
 
-    def __init__(self, method: Method, nu: Nu, g: Tensor, covariance: Covariance = "gradient-covariance") -> None:
+    def __init__(
+        self,
+        method: Method,
+        nu: Nu,
+        g: Tensor,
+        covariance: Covariance = "gradient-covariance",
+        accuracy: Accuracy = "paper",
+    ) -> None:
         if covariance not in ("gradient-covariance", "full"):
             raise ValueError(f'covariance is "gradient-covariance" or "full", not {covariance!r}.')
         self.method = method
-        self.covariance = covariance
+        self.covariance, self.accuracy = covariance, accuracy
+        self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         if not self.stateless:
@@ -60,8 +76,16 @@ class SpecCalculus:
     # ---- P --------------------------------------------------------------------------------------------
 
     def P(self, nu: Nu, t: float) -> Preconditioner:
-        """The preconditioner at (ν, t)."""
-        return self.method.at(t).P(nu)
+        """P̃ at (ν, t): the preconditioner, scaled so that the threshold is 2."""
+        return self._scaled(self.method.at(t), nu)
+
+    def _scaled(self, method: Method, nu: Nu) -> Preconditioner:
+        return Scaled(method.P(nu), 0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+
+    def speed(self, t: float) -> float:
+        """κ = Q₁c/2: how much faster than P̃⁻¹ the flow moves; 1 without momentum."""
+        Q = self.method.at(t).Q()
+        return float(Q.gain * Q.threshold) / 2 if self.momentum else 1.0
 
     def checked_P(self, nu: Nu, t: float, g: Tensor | None = None) -> Preconditioner:
         """The preconditioner at (ν, t), once it is known to be positive definite.
@@ -76,6 +100,17 @@ class SpecCalculus:
             raise LeftDomainError(f"At t = {t:g}: {error}") from None
         return P
 
+    def lag(self, t: float) -> float:
+        """τ′ = τ + ½, unit times: with how much delay the flow's momentum follows the gradient."""
+        return float(self.method.at(t).Q().lag) + 0.5
+
+    def last_update(self, nu: Nu, t: float, g: Tensor) -> Nu:
+        """ν_t − ν_{t−1}, from ν_t and the gradient g [d] it was made with: (I+J)⁻¹ f(ν_t, g), exact for an average."""
+        if self.stateless:
+            return nu
+        method = self.method.at(t)
+        return self._divide(method, nu, g, method.f(nu, g), batched=False, paper=True)
+
     def P_rate(self, nu: Nu, t: float, dnu: Nu, U: Tensor, clock: bool) -> Tensor:
         """Uᵀ (d/ds P(ν + s·dν, t + s·clock)) U at s = 0, [k, k]; with ``clock`` the schedules move along."""
         if self.stateless and not (clock and self.method.scheduled):
@@ -83,7 +118,7 @@ class SpecCalculus:
         dt = U.new_zeros(())
 
         def PU(nu: Nu, dt: Tensor) -> Tensor:
-            return self.method.at(t, dt).P(nu).apply(U)
+            return self._scaled(self.method.at(t, dt), nu).apply(U)
 
         rate: Tensor = jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
         return U.T @ rate
@@ -123,6 +158,23 @@ class SpecCalculus:
         """
         if self.stateless:
             return nu
+        return self._divide(self.method.at(t), nu, g, self.f_curvature(nu, t, g, HU, T), batched=True)
+
+    def nu_change(self, nu: Nu, t: float, g: Tensor, h: float, rhs: Nu | None = None) -> Nu:
+        """How far ν moves in h unit times with g held, for h = 1 by the optimizer's own f(ν, g).
+
+        Args:
+            nu, t, g: the state and the gradient [d] there.
+            h: unit times.
+            rhs: in place of f: pytrees like ν with a leading dimension (see :meth:`f_curvature`).
+        """
+        if self.stateless:
+            return nu
+        method = self.method.at(t)
+        return self._divide(method, nu, g, method.f(nu, g) if rhs is None else rhs, batched=rhs is not None, h=h)
+
+    def f_curvature(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
+        """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
         method = self.method.at(t)
 
         def curvature(h: Tensor, other: Tensor) -> Nu:
@@ -139,18 +191,34 @@ class SpecCalculus:
         if self.covariance == "full":
             slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * T)
             out = pytree.tree_map(torch.add, out, slope)
-        return self._divide(method, nu, g, out, batched=True)
+        return out
 
-    def _divide(self, method: Method, nu: Nu, g: Tensor, rhs: Nu, batched: bool) -> Nu:
-        """(I + ∂f/∂ν)⁻¹ rhs: entry by entry where ∂f/∂ν is diagonal, else by a dense or a matrix-free solve."""
+    def _divide(
+        self, method: Method, nu: Nu, g: Tensor, rhs: Nu, batched: bool, h: float | None = None, paper: bool = False
+    ) -> Nu:
+        """(I + J)⁻¹ rhs, to second order K J⁻¹ rhs, or over a time h (:mod:`dvi.forgetting`).
 
-        def apply(dnu: Nu) -> Nu:
-            return pytree.tree_map(torch.add, dnu, jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1])
+        Entry by entry where J = ∂f/∂ν is diagonal, else by a dense or a matrix-free solve.
+        """
 
+        def slope(dnu: Nu) -> Nu:
+            return jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]
+
+        paper = paper or (self.accuracy == "paper" and h is None)
         if self.elementwise:
-            factor = apply(pytree.tree_map(torch.ones_like, nu))
-            return pytree.tree_map(torch.div, rhs, factor)
-        return _solve_coupled(apply, nu, rhs, batched)
+            J = slope(pytree.tree_map(torch.ones_like, nu))
+            if paper:
+                return pytree.tree_map(lambda r, x: r / (1 + x), rhs, J)
+            return pytree.tree_map(lambda r, x: r * forgetting.factor(x, h), rhs, J)
+        if paper:
+            return _solve_coupled(lambda dnu: pytree.tree_map(torch.add, dnu, slope(dnu)), nu, rhs, batched)
+        flat = _Flat(nu)
+        if flat.size > forgetting.DENSE_LIMIT:
+            forgetting.matrix(np.empty((flat.size, 0)), h)  # says so
+        F = like(forgetting.matrix(host(flat.matrix(slope))[0], h), flat.example)
+        if batched:
+            return vmap(lambda r: flat.unravel(F @ flat.ravel(r)))(rhs)
+        return flat.unravel(F @ flat.ravel(rhs))
 
     def _is_elementwise(self, nu: Nu, g: Tensor) -> bool:
         """Is ∂f/∂ν diagonal?  Then it is what a jvp with ones shows, and a random probe must agree with it."""
@@ -266,6 +334,11 @@ class LinearisedFlow:
         """P(ν), checked."""
         return self.calculus.checked_P(self.y.nu, self.y.t, self.g)
 
+    @property
+    def speed(self) -> float:
+        """κ, see :meth:`SpecCalculus.speed`."""
+        return self.calculus.speed(self.y.t)
+
     @cached_property
     def _nu_rate(self) -> Nu:
         return self.calculus.nu_rate(self.y.nu, self.y.t, self.g)
@@ -286,8 +359,8 @@ class LinearisedFlow:
         rows, columns = torch.triu_indices(k, k, device=U.device)
         P = self.preconditioner
         P_inv_T = P.solve(T.T)  # [d, n]
-        alpha = -(P_inv_T.T @ self.g)
-        beta = 0.5 * T @ P_inv_T
+        alpha = -self.speed * (P_inv_T.T @ self.g)
+        beta = 0.5 * self.speed * T @ P_inv_T
         alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
         gap = 2 * (U.T @ P.apply(U))
         moved = T @ (self.y.w - self.frame.w)
@@ -320,7 +393,7 @@ class LinearisedFlow:
 
     def drift(self, X: Array | None) -> Rate:
         """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
-        free = Rate(-self.preconditioner.solve(self.g), self._nu_rate)
+        free = Rate(-self.speed * self.preconditioner.solve(self.g), self._nu_rate)
         if X is None or not X.any():
             return free
         pushed = self.kick(X)
@@ -332,7 +405,7 @@ class LinearisedFlow:
         dnu = self.y.nu
         if not self.calculus.stateless:
             dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
-        return Rate(-self.preconditioner.solve(0.5 * (z @ self.frame.T)), dnu)
+        return Rate(-self.preconditioner.solve(0.5 * self.speed * (z @ self.frame.T)), dnu)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dvi.compile import Covariance, LeftDomainError, Linearisation, LinearisedFlow, SpecCalculus
+from dvi.forgetting import Accuracy
+from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import DomainError, MemoryLimitError
-from dvi.solvers.protocol import Frame, State, host
+from dvi.solvers.protocol import Frame, Staggered, State, host
 from dvi.solvers.watch import Watch
 
 logger = logging.getLogger("dvi")
@@ -56,6 +58,7 @@ class CompiledFlow:
         *,
         check: bool = True,
         covariance: Covariance = "gradient-covariance",
+        accuracy: Accuracy | None = None,
         max_gib: float = 4.0,
     ) -> None:
         self.problem = problem
@@ -70,11 +73,25 @@ class CompiledFlow:
         nu = validate(self.method, w, g)
         Q = self.method.at(0.0).Q()
         self.initial = State(w, nu, 0.0, None if Q.trivial else Q.initial(w))
-        self.calculus = SpecCalculus(self.method, nu, g, covariance)
+        self.accuracy = self._chosen(accuracy, momentum=not Q.trivial)
+        self.calculus = SpecCalculus(self.method, nu, g, covariance, self.accuracy)
         self._note_dead_weights(self.calculus.P(nu, 0.0))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.problem!r}, {self.method!r})"
+
+    def _chosen(self, accuracy: Accuracy | None, momentum: bool) -> Accuracy:
+        """The paper's accuracy, and with momentum, of which the paper does not speak, second order."""
+        if accuracy is None:
+            return "second-order" if momentum else "paper"
+        if accuracy not in ("paper", "second-order"):
+            raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
+        return accuracy
+
+    @property
+    def inertial(self) -> bool:
+        """Is momentum part of the state (second order)?"""
+        return self.accuracy == "second-order"
 
     def _note_dead_weights(self, P: Preconditioner) -> None:
         dead = P.dead()
@@ -133,9 +150,26 @@ class CompiledFlow:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
         return LinearisedFlow(self.calculus, y, g, frame)
 
+    def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
+        """Momentum and ν half a step h behind y."""
+        return stagger(self.calculus, y, g, h)
+
+    def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
+        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it."""
+        return restagger(self.calculus, s, g, before, h)
+
+    def longest_step(self, y: State, sharpness: float) -> float:
+        """The longest semi-implicit step that is stable: dt² ≤ 4τ′/(κλ), where a root of the step passes −1."""
+        calculus = self.calculus
+        return float((4 * calculus.lag(y.t) / (calculus.speed(y.t) * max(sharpness, 1e-3))) ** 0.5)
+
+    def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
+        """The semi-implicit step of h from s."""
+        return ImplicitStep(self.calculus, s, g, frame, h)
+
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """P(ν)⁻¹ g [d]."""
-        return self.calculus.checked_P(y.nu, y.t).solve(g)
+        """Q₁P(ν)⁻¹ g [d]."""
+        return self.calculus.speed(y.t) * self.calculus.checked_P(y.nu, y.t).solve(g)
 
     def precondition(self, y: State, V: Tensor) -> Tensor:
         """P(ν) V [d, k]."""
@@ -228,6 +262,7 @@ def central_flow(
     *,
     check: bool = True,
     covariance: Covariance = "gradient-covariance",
+    accuracy: Accuracy | None = None,
     max_gib: float = 4.0,
 ) -> CentralFlow:
     """Compile the central flow of a method on a problem: α, β and the CCP are derived here.
@@ -238,6 +273,9 @@ def central_flow(
         check: compare the loss's second and third derivatives with finite differences once (``problem.check()``).
         covariance: how the paper's ½∇²_w f[Σ] is read: ``"gradient-covariance"`` (C.4, C.5) keeps f's curvature in g,
             ``"full"`` also the bend of g itself.
+        accuracy: ``"paper"``, the definition in C.3–C.7, O(η) from the optimizer where it is stable; or
+            ``"second-order"``, with momentum kept as a state (:mod:`dvi.inertial`), O(η²).  Default: the paper's, and
+            second order for a method with momentum (where "paper" is the leading-order drift −Q₁P⁻¹(g + ½∇³L[Σ])).
         max_gib: memory allowed for the third derivatives of k critical directions, k(k+1)/2 vectors like w; more
             directions than that fit end the run with :class:`dvi.MemoryLimitError`.
 
@@ -246,9 +284,11 @@ def central_flow(
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
-    return CentralFlow(problem, method, check=check, covariance=covariance, max_gib=max_gib)
+    return CentralFlow(problem, method, check=check, covariance=covariance, accuracy=accuracy, max_gib=max_gib)
 
 
-def stable_flow(problem: Problem, method: MethodLike, *, check: bool = False) -> StableFlow:
+def stable_flow(
+    problem: Problem, method: MethodLike, *, check: bool = False, accuracy: Accuracy | None = None
+) -> StableFlow:
     """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`."""
-    return StableFlow(problem, method, check=check)
+    return StableFlow(problem, method, check=check, accuracy=accuracy)

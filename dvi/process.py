@@ -204,7 +204,7 @@ class DiscreteProcess(Process):
         value, grad_sq, lr, trace, length = host(
             loss,
             g @ g,
-            self.flow.calculus.P(y.nu, y.t).effective_lr().to(g),
+            self.flow.method.at(y.t).P(y.nu).effective_lr().to(g),
             ((y.w - middle) ** 2).sum(),
             torch.linalg.vector_norm(following.w - y.w),
         )

@@ -24,6 +24,7 @@ from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Array, Integrator, State
+from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.watch import Watch
 from dvi.status import RunError, Status
 
@@ -132,7 +133,7 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
     """What a flow is integrated with unless the user says otherwise."""
-    return MacroStep()
+    return SemiImplicit() if flow.inertial else MacroStep()
 
 
 def make_process(
@@ -148,7 +149,13 @@ def make_process(
         if integrator is not None:
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
-    return FlowProcess(flow, integrator or default_integrator(flow), start, grid, observer)
+    integrator = integrator or default_integrator(flow)
+    if flow.inertial and not isinstance(integrator, SemiImplicit):
+        raise ValueError(
+            f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
+            'the state: use SemiImplicit(dt=…), or compile the flow with accuracy="paper".'
+        )
+    return FlowProcess(flow, integrator, start, grid, observer)
 
 
 def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class Adam(Method):
     """Adam: Q = (1−β₁)/(1−β₁x), P = diag(√v̂ + ε)/η with v an EMA of g⊙²; c = 2(1+β₁)/(1−β₁), 38 at β₁ = 0.9.
 
-    Bias correction divides v by 1 − β₂ᵗ and the average of gradients by 1 − β₁ᵗ, t the number of updates made; the latter
-    is a factor of P here, which is the same.
+    Bias correction divides v by 1 − β₂ᵗ and the average of gradients by 1 − β₁ᵗ, t the number of updates made; the
+    latter is a factor of P here, which is the same.
 
     Args:
         lr: η > 0, or a schedule.

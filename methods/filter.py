@@ -1,12 +1,12 @@
 """Momentum as a linear filter on the gradient, and what an edge of stability makes of it.
 
-With w_{t+1} = w_t − P⁻¹ m_t and m_t = Q(z) g_t, on an eigenvector HU = λPU of a quadratic the characteristic equation is
+With w_{t+1} = w_t − P⁻¹ m_t and m_t = Q(z) g_t, the characteristic equation on an eigenvector HU = λPU is
 
     (z − 1) + λ Q(z) = 0,        x = z⁻¹,
 
 so the optimizer becomes unstable at the least real λ > 0 at which a root stands on the unit circle, λ = (1 − z)/Q(z).
-Where that is at z = −1 the optimizer oscillates with period two, as gradient descent does at λ = 2, and the filter enters
-its central flow through three numbers only: the threshold c, the gain Q₁ and the lag τ.
+Where that is at z = −1 the optimizer oscillates with period two, as gradient descent does at λ = 2, and the filter
+enters its central flow through three numbers only: the threshold c, the gain Q₁ and the lag τ.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Filter:
 
     @property
     def threshold(self) -> Any:
-        """c = 2/Q(z = −1): the effective sharpness at which period-two oscillations begin, H ⪯ cP."""
+        """The threshold c = 2/Q(z = −1): the effective sharpness at which period-two oscillations begin, H ⪯ cP."""
         return 2 * _alternating(self.denominator) / _alternating(self.numerator)
 
     @property
@@ -117,8 +117,8 @@ class Filter:
         if frequency < math.pi:
             raise SpecError(
                 f"{self}: the optimizer leaves stability at z = exp(±{frequency:.4g}i), a cycle of "
-                f"{2 * math.pi / frequency:.3g} steps, at effective sharpness {sharpness:.4g}, before it would oscillate "
-                "with period two. A central flow describes period-two oscillations (z = −1) only."
+                f"{2 * math.pi / frequency:.3g} steps, at effective sharpness {sharpness:.4g}, before it would "
+                "oscillate with period two. A central flow describes period-two oscillations (z = −1) only."
             )
 
     @cached_property
@@ -128,10 +128,9 @@ class Filter:
         Where (1−z)/Q(z) is real: Im[(1−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0, a polynomial in cos ω once divided by sin ω.
         """
         numerator, denominator = (np.array(c) for c in self._numbers)
-        crossings = []
-        at_minus_one = _alternating(numerator)
-        if at_minus_one != 0:
-            crossings.append((math.pi, 2 * float(_alternating(denominator) / at_minus_one)))
+        crossings: list[tuple[float, float]] = []
+        if _alternating(self._numbers[0]) != 0:
+            crossings.append((math.pi, 2 * float(_alternating(self._numbers[1]) / _alternating(self._numbers[0]))))
         # powers of x = z̄ from −len(N) on: (1 − x⁻¹) · D(x) · N(x⁻¹)
         product = np.convolve(np.convolve([-1.0, 1.0], denominator), numerator[::-1])
         a = {k - len(numerator): float(value) for k, value in enumerate(product)}
@@ -168,12 +167,12 @@ def _roots_in_cosine(odd: list[float]) -> list[float]:
     for c in odd[1:]:
         polynomial = polynomial + c * now
         before, now = now, np.polynomial.Polynomial([0.0, 2.0]) * now - before
-    scale = np.abs(polynomial.coef).max()
+    scale = float(np.abs(polynomial.coef).max())
     if scale == 0:
         return []
     roots = polynomial.trim(1e-13 * scale).roots()
     # a real root from a companion matrix is off by its rounding, the square root of it where two meet
-    return [float(r.real) for r in roots if abs(r.imag) < 1e-7 and -1 + 1e-9 < r.real < 1 - 1e-9]
+    return [float(r.real) for r in np.asarray(roots, complex) if abs(r.imag) < 1e-7 and abs(r.real) < 1 - 1e-9]
 
 
 __all__ = ["Filter", "Memory"]

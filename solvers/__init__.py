@@ -11,6 +11,7 @@ from dvi.solvers.euler import Euler
 from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
 from dvi.solvers.runge_kutta import RungeKutta
+from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.torchdiffeq import TorchDiffEq
 from dvi.solvers.watch import Sighting, Watch
 
@@ -30,6 +31,7 @@ __all__ = [
     "Node",
     "Rate",
     "RungeKutta",
+    "SemiImplicit",
     "Sighting",
     "SolverError",
     "State",

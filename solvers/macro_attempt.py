@@ -69,7 +69,7 @@ class Attempt:
             DomainError: if a stage leaves the domain of the loss or of P.
         """
         flow, y, h, tol = self.flow, self.y, self.h, self.tol
-        frame = self._middle_frame()
+        frame = middle_frame(self.here, self.before, self.h)
         gamma = baumgarte(h)
         warm: list[ccp.CCPResult | None] = [None]
 
@@ -100,7 +100,7 @@ class Attempt:
             here = evaluate(flow, self.watch, end, self.here.seen, h, (float(loss), g))
             return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
-        seen = self.watch.look(flow, end, self.here.seen, h, self._guess())
+        seen = self.watch.look(flow, end, self.here.seen, h, extrapolated(self.here, self.before, self.h))
         if seen.eigenvalues[0] > _OVERSHOOT and not self.final:
             return 0.5 * h
         new = critical_frame(flow, self.watch, end, seen, h)
@@ -113,7 +113,7 @@ class Attempt:
         if moved is not end:
             loss, g = flow.value_and_grad(moved)
             gap = flow.linearised(moved, g, new).gap
-            new, seen = self._settled(moved, new, gap, seen)
+            new, seen = settled(flow, moved, new, gap, seen, h)
         here = Here(float(loss), g, seen, new)
         return Accepted(moved, here, Z / h, new, begin, finish, max(error, bend))
 
@@ -156,26 +156,6 @@ class Attempt:
             return float("inf")
         return max(error, shift)
 
-    # ---- frames ---------------------------------------------------------------------------------------
-
-    def _middle_frame(self) -> Frame:
-        """The frame at the start, T extrapolated to the middle of the step where the last step allows it."""
-        frame, before = self.here.frame, self.before
-        if before is None or not frame.k or before[0].k != frame.k:
-            return frame
-        old, V_old, h_old = before
-        R = _polar(host(self.here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
-        turned = like(skron(R), frame.T) @ old.T
-        return replace(frame, T=frame.T + min(2.0, self.h / h_old / 2) * (frame.T - turned))
-
-    def _guess(self) -> Tensor | None:
-        """Eigenvectors extrapolated to the end of the step."""
-        V, before = self.here.seen.block.V, self.before
-        if before is None or before[1].shape != V.shape:
-            return None
-        R = _polar(host(before[1].T @ V)[0])
-        return V + min(2.0, self.h / before[2]) * (V - before[1] @ like(R, V))
-
     # ---- the end of the step --------------------------------------------------------------------------
 
     def _correct(
@@ -194,7 +174,7 @@ class Attempt:
             Z = Z_end = np.zeros((new.k, new.k))
             moved, bend = end, 0.0
             if old.k:
-                R = self._transport(end, new, old)
+                R = transport(flow, end, new, old)
                 Z = R @ smat(z) @ R.T
                 Z_end = R @ (self.h * X_end) @ R.T
                 if z.any():
@@ -216,19 +196,40 @@ class Attempt:
             return None
         return moved, Z + y, bend
 
-    def _transport(self, end: State, new: Frame, old: Frame) -> Array:
-        """The rotation from the old frame to the new one: polar factor of U'ᵀPU, also when k changed."""
-        return _polar(host(new.U.T @ self.flow.precondition(end, old.U))[0])
 
-    def _settled(self, moved: State, new: Frame, gap: Array, seen: Sighting) -> tuple[Frame, Sighting]:
-        """Frame and eigenvalues after the small displacement by the corrections, to first order."""
-        M = 2 * host(new.U.T @ self.flow.precondition(moved, new.U))[0] - gap
-        values = seen.eigenvalues.copy()
-        values[: new.k] = 2 - np.linalg.eigvalsh(gap)
-        elapsed = seen.t - self.y.t
-        shift = (values - seen.eigenvalues) / elapsed
-        block = replace(seen.block, eigenvalues=values)
-        return replace(new, w=moved.w, M=0.5 * (M + M.T)), replace(seen, block=block, rates=seen.rates + shift)
+def middle_frame(here: Here, before: tuple[Frame, Tensor, float] | None, h: float) -> Frame:
+    """The frame at the start, T extrapolated to the middle of the step where the last step allows it."""
+    frame = here.frame
+    if before is None or not frame.k or before[0].k != frame.k:
+        return frame
+    old, V_old, h_old = before
+    R = _polar(host(here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
+    turned = like(skron(R), frame.T) @ old.T
+    return replace(frame, T=frame.T + min(2.0, h / h_old / 2) * (frame.T - turned))
+
+
+def extrapolated(here: Here, before: tuple[Frame, Tensor, float] | None, h: float) -> Tensor | None:
+    """Eigenvectors extrapolated to the end of the step."""
+    V = here.seen.block.V
+    if before is None or before[1].shape != V.shape:
+        return None
+    R = _polar(host(before[1].T @ V)[0])
+    return V + min(2.0, h / before[2]) * (V - before[1] @ like(R, V))
+
+
+def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
+    """The rotation from the old frame to the new one: polar factor of U'ᵀPU, also when k changed."""
+    return _polar(host(new.U.T @ flow.precondition(end, old.U))[0])
+
+
+def settled(flow: Flow, moved: State, new: Frame, gap: Array, seen: Sighting, h: float) -> tuple[Frame, Sighting]:
+    """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
+    M = 2 * host(new.U.T @ flow.precondition(moved, new.U))[0] - gap
+    values = seen.eigenvalues.copy()
+    values[: new.k] = 2 - np.linalg.eigvalsh(gap)
+    shift = (values - seen.eigenvalues) / h
+    block = replace(seen.block, eigenvalues=values)
+    return replace(new, w=moved.w, M=0.5 * (M + M.T)), replace(seen, block=block, rates=seen.rates + shift)
 
 
 def multiplier(flow: Flow, lin: Linearised, gamma: float, warm: list[ccp.CCPResult | None] | None) -> Array:

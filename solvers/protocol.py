@@ -56,6 +56,28 @@ class State:
 
 
 @dataclass(frozen=True)
+class Staggered:
+    """Where a flow with momentum is: m [d] and ν half a step before w [d], as a leapfrog has them.
+
+    Attributes:
+        w, t: weights and clock.
+        m, nu: momentum and ν at t − h/2, h the last step.
+        nu_now: ν at t.
+    """
+
+    w: Tensor
+    m: Tensor
+    nu: PyTree
+    nu_now: PyTree
+    t: float
+
+    @property
+    def state(self) -> State:
+        """All of it at t, the momentum as it is."""
+        return State(self.w, self.nu_now, self.t, self.m)
+
+
+@dataclass(frozen=True)
 class Rate:
     """dw/dt [d] and dν/dt (a pytree like ν); the clock's own rate is 1."""
 
@@ -131,12 +153,40 @@ class Linearised(Protocol):
         ...
 
 
+class ImplicitStep(Protocol):
+    """A semi-implicit step whose end is linear in X: gap + β[X] there (host float64)."""
+
+    @property
+    def decay(self) -> float:
+        """What is left of the momentum after the step."""
+        ...
+
+    @property
+    def gap(self) -> Array:
+        """[k, k]: Uᵀ(2P − H)U at the end of the step without oscillation."""
+        ...
+
+    @property
+    def beta(self) -> Array:
+        """[n, n] acting on svec: what X adds to it."""
+        ...
+
+    def end(self, X: Array | None) -> Staggered:
+        """Where the step ends with X (None: without)."""
+        ...
+
+
 class Flow(Protocol):
     """A flow as its integrator sees it."""
 
     @property
     def constrained(self) -> bool:
         """False for a flow without oscillations (the stable flow): k is 0 throughout."""
+        ...
+
+    @property
+    def inertial(self) -> bool:
+        """Is momentum part of the state?  Then dw/dt does not depend on X, and only a semi-implicit step will do."""
         ...
 
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
@@ -155,8 +205,24 @@ class Flow(Protocol):
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
         ...
 
+    def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
+        """Momentum and ν half a step h behind y (inertial flows)."""
+        ...
+
+    def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
+        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it (inertial flows)."""
+        ...
+
+    def longest_step(self, y: State, sharpness: float) -> float:
+        """The longest semi-implicit step that is stable at this effective sharpness (inertial flows)."""
+        ...
+
+    def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
+        """The semi-implicit step of h from s (inertial flows)."""
+        ...
+
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """P(ν)⁻¹ g [d]."""
+        """κP(ν)⁻¹ g [d]: −dw/dt where X = 0 and m = g."""
         ...
 
     def precondition(self, y: State, V: Tensor) -> Tensor:

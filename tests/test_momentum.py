@@ -19,7 +19,12 @@ below_one = st.floats(0.0, 0.99)
 # name: (Q(β), c, Q₁, τ in closed form)
 TABLE = {
     "none": (lambda b: Filter(), lambda b: 2, lambda b: 1, lambda b: 0),
-    "heavy ball": (lambda b: HeavyBall(1.0, b).Q(), lambda b: 2 * (1 + b), lambda b: 1 / (1 - b), lambda b: b / (1 - b)),
+    "heavy ball": (
+        lambda b: HeavyBall(1.0, b).Q(),
+        lambda b: 2 * (1 + b),
+        lambda b: 1 / (1 - b),
+        lambda b: b / (1 - b),
+    ),
     "average": (
         lambda b: Adam(1.0, beta1=b).Q(),
         lambda b: 2 * (1 + b) / (1 - b),
@@ -86,7 +91,7 @@ def test_the_first_escape_is_where_the_optimizer_becomes_unstable(numerator, pol
         assert spectral_radius(q, 1e-3) < 1  # stable, and it never crosses
         assert spectral_radius(q, 1e4) < 1
         return
-    omega, sharpness = q.escape
+    _, sharpness = q.escape
     if sharpness > 1e4 or sharpness < 1e-3:
         return
     # near the crossing the root moves at a rate of order one in relative sharpness
@@ -98,7 +103,7 @@ def test_the_first_escape_is_where_the_optimizer_becomes_unstable(numerator, pol
 
 def test_an_escape_with_another_period_is_refused_with_its_frequency():
     q = Filter([0.2, 0.9], [1.0])  # mostly the last gradient but one: a cycle of about five steps
-    omega, sharpness = q.escape
+    omega, _ = q.escape
     assert omega < math.pi
     with pytest.raises(dvi.SpecError, match=r"cycle of .* steps") as error:
         q.check()

@@ -1,0 +1,327 @@
+"""The semi-implicit step: for flows whose momentum is part of the state, and for the central map (dt = 1).
+
+X does not enter dw/dt but dm/dt, so no explicit method can hold the constraint with it.  A step that moves m first and
+w with the new m does: X comes from the gap at its end,
+
+    X ⪰ 0   ⟂   gap(t + dt) + β[X] ⪰ 0,
+
+at one gradient a step.  Eigenvectors and third derivatives are kept over a block of several steps and renewed at its
+end, where the trapezoid rule and a signed correction of the impulse make up for their change, as in the macro step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.solvers import ccp
+from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.macro_attempt import Here, critical_frame, evaluate, extrapolated, middle_frame, settled, transport
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like, mended
+from dvi.solvers.svec import smat, svec
+from dvi.solvers.watch import Sighting, Watch, node
+
+_OVERSHOOT = 2.05  # an effective sharpness above this after a block: the constraint's model failed, reject
+
+
+@dataclass(frozen=True)
+class SemiImplicitMemory:
+    """What the semi-implicit step wants to be given back.
+
+    Attributes:
+        h: the next block to try, unit times.
+        s: momentum and ν at half-steps (None: not started).
+        dt: the substep they are staggered by.
+        here: the evaluations at the current state.
+        before: frame, eigenvectors and length of the last block, to extrapolate from.
+    """
+
+    h: float
+    s: Staggered | None = None
+    dt: float = 0.0
+    here: Here | None = None
+    before: tuple[Frame, Tensor, float] | None = None
+
+
+@dataclass(frozen=True)
+class SemiImplicit:
+    """Semi-implicit steps of dt in blocks of adaptive length; the integrator of flows of second order.
+
+    Second order in dt.  One gradient a step, and one look at the eigenvectors and third derivatives a block.
+
+    Args:
+        dt: unit times per step, at most 1 (where the flow becomes the optimizer's own map plus the force of Σ).
+        tol: error allowed per block from what is kept over it, in the norm of w; 0: blocks of one step.
+        h_max: longest block, unit times.
+        watch: how the critical eigenpairs are followed.
+        max_rejections: in a row, before giving up.
+
+    Raises:
+        ValueError: if dt is not in (0, 1], tol is negative or h_max is shorter than dt.
+    """
+
+    dt: float = 0.5
+    tol: float = 1e-3
+    h_max: float = 20.0
+    watch: Watch = field(default_factory=lambda: Watch(survey_every=100.0))
+    max_rejections: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dt <= 1:
+            raise ValueError(f"SemiImplicit(dt={self.dt}): dt must be in (0, 1], in unit times.")
+        if not self.tol >= 0 or not self.h_max >= self.dt:
+            raise ValueError(f"SemiImplicit(tol={self.tol}, h_max={self.h_max}): need tol >= 0 and h_max >= dt.")
+
+    def init(self, flow: Flow, y: State) -> SemiImplicitMemory:
+        """The first block is one step."""
+        return SemiImplicitMemory(self.dt)
+
+    def step(self, flow: Flow, memory: SemiImplicitMemory, y: State, h: float) -> StepResult:
+        """One accepted block of at most h unit times.
+
+        Raises:
+            StepError: if a single step leaves the finite numbers or the domain of P, or the flow has no momentum state.
+        """
+        if not flow.inertial:
+            raise StepError('SemiImplicit is for flows of accuracy="second-order"; take MacroStep for this one.')
+        here = memory.here or evaluate(flow, self.watch, y, None, memory.h)
+        dt = (
+            min(self.dt, flow.longest_step(y, 1.2 * float(here.seen.eigenvalues[0])))
+            if not flow.constrained
+            else self.dt
+        )
+        size, landing = min(memory.h, self.h_max), True
+        for _ in range(self.max_rejections):
+            wanted = self._land(here.seen, size) if landing and flow.constrained else size
+            count = max(1, round(wanted / dt))
+            if count * dt >= h * (1 - 1e-9):
+                count = max(1, int(np.ceil(h / dt - 1e-9)))
+                step = h / count
+            else:
+                step = dt
+            try:
+                s = memory.s or flow.stagger(y, here.g, step)
+                if memory.s is not None and abs(step - memory.dt) > 1e-12:
+                    s = flow.restagger(s, here.g, memory.dt, step)
+                tried = _Block(flow, self.watch, self.tol, memory.before, here, s, step, count).run()
+            except DomainError as error:
+                if count == 1:
+                    raise StepError(
+                        f"SemiImplicit at t = {y.t:g}: a step of {step:g} fails: {error} Lower lr, or warm-start with "
+                        "real optimizer steps."
+                    ) from error
+                size, landing = count * step / 2, False
+                continue
+            if isinstance(tried, float):
+                size, landing = tried, False
+                continue
+            return self._accept(flow, here, y, size, step, count, tried)
+        raise StepError(f"SemiImplicit at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol.")
+
+    def observe(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> Node:
+        """What is known at y; X is that of a step from there."""
+        here = memory.here or evaluate(flow, self.watch, y, None, self.dt)
+        s = memory.s or flow.stagger(y, here.g, self.dt)
+        first = flow.implicit_step(s, here.g, here.frame, memory.dt or self.dt)
+        X = _solve(flow, -first.gap, first.beta)
+        end = first.end(X)
+        rate = Rate((end.w - s.w) / (end.t - s.t), end.nu_now)
+        return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, rate)
+
+    # ---- inside ---------------------------------------------------------------------------------------
+
+    def _land(self, seen: Sighting, h: float) -> float:
+        """Shorten the block so that it ends where the next eigenvalue is predicted to arrive at 2."""
+        for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
+            if value < 2 - 1e-3 and rate > 1e-7:
+                arrival = (2 - value) / rate
+                if arrival < 1.7 * h:
+                    h = max(self.dt, min(h, arrival if arrival < h else arrival / 2))
+        return h
+
+    def _accept(
+        self, flow: Flow, here: Here, y: State, wanted: float, step: float, count: int, new: _Taken
+    ) -> StepResult:
+        length = step * count
+        factor = 0.85 * (self.tol / max(new.bend, 1e-300)) ** (1 / 3) if self.tol else 0.0
+        h = length * float(np.clip(factor, 0.3, 2.0))
+        if length < 0.7 * wanted and new.bend <= 0.2 * self.tol:  # cut to land: says little about the next one
+            h = max(0.9 * wanted, length)
+        memory = SemiImplicitMemory(
+            float(np.clip(h, self.dt, self.h_max)), new.s, step, new.here, (here.frame, here.seen.block.V, length)
+        )
+        begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
+        return StepResult(new.s.state, memory, begin, _linear(new.path, new.s))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A block that was taken: its end, what is known there, its mean X, its weights step by step."""
+
+    s: Staggered
+    here: Here
+    X: Array
+    X_frame: Frame
+    rate: Rate
+    bend: float
+    path: list[tuple[float, Tensor]]
+
+
+@dataclass
+class _Block:
+    """One try of a block; ``run`` gives what was reached, or (a float) the length to try instead."""
+
+    flow: Flow
+    watch: Watch
+    tol: float
+    before: tuple[Frame, Tensor, float] | None
+    here: Here
+    s: Staggered
+    dt: float
+    count: int
+
+    def run(self) -> _Taken | float:
+        flow, here, length = self.flow, self.here, self.dt * self.count
+        single = self.count == 1
+        frame = here.frame if single else middle_frame(here, self.before, length)
+        impulse = _Impulse(frame.k)
+        s, path, g = self.s, [(self.s.t, self.s.w)], here.g
+        rate: Rate | None = None
+        for j in range(self.count):
+            if j:
+                g = flow.value_and_grad(s.state)[1]
+            step = flow.implicit_step(s, g, frame, self.dt)
+            X = _solve(flow, -step.gap, step.beta)
+            impulse.add(svec(X), step.decay, self.dt, j / self.count)
+            following = step.end(X)
+            if rate is None:
+                rate = Rate((following.w - s.w) / self.dt, following.nu_now)
+            s = following
+            path.append((s.t, s.w))
+        if not bool(s.w.isfinite().all()):
+            raise DomainError("the state is not finite.")
+        loss, g = flow.value_and_grad(s.state)
+        assert rate is not None
+        if not flow.constrained:
+            after = evaluate(flow, self.watch, s.state, here.seen, length, (float(loss), g))
+            return _Taken(s, after, np.zeros((0, 0)), after.frame, rate, 0.0, path)
+        seen = self.watch.look(flow, s.state, here.seen, length, extrapolated(here, self.before, length))
+        if seen.eigenvalues[0] > _OVERSHOOT and not single:
+            return 0.5 * length
+        new = critical_frame(flow, self.watch, s.state, seen, length)
+        if single or not new.k:
+            mean = smat(impulse.Z) / length if frame.k else np.zeros((0, 0))
+            return _Taken(s, Here(float(loss), g, seen, new), mean, frame, rate, 0.0, path)
+        return self._correct(s, float(loss), g, seen, new, frame, impulse, rate, path)
+
+    def _correct(
+        self,
+        s: Staggered,
+        loss: float,
+        g: Tensor,
+        seen: Sighting,
+        new: Frame,
+        middle: Frame,
+        impulse: _Impulse,
+        rate: Rate,
+        path: list[tuple[float, Tensor]],
+    ) -> _Taken | float:
+        """Trapezoid rule for what T and U changed, then the signed correction of the impulse (see the macro step)."""
+        flow, old, length = self.flow, self.here.frame, self.dt * self.count
+        lin = flow.linearised(s.state, g, new)
+        Z = last = np.zeros((new.k, new.k))
+        moved, bend = s, 0.0
+        if old.k:
+            R = transport(flow, s.state, new, old)
+
+            def turn(z: Array) -> Array:
+                turned: Array = R @ smat(z) @ R.T
+                return turned
+
+            Z, last = turn(impulse.Z), length * turn(impulse.last)
+            if impulse.Z.any():
+                at_old, at_middle = (flow.linearised(s.state, g, frame) for frame in (old, middle))
+                i = impulse
+                dw = combine(
+                    [
+                        (1.0, at_old.kick(smat(i.w - i.w_late)).w),
+                        (1.0, lin.kick(turn(i.w_late)).w),
+                        (-1.0, at_middle.kick(smat(i.w)).w),
+                    ]
+                )
+                dnu = combine([(-1.0, at_old.kick(smat(i.Z_late)).nu), (1.0, lin.kick(turn(i.Z_late)).nu)])
+                dm = 0.5 * (
+                    like(i.m - i.m_late, g) @ old.T + like(svec(turn(i.m_late)), g) @ new.T - like(i.m, g) @ middle.T
+                )
+                bend = float(torch.linalg.vector_norm(dw))
+                if bend > 4 * self.tol:
+                    return float(length * np.clip(0.8 * (self.tol / bend) ** (1 / 3), 0.2, 0.6))
+                moved = self._displaced(s, dw, dm, dnu)
+                lin = flow.linearised(moved.state, g, new)
+        Y = _solve(flow, smat(lin.beta @ svec(last)) - lin.gap, lin.beta)
+        y = Y - last
+        if y.any():
+            kick = lin.kick(y)
+            moved = self._displaced(moved, kick.w, torch.zeros_like(kick.w), kick.nu)
+            flow.velocity(moved.state, g)  # still in the domain?
+        value, g = flow.value_and_grad(moved.state)
+        gap = flow.linearised(moved.state, g, new).gap
+        frame, seen = settled(flow, moved.state, new, gap, seen, length)
+        path[-1] = (moved.t, moved.w)
+        return _Taken(moved, Here(float(value), g, seen, frame), (Z + y) / length, new, rate, bend, path)
+
+    def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
+        def shifted(nu: Any, before: Any) -> Any:
+            there = combine([(1.0, nu), (1.0, dnu)])
+            return mended(self.flow, State(s.w, there, s.t), State(s.w, before, self.s.t)).nu
+
+        return replace(s, w=s.w + dw, m=s.m + dm, nu=shifted(s.nu, self.s.nu), nu_now=shifted(s.nu_now, self.s.nu_now))
+
+
+class _Impulse:
+    """What X did in a block, svec: to w (through m), to m at its end, to ν; and the part of it weighted by time."""
+
+    def __init__(self, k: int) -> None:
+        n = k * (k + 1) // 2
+        self.m, self.m_late, self.w, self.w_late, self.Z, self.Z_late = (np.zeros(n) for _ in range(6))
+        self.last = np.zeros(n)
+        self._previous = np.zeros(n)
+
+    def add(self, x: Array, decay: float, dt: float, late: float) -> None:
+        """One step with X = x at the fraction ``late`` of the block."""
+        self.m = decay * self.m + (1 - decay) * x
+        self.m_late = decay * self.m_late + (1 - decay) * late * x
+        self.w = self.w + dt * self.m
+        self.w_late = self.w_late + dt * self.m_late
+        self.Z = self.Z + dt * x
+        self.Z_late = self.Z_late + dt * late * x
+        # two steps' mean: at dt = 1 X has a component of period two
+        self.last = x if late == 0 else 0.5 * (x + self._previous)
+        self._previous = x
+
+
+def _solve(flow: Flow, alpha: Array, beta: Array) -> Array:
+    if not len(alpha):
+        return np.zeros((0, 0))
+    X = ccp.solve(alpha, beta).X
+    flow.count_ccp()
+    return X
+
+
+def _linear(path: list[tuple[float, Tensor]], end: Staggered) -> Callable[[float], State]:
+    """Linear between steps: second order, like the steps themselves."""
+    times = [t for t, _ in path]
+
+    def at(t: float) -> State:
+        i = int(np.clip(np.searchsorted(times, t + 1e-9) - 1, 0, len(times) - 2))
+        (left, a), (right, b) = path[i], path[i + 1]
+        share = (t - left) / (right - left)
+        w = a if share <= 1e-9 else b if share >= 1 - 1e-9 else (1 - share) * a + share * b
+        return State(w, end.nu_now, t)
+
+    return at
