@@ -15,7 +15,7 @@ from dvi import methods, problems, solvers
 from dvi.compare import Comparison, compare
 from dvi.compile import Linearisation
 from dvi.discrete import Discrete, discrete
-from dvi.flows import CentralFlow, StableFlow, central_flow, stable_flow
+from dvi.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
 from dvi.methods import Diagonal, Filter, Method, NotPositiveDefiniteError, Preconditioner, Scalar, SpecError
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
@@ -37,6 +37,7 @@ from dvi.store import StoreError, load
 __all__ = [
     "CCPError",
     "CentralFlow",
+    "CentralMap",
     "Comparison",
     "ConvergenceError",
     "DerivativeError",
@@ -64,6 +65,7 @@ __all__ = [
     "StoreError",
     "TorchDiffEq",
     "central_flow",
+    "central_map",
     "compare",
     "discrete",
     "load",

@@ -70,6 +70,7 @@ class Compare(Options):
                     self.steps,
                     runs=self.runs,
                     integrator=integrator,
+                    accuracy=self._accuracy(),
                     warm_start=self._warm_start(),
                     save_every=self.save_every,
                     eigen_every=self.eigen_every,

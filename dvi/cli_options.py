@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 
 import dvi
+from dvi.forgetting import Accuracy
 from dvi.problems import ProblemError
 from dvi.problems.data import usable
 from dvi.solve import WarmStart
@@ -32,6 +33,10 @@ METHODS: Mapping[str, Recipe[dvi.Method]] = {
     "gd": (dvi.methods.GradientDescent, {}),
     "rmsprop-norm": (dvi.methods.RMSPropNorm, {"beta2": 0.99}),
     "rmsprop": (dvi.methods.RMSProp, {"beta2": 0.99}),
+    "heavy-ball": (dvi.methods.HeavyBall, {}),
+    "nesterov": (dvi.methods.Nesterov, {}),
+    "adam": (dvi.methods.Adam, {}),
+    "nadam": (dvi.methods.NAdam, {}),
 }
 
 
@@ -45,10 +50,13 @@ INTEGRATORS: Mapping[str, Recipe[Integrator]] = {
     "euler": (dvi.Euler, {}),
     "rk": (dvi.RungeKutta, {}),
     "torchdiffeq": (_torchdiffeq, {"ode_method": "dopri5"}),
+    "semi-implicit": (dvi.SemiImplicit, {}),
 }
 
 #: Solvers of torchdiffeq that need no further options.
 ODE_METHODS = {name: name for name in (*ADAPTIVE, "euler", "midpoint", "rk4")}
+
+ACCURACIES: Mapping[str, Accuracy] = {"paper": "paper", "second-order": "second-order"}
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -93,7 +101,11 @@ class Options:
     """What minimises it: gd, rmsprop-norm (one adaptive step size) or rmsprop (one for each weight)."""
     lr: float = 1e-3
     """Learning rate η, positive, in units of weight²/loss for gd, of weight for rmsprop."""
-    beta2: Annotated[float | None, shown("β₂", "0.99")] = None
+    momentum: Annotated[float | None, shown("β", "0.9")] = None
+    """Momentum, 0 to 1 (heavy-ball, nesterov)."""
+    beta1: Annotated[float | None, shown("β₁", "0.9")] = None
+    """Momentum of the average of gradients, 0 to 1 (adam, nadam)."""
+    beta2: Annotated[float | None, shown("β₂", "0.99; adam, nadam: 0.999")] = None
     """Decay β₂ of the average of squared gradients per step, 0 < β₂ < 1 (rmsprop, rmsprop-norm)."""
     eps: Annotated[float | None, shown("ε", "0")] = None
     """ε ≥ 0, added to the root of that average, in units of the gradient (rmsprop, rmsprop-norm)."""
@@ -103,9 +115,12 @@ class Options:
     steps: int = 1000
     """How long to run, in steps of the optimizer (= unit times of the flows), after the warm start."""
     runs: tuple[str, ...] = ("discrete", "central", "stable")
-    """Which processes: discrete (the optimizer itself), central, stable."""
+    """Which processes: discrete (the optimizer itself), central, map (the central map), stable."""
+    accuracy: Annotated[str | None, shown("NAME", "paper; with momentum second-order")] = None
+    """Of the flows: paper, or second-order (momentum kept as a state), closer to the optimizer where it is stable."""
     integrator: Annotated[str | None, shown("NAME", "macro-step")] = None
-    """How the central flow is integrated: macro-step (cheap), rk (accurate), torchdiffeq, or euler (the paper’s)."""
+    """How the central flow is integrated: macro-step (cheap), rk (accurate), torchdiffeq, or euler (the paper’s); those
+    of second order by semi-implicit."""
     tol: Annotated[float | None, shown("TOL", "0.001 for macro-step, 1e-6 for rk")] = None
     """Error allowed in a step of --integrator macro-step or rk, in the norm of the weights."""
     dt: Annotated[float | None, shown("TIME", "0.25, the paper’s")] = None
@@ -135,7 +150,7 @@ class Options:
         return _make(recipe, self.problem, given | {"dtype": dtype, "device": _device(self.device)})
 
     def _method(self) -> dvi.Method:
-        given = self._given("lr", "beta2", "eps", "bias_correction")
+        given = self._given("lr", "momentum", "beta1", "beta2", "eps", "bias_correction")
         return _make(chosen("--method", self.method, METHODS), self.method, given)
 
     def _integrator(self) -> Integrator | None:
@@ -149,6 +164,9 @@ class Options:
                 raise UsageError(f"No integrator listens to all of {', '.join(map(_flag, given))}: give one of them.")
             name = fitting[0]
         return _make(chosen("--integrator", name, INTEGRATORS), f"--integrator {name}", given)
+
+    def _accuracy(self) -> Accuracy | None:
+        return None if self.accuracy is None else chosen("--accuracy", self.accuracy, ACCURACIES)
 
     def _warm_start(self) -> WarmStart:
         if self.warm_start == "auto":

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dvi.discrete import Discrete
-from dvi.flows import CentralFlow, CompiledFlow, MethodLike, StableFlow
+from dvi.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
+from dvi.forgetting import Accuracy
 from dvi.predict import Observer
 from dvi.problems import Problem
 from dvi.process import Process
@@ -34,7 +35,12 @@ from dvi.solve import (
 from dvi.solvers.protocol import Array, Integrator
 from dvi.status import RunError, Status
 
-RUNS: dict[str, type[CompiledFlow]] = {"discrete": Discrete, "central": CentralFlow, "stable": StableFlow}
+RUNS: dict[str, type[CompiledFlow]] = {
+    "discrete": Discrete,
+    "central": CentralFlow,
+    "map": CentralMap,
+    "stable": StableFlow,
+}
 
 
 @dataclass
@@ -114,6 +120,7 @@ def compare(
     *,
     runs: Sequence[str] = ("discrete", "central", "stable"),
     integrator: Integrator | None = None,
+    accuracy: Accuracy | None = None,
     warm_start: WarmStart = "auto",
     save_every: float = 1,
     coordinates: Sequence[int] = (),
@@ -131,8 +138,9 @@ def compare(
     Args:
         problem, method: what is compared.
         steps: how long, in unit times (steps of the optimizer).
-        runs: which processes, of "discrete", "central", "stable".
+        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable".
         integrator: for the central flow (default: :func:`dvi.solve.default_integrator`).
+        accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there), and it is told.
         save_every: unit times between recorded moments.
@@ -157,12 +165,17 @@ def compare(
     if unknown or not runs:
         raise ValueError(f"runs={tuple(runs)!r}: choose from {', '.join(map(repr, RUNS))}.")
     grid = time_grid(steps, save_every)
-    compiled = {name: RUNS[name](problem, method, check=check and i == 0) for i, name in enumerate(runs)}
+    compiled = {
+        name: RUNS[name](
+            problem, method, check=check and i == 0, accuracy="second-order" if name == "map" else accuracy
+        )
+        for i, name in enumerate(runs)
+    }
     first = next(iter(compiled.values()))
     observer = Observer(tuple(coordinates), test_inputs)
     about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
     arguments = {
-        "integrator": repr(integrator or default_integrator(first)),
+        "integrator": repr(integrator or default_integrator(compiled.get("central", first))),
         "warm_start": warm_start,
         "coordinates": list(coordinates),
         "test_inputs": test_inputs is not None,

@@ -249,6 +249,18 @@ class CentralFlow(CompiledFlow):
     constrained = True
 
 
+class CentralMap(CentralFlow):
+    """The central map: the optimizer's own step plus the force of Σ, w⁺ = w − Q₁P⁻¹m⁺ with m⁺ made of g + ½∇³L[Σ].
+
+    The semi-implicit step of :mod:`dvi.inertial` at h = 1, with Σ from the gap at t + 1.  A model of its own, with no
+    limit of small steps.  Where nothing oscillates it is the optimizer by construction (for filters with one buffer and
+    no direct part, and for none), which is no evidence for anything; at the edge of stability it predicts, one gradient
+    a step.  It is shown as ¼(w_{t−1} + 2w_t + w_{t+1}), since its own steps may carry a decaying period-two component.
+    """
+
+    name = "map"
+
+
 class StableFlow(CompiledFlow):
     """The stable flow: the optimizer's differential equation without oscillations (eq. 8 for RMSProp-Norm)."""
 
@@ -285,6 +297,18 @@ def central_flow(
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
     return CentralFlow(problem, method, check=check, covariance=covariance, accuracy=accuracy, max_gib=max_gib)
+
+
+def central_map(
+    problem: Problem,
+    method: MethodLike,
+    *,
+    check: bool = True,
+    covariance: Covariance = "gradient-covariance",
+    max_gib: float = 4.0,
+) -> CentralMap:
+    """Compile the central map of a method on a problem; the arguments are those of :func:`central_flow`."""
+    return CentralMap(problem, method, check=check, covariance=covariance, accuracy="second-order", max_gib=max_gib)
 
 
 def stable_flow(

@@ -20,6 +20,7 @@ AVERAGED: Look = ("optimizer, averaged (σ)", {"color": BLUE, "lw": 2.4, "solid_
 PREDICTED: Look = ("central flow’s predicted time average", {"color": RED, "lw": 1.2, "ls": (0, (4, 1.6))})
 CENTRAL: Look = ("central flow", {"color": "black", "lw": 1.1})
 STABLE: Look = ("stable flow", {"color": GREY, "lw": 1.3, "ls": (0, (1.2, 1.2))})
+MAP: Look = ("central map", {"color": "#1b7837", "lw": 1.1, "ls": (0, (5, 1))})
 OTHERS: tuple[dict[str, Any], ...] = (
     {"color": "0.45", "lw": 1.0, "ls": "-."},
     {"color": "0.45", "lw": 1.0, "ls": (0, (6, 2, 1, 2, 1, 2))},
@@ -29,9 +30,9 @@ DOTS: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 1.9, "mew": 0, "color
 ONSET: dict[str, Any] = {"color": "0.45", "ls": (0, (1, 2))}
 
 #: Labels in the order of the legend; others follow.
-LEGEND = tuple(label for label, _ in (EVERY, AVERAGED, PREDICTED, CENTRAL, STABLE))
+LEGEND = tuple(label for label, _ in (EVERY, AVERAGED, PREDICTED, CENTRAL, MAP, STABLE))
 #: Processes from the bottom to the top of a panel; others lie on top.
-LAYERS = ("discrete", "stable", "central")
+LAYERS = ("discrete", "stable", "map", "central")
 
 SETTINGS: dict[str, Any] = {
     "text.color": "black",
@@ -64,7 +65,7 @@ class Style:
 
 def of_flow(name: str) -> Look:
     """The look of a flow by its name; flows without a look of their own share two, by their letters."""
-    known = {"central": CENTRAL, "stable": STABLE}
+    known = {"central": CENTRAL, "map": MAP, "stable": STABLE}
     return known.get(name) or (f"{name} flow", OTHERS[sum(map(ord, name)) % len(OTHERS)])
 
 

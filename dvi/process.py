@@ -6,10 +6,12 @@ Times inside are the process's own clock, ``origin`` + recorded time, since a wa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dvi import series
@@ -20,7 +22,7 @@ from dvi.predict import Observation, Observer
 from dvi.problems import Ledger, ProblemError
 from dvi.solution import Cost, Solution
 from dvi.solvers.errors import SolverError
-from dvi.solvers.protocol import Array, Integrator, State, host
+from dvi.solvers.protocol import Array, Integrator, State, StepResult, host
 from dvi.solvers.watch import Sighting, Watch
 from dvi.status import RunError, Status
 
@@ -85,7 +87,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state = ("memory",)
+    _own_state: tuple[str, ...] = ("memory",)
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -93,11 +95,12 @@ class FlowProcess(Process):
         super().__init__(flow, start, grid, observer)
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
+        self.last = float(grid[-1])  # where the run ends
 
     def advance(self) -> None:
         """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
         start, problem = self.y, self.flow.problem
-        before, end = problem.ledger.copy(), float(self.grid[-1])
+        before, end = problem.ledger.copy(), self.last
         try:
             result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
         except Exception:
@@ -114,10 +117,9 @@ class FlowProcess(Process):
         inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if finished else reached)))
         if len(inside):
             seen |= self.observer.observe_outputs(self.flow, start, node)
-        ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
+        ready = self._shown(result, inside, finished)
         nodes = [self._carry(seen)]
         if finished:
-            ready[len(self.grid) - 1] = result.y.w
             before = problem.ledger.copy()
             last = self.integrator.observe(self.flow, result.memory, result.y)
             counts.append(self._spent(before, counts))
@@ -128,6 +130,11 @@ class FlowProcess(Process):
         self.nodes.extend(nodes)
         self.ready |= ready
         self.y, self.memory = result.y, result.memory
+
+    def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
+        """The weights at the grid points that a step has passed."""
+        ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
+        return ready | {len(self.grid) - 1: result.y.w} if finished else ready
 
     @staticmethod
     def _require_feasible(sharpness: float) -> None:
@@ -168,6 +175,44 @@ class FlowProcess(Process):
             notes=list(self.flow.notes),
             about=about | {"integrator": repr(self.integrator)},
         )
+
+
+class MapProcess(FlowProcess):
+    """The central map, one step ahead of what it shows: ¼(w_{t−1} + 2w_t + w_{t+1}), as the optimizer is shown.
+
+    Raises:
+        ValueError: if a recorded time is not a whole number of steps.
+    """
+
+    _own_state = ("memory", "raw", "middle")
+
+    def __init__(
+        self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
+    ) -> None:
+        super().__init__(flow, integrator, start, grid, observer)
+        if np.abs(grid - np.round(grid)).max() > 1e-9:
+            raise ValueError("The central map is made of whole steps: steps and save_every must be whole numbers.")
+        self.last += 1
+        self.raw: dict[int, Tensor] = {}  # by step: those still needed
+        self.middle = start.w
+
+    def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
+        reached = round(result.y.t - self.origin)
+        for step in range(max(self.raw, default=-1) + 1, reached):
+            self.raw[step] = result.interpolate(self.origin + step).w
+        self.raw[reached] = result.y.w
+        ready = {}
+        for i, t in enumerate(np.round(self.grid).astype(int).tolist()):
+            if t in self.raw and t + 1 in self.raw and i not in self.ready:
+                now, before = self.raw[t], self.raw.get(t - 1)  # at time 0 there is no step before, as in the optimizer
+                ready[i] = now if before is None else 0.25 * (before + 2 * now + self.raw[t + 1])
+                self.middle = ready[i]
+        self.raw = {step: w for step, w in self.raw.items() if step >= reached - 1}
+        return ready
+
+    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
+        """The map on the grid; w is the average at the last recorded step."""
+        return replace(super().solution(status, about), w=self.middle)
 
 
 class DiscreteProcess(Process):

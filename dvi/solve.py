@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from dvi.discrete import Discrete
-from dvi.flows import CompiledFlow
+from dvi.flows import CentralMap, CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.schedules import value_and_slope
 from dvi.predict import Observer
 from dvi.problems import ProblemError
-from dvi.process import DiscreteProcess, FlowProcess, Process
+from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
@@ -133,6 +133,8 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
     """What a flow is integrated with unless the user says otherwise."""
+    if isinstance(flow, CentralMap):
+        return SemiImplicit(dt=1.0)
     return SemiImplicit() if flow.inertial else MacroStep()
 
 
@@ -155,6 +157,10 @@ def make_process(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
             'the state: use SemiImplicit(dt=…), or compile the flow with accuracy="paper".'
         )
+    if isinstance(flow, CentralMap):
+        if not isinstance(integrator, SemiImplicit) or integrator.dt != 1:
+            raise ValueError("The central map is driven by SemiImplicit(dt=1), one step of the optimizer at a time.")
+        return MapProcess(flow, integrator, start, grid, observer)
     return FlowProcess(flow, integrator, start, grid, observer)
 
 
@@ -169,6 +175,7 @@ def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
         "dtype": str(flow.problem.w0.dtype),
         "device": str(flow.problem.w0.device),
         "covariance": flow.covariance,
+        "accuracy": flow.accuracy,
         "steps": float(steps),
         "dvi": dvi.__version__,
         "torch": str(torch.__version__),

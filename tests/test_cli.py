@@ -138,7 +138,7 @@ def test_every_problem_can_be_made():
     ("flags", "words"),
     [
         (["--problem", "digits"], "choose from digits-mlp"),
-        (["--method", "adam"], "choose from gd"),
+        (["--method", "lion"], "choose from gd"),
         (["--dtype", "float16"], "choose from float64"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--beta2", "0.9"], "--beta2 does not apply to gd"),
@@ -154,7 +154,7 @@ def test_every_problem_can_be_made():
         (["--warm-start", "-1"], "--warm-start -1"),
         (["--integrator", "leapfrog"], "choose from macro-step, euler"),
         (["--integrator", "euler", "--tol", "1"], "--tol does not apply to --integrator euler"),
-        (["--dt", "1", "--tol", "1"], "give one of them"),
+        (["--dt", "1", "--order", "2"], "give one of them"),
         (["--dt", "-1"], "dt must be positive"),
         (["--integrator", "macro-step", "--order", "2"], "--order does not apply to --integrator macro-step"),
         (["--order", "3"], "choose from 2, 4"),

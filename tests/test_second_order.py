@@ -301,3 +301,64 @@ def test_a_flow_with_momentum_goes_on_from_its_own_state():
         first = dvi.solve(flow, 10, progress=False, integrator=dvi.SemiImplicit(0.125))
         assert float((process.w - first.w).norm()) < 0.05 * float((first.w - torch.tensor(w)).norm())
         assert whole.status is dvi.Status.SUCCESS
+
+
+# ---- the central map --------------------------------------------------------------------------------------------
+
+
+def test_the_map_is_the_optimizer_where_nothing_oscillates():
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    race = dvi.compare(problem, HeavyBall(0.02, 0.6), 12, runs=("discrete", "map"), progress=False)
+    assert len(race.map.X[-1]) == 0
+    # both are shown as ¼(w₋ + 2w + w₊); 12 steps of a stable iteration in float64
+    assert race.distance["discrete", "map"].max() < 1e-13 * float(problem.w0.norm())
+    assert float((race.map.w - race.discrete.w).norm()) < 0.1  # the optimizer's own last iterate
+    assert race.about["accuracy"] == "second-order"
+
+
+def test_the_map_at_the_edge_predicts():
+    """From a start just below the edge: closer to the optimizer's average than the stable flow is, by far."""
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=100, width=16)
+    race = dvi.compare(problem, GradientDescent(0.3), 60, runs=("discrete", "map", "stable"), progress=False)
+    assert len(race.map.X[-1]) >= 1
+    assert race.distance["discrete", "map"][-1] < 0.4 * race.distance["discrete", "stable"][-1]
+    assert np.nanmax(race.map.eigenvalues) < 2.1
+    # one gradient a step in the stages, the rest for eigenvectors and third derivatives
+    assert race.map.ledger.gradients < 2.5 * 61
+
+
+def test_the_map_is_made_of_whole_steps():
+    cubic, w = bowl(3)
+    problem, method = cubic.problem(w), GradientDescent(0.05)
+    with pytest.raises(ValueError, match="whole"):
+        dvi.compare(problem, method, 4, runs=("map",), save_every=0.5, progress=False)
+    with pytest.raises(ValueError, match="dt=1"):
+        dvi.solve(dvi.central_map(problem, method), 4, integrator=dvi.SemiImplicit(0.5), progress=False)
+    thinned = dvi.compare(problem, method, 9, runs=("discrete", "map"), save_every=2, progress=False)
+    assert thinned.t.tolist() == [0, 2, 4, 6, 8, 9]
+    assert thinned.distance["discrete", "map"].max() < 1e-12
+
+
+@pytest.mark.parametrize("runs", [("discrete", "map"), ("discrete", "central", "stable")])
+def test_momentum_and_the_map_resume_bit_for_bit(tmp_path, monkeypatch, runs):
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    method = Adam(2e-3, 0.8, 0.95)
+    options = {"runs": runs, "progress": False, "warm_start": 5, "check": False, "checkpoint_every": 0.0}
+    whole = dvi.compare(problem, method, 30, **options)
+
+    evaluate, calls = type(problem).value_and_grad, 0
+
+    def interrupted(self, w):
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise KeyboardInterrupt
+        return evaluate(self, w)
+
+    monkeypatch.setattr(type(problem), "value_and_grad", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dvi.compare(problem, method, 30, path=tmp_path / "race.h5", **options)
+    monkeypatch.undo()
+    rest = dvi.compare(problem, method, 30, path=tmp_path / "race.h5", resume=True, **options)
+    for pair, values in whole.distance.items():
+        np.testing.assert_array_equal(rest.distance[pair], values)
