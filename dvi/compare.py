@@ -142,7 +142,7 @@ def compare(
         integrator: for the central flow (default: :func:`dvi.solve.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
-            sharpness to 2 or below (none, if it starts there), and it is told.
+            sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
         save_every: unit times between recorded moments.
         coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.

@@ -57,7 +57,7 @@ def solve(
         steps: how long, in unit times (steps of the optimizer).
         integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
         warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
-            bring the effective sharpness below 2.
+            bring the effective sharpness below 2, and to fill the buffers of momentum.
         save_every: unit times between recorded moments.
         save: ("w",) to record the weights at every recorded moment, too.
         coordinates, test_inputs: what else to observe, see :class:`dvi.predict.Observer`.
@@ -211,7 +211,8 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
 def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
     """The state after a few steps of the real optimizer, and what to tell the user about it.
 
-    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step.
+    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and with
+    momentum at least four times its lag τ′, since a flow cannot know what an empty buffer does to the first steps.
 
     Raises:
         RunError: if the optimizer diverges meanwhile, or does not settle.
@@ -226,7 +227,8 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     limit = _AUTO_LIMIT if auto else int(warm_start)
     with flow.problem.ledger.paused():
         try:
-            y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto)
+            burn_in = int(np.ceil(4 * flow.calculus.lag(y.t))) if auto and flow.calculus.momentum else 0
+            y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto, at_least=burn_in)
         except FAILURES as error:
             raise RunError(classify(error), f"In the warm start: {detail(error)}") from error
     if taken == 0:
@@ -237,16 +239,18 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     return y, [note]
 
 
-def _settle(optimizer: Discrete, y: State, limit: int, until_stable: bool) -> tuple[State, int, float]:
+def _settle(
+    optimizer: Discrete, y: State, limit: int, until_stable: bool, at_least: int = 0
+) -> tuple[State, int, float]:
     """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
     _, g = optimizer.problem.value_and_grad(y.w)
     watch, first = Watch(), float("nan")
     for taken in range(limit + 1):
-        if until_stable:
+        if until_stable and (taken == 0 or taken >= at_least):
             seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
             sharpness = float(seen.eigenvalues[0])
             first = sharpness if taken == 0 else first
-            if sharpness <= CRITICAL:
+            if sharpness <= CRITICAL and taken >= at_least:
                 return y, taken, first
         if taken == limit:
             break

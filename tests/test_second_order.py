@@ -362,3 +362,14 @@ def test_momentum_and_the_map_resume_bit_for_bit(tmp_path, monkeypatch, runs):
     rest = dvi.compare(problem, method, 30, path=tmp_path / "race.h5", resume=True, **options)
     for pair, values in whole.distance.items():
         np.testing.assert_array_equal(rest.distance[pair], values)
+
+
+def test_momentum_is_warmed_up_before_a_comparison():
+    """An empty buffer makes the first steps short, which only a filter with one buffer shares with its flow."""
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    method = Nesterov(0.01, 0.8)
+    race = dvi.compare(problem, method, 20, runs=("discrete", "central"), progress=False)
+    assert race.about["warm_start"] == np.ceil(4 * (0.8**2 / 0.2 + 0.5))
+    assert any("Warm start" in note for note in race.notes)
+    cold = dvi.compare(problem, method, 20, runs=("discrete", "central"), progress=False, warm_start=0)
+    assert race.distance["discrete", "central"][-1] < 0.1 * cold.distance["discrete", "central"][-1]
