@@ -1,8 +1,9 @@
-"""How well central flows predict optimizers on real data: the table of the README.
+"""How well central flows predict optimizers on real data: the tables of the README and of docs/zoo.md.
 
-``python benchmarks/agreement.py [--only NAME …]`` runs every case (about a quarter of an hour on two cores) and prints
-a Markdown table.  Each row starts the optimizer, its central flow and its stable flow from one point, warm start
-included, and is measured from the first breakpoint of the central flow on.
+``python benchmarks/agreement.py [--methods] [--only NAME …]`` runs every case (about a quarter of an hour on two cores)
+and prints a Markdown table: problems of several kinds, or with ``--methods`` every method on one problem.  Each row
+starts the optimizer, its central flow and its stable flow from one point, warm start included, and is measured from the
+first breakpoint of the central flow on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 import dvi
-from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
+from dvi.methods import Adam, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
 from dvi.plot import time_average
 from dvi.problems import digits, sorting
 
@@ -56,13 +58,46 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def digits_mlp(seed: int = 0) -> dvi.Problem:
+    """The problem on which every method is tried."""
+    return digits("mlp", "mse", n=300, width=32, seed=seed)
+
+
+#: One method a row, learning rates such that the edge is reached early and by several eigenvalues.
+METHODS: dict[str, Case] = {
+    "GD 0.2": (digits_mlp, GradientDescent(0.2), 600),
+    "RMSProp-Norm 0.1": (digits_mlp, RMSPropNorm(0.1, 0.99, **ADAM_LIKE), 400),
+    "RMSProp 1e-3": (digits_mlp, RMSProp(1e-3, 0.99, **ADAM_LIKE), 400),
+    "heavy ball 0.25, β = 0.5": (digits_mlp, HeavyBall(0.25, 0.5), 400),
+    "heavy ball 0.3, β = 0.9": (digits_mlp, HeavyBall(0.3, 0.9), 300),
+    "Nesterov 0.1, β = 0.9": (digits_mlp, Nesterov(0.1, 0.9), 300),
+    "Adam 3e-3, β₁ = 0.5": (digits_mlp, Adam(3e-3, 0.5, 0.99), 300),
+    "Adam 1e-2, β₁ = 0.9": (digits_mlp, Adam(1e-2, 0.9, 0.99), 300),
+    "NAdam 4e-3, β₁ = 0.9": (digits_mlp, NAdam(4e-3, 0.9, 0.99), 300),
+}
+
+_MOMENTUM = {
+    "heavy ball 0.25, β = 0.5": HeavyBall(0.25, 0.5),
+    "heavy ball 0.3, β = 0.9": HeavyBall(0.3, 0.9),
+    "Adam 3e-3, β₁ = 0.5": Adam(3e-3, 0.5, 0.99),
+}
+SEEDS: dict[str, Case] = {
+    f"{name}, seed {seed}": (partial(digits_mlp, seed), method, 300)
+    for name, method in _MOMENTUM.items()
+    for seed in (1, 2)
+}
+
+ALL = CASES | METHODS | SEEDS
+
+
 def measure(name: str) -> dict[str, Any]:
     """One row: distances in weight space and errors of the loss, from the first breakpoint on."""
     torch.set_num_threads(1)
-    make, method, steps = CASES[name]
+    make, method, steps = ALL[name]
     problem, started = make(), time.perf_counter()
     row: dict[str, Any] = {"case": name, "d": len(problem.w0)}
-    race = dvi.compare(problem, method, steps, eigen_every=0, progress=False, throw=False)
+    every = 0 if name in CASES else 2
+    race = dvi.compare(problem, method, steps, eigen_every=every, progress=False, throw=False)
     row |= {"steps": int(race.t[-1]) if len(race.t) else 0, "status": race.status.name}
     row["seconds"] = time.perf_counter() - started
     if not race.central.breakpoints:
@@ -76,7 +111,11 @@ def measure(name: str) -> dict[str, Any]:
     def loss_error(values: Any) -> float:
         return float(100 * np.mean(np.abs(values[: len(t)][inner] / observed - 1)))
 
+    seen = race.discrete.eigenvalues[:, 0] if every else np.full(len(race.discrete.t), np.nan)
+    seen = seen[(race.discrete.t >= race.central.breakpoints[0][0]) & ~np.isnan(seen)] / 2
+    quartiles = np.percentile(seen, [25, 50, 75]) if len(seen) else np.full(3, np.nan)
     return row | {
+        "sharpness": [float(q) for q in quartiles],
         "warm": race.about["warm_start"],
         "edge": race.central.breakpoints[0][0],
         "k": max(k for _, _, k in race.central.breakpoints),
@@ -89,18 +128,20 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as Markdown."""
+    """The rows as Markdown; the sharpness is the optimizer's, over its threshold c, in quartiles."""
     yield "| problem and method | weights | steps | edge from | k ≤ | ‖discrete − central‖ | ‖discrete − stable‖ | " + (
-        "predicted loss off by | stable flow's loss off by | cost |"
+        "predicted loss off by | stable flow's loss off by | cost | sharpness/c |"
     )
-    yield "|" + "---|" * 10
+    yield "|" + "---|" * 11
     for row in rows:
         if row["edge"] is None:
             yield f"| {row['case']} | {row['d']} | {row['steps']} | – | | | | | | {row['status']} |"
             continue
         yield (
             f"| {row['case']} | {row['d']} | {row['steps']} | {row['edge']:.0f} | {row['k']} | {row['central']:.3g} | "
-            f"{row['stable']:.3g} | {row['predicted']:.1f} % | {row['stable loss']:.1f} % | {row['cost']:.1f} |"
+            f"{row['stable']:.3g} | {row['predicted']:.1f} % | {row['stable loss']:.1f} % | {row['cost']:.1f} | "
+            + ("–" if np.isnan(row["sharpness"][0]) else " / ".join(f"{q:.2f}" for q in row["sharpness"]))
+            + " |"
             + ("" if row["status"] == "SUCCESS" else f" {row['status']}")
         )
 
@@ -109,9 +150,12 @@ def main() -> None:
     """Run the cases, two at a time, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="parts of case names to run")
+    parser.add_argument("--methods", action="store_true", help="every method on one problem, in place of the problems")
+    parser.add_argument("--seeds", action="store_true", help="methods with momentum from other starts")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     chosen = parser.parse_args()
-    names = [name for name in CASES if not chosen.only or any(part in name for part in chosen.only)]
+    cases = METHODS if chosen.methods else SEEDS if chosen.seeds else CASES
+    names = [name for name in cases if not chosen.only or any(part in name for part in chosen.only)]
     rows = []
     with ProcessPoolExecutor(max_workers=2) as pool:
         for row in pool.map(measure, names):

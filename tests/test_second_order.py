@@ -372,4 +372,4 @@ def test_momentum_is_warmed_up_before_a_comparison():
     assert race.about["warm_start"] == np.ceil(4 * (0.8**2 / 0.2 + 0.5))
     assert any("Warm start" in note for note in race.notes)
     cold = dvi.compare(problem, method, 20, runs=("discrete", "central"), progress=False, warm_start=0)
-    assert race.distance["discrete", "central"][-1] < 0.1 * cold.distance["discrete", "central"][-1]
+    assert race.distance["discrete", "central"][-1] < 0.5 * cold.distance["discrete", "central"][-1]
