@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvi.solvers.ccp_problem import Iterate, Problem, eigh, factorise, norm, power_of_two
-from dvi.solvers.svec import Array, skron, smat, svec, triu
+from dvi.solvers.svec import Array, skron, triu
 
 _ARMIJO = 1e-3
-_HALVINGS = 12
 _FLOOR = 1e-12  # relative |F| below which rounding, not the step, decides whether |F| falls
 
 
@@ -34,21 +33,21 @@ class _Point:
     size: float  # |F|
 
 
-def newton(problem: Problem, x: Array, s: Array, max_iterations: int, tolerance: float) -> Iterate:
+def newton(problem: Problem, x: Array, s: Array, max_iterations: int, tolerance: float, halvings: int = 12) -> Iterate:
     """Solve the problem from the guess x, s [n], both positive semidefinite, with an Armijo line search on |F|.
 
     Quadratically convergent near a strictly complementary solution; it may stall elsewhere, which shows in the
-    residual.
+    residual. A step is halved less than `halvings` times before the method gives up.
     """
     gamma = _balance(problem, x, s)
     b, a = gamma * problem.b, gamma * problem.a
-    point = _evaluate(b, a, x - gamma * s)
+    point = _evaluate(b, a, x - gamma * s, problem.k)
     iterations = 0
     while iterations < max_iterations and point.size > tolerance * gamma * problem.size_s(point.x):
         step = _newton_step(b, point, problem.symmetric)
         if step is None:
             break
-        following = _line_search(b, a, point, step, _FLOOR * gamma * problem.size_s(point.x))
+        following = _line_search(b, a, point, step, _FLOOR * gamma * problem.size_s(point.x), halvings)
         if following is None:
             break
         point, iterations = following, iterations + 1
@@ -64,9 +63,10 @@ def _balance(problem: Problem, x: Array, s: Array) -> float:
     return power_of_two(max(norm(x), problem.least_x) / max(norm(s), problem.norm_a))
 
 
-def _evaluate(b: Array, a: Array, z: Array) -> _Point:
-    eigenvalues, Q = eigh(smat(z))
-    x = svec((Q * np.maximum(eigenvalues, 0.0)) @ Q.T)
+def _evaluate(b: Array, a: Array, z: Array, k: int) -> _Point:
+    index = triu(k)
+    eigenvalues, Q = eigh(index.matrix(z))
+    x = index.vector((Q * np.maximum(eigenvalues, 0.0)) @ Q.T)
     F = b @ x - a + z - x
     return _Point(z, eigenvalues, Q, x, F, norm(F))
 
@@ -96,11 +96,11 @@ def _newton_step(b: Array, point: _Point, symmetric: bool) -> Array | None:
     return rotation @ h if np.isfinite(h).all() else None
 
 
-def _line_search(b: Array, a: Array, point: _Point, step: Array, floor: float) -> _Point | None:
+def _line_search(b: Array, a: Array, point: _Point, step: Array, floor: float, halvings: int) -> _Point | None:
     """Return the first point along the step, halved as needed, where |F| falls enough; None where there is none."""
     t = 1.0
-    for _ in range(_HALVINGS):
-        tried = _evaluate(b, a, point.z + t * step)
+    for _ in range(halvings):
+        tried = _evaluate(b, a, point.z + t * step, len(point.Q))
         if tried.size <= (1.0 - _ARMIJO * t) * point.size:
             return tried
         if point.size <= floor:

@@ -9,7 +9,7 @@ from math import frexp, inf, ldexp, sqrt
 import numpy as np
 from scipy.linalg import lapack
 
-from dvi.solvers.svec import Array, smat, svec, triu
+from dvi.solvers.svec import Array, triu
 
 # LAPACK is called directly: for matrices this small the checks of numpy.linalg cost more than the factorisation.
 
@@ -20,6 +20,12 @@ def eigh(M: Array) -> tuple[Array, Array]:
     if info != 0:  # divide and conquer did not converge
         eigenvalues, eigenvectors, info = lapack.dsyev(M)
     return (eigenvalues, eigenvectors) if info == 0 else (np.full(len(M), np.nan), eigenvectors)
+
+
+def least_eigenvalue(M: Array) -> float:
+    """Return the least eigenvalue of a symmetric M [k,k]."""
+    eigenvalues, _, info = lapack.dsyevd(M, compute_v=0)
+    return float(eigenvalues[0]) if info == 0 else float(eigh(M)[0][0])
 
 
 def cholesky(M: Array) -> Array | None:
@@ -43,10 +49,11 @@ def norm(v: Array) -> float:
     return sqrt(v @ v)
 
 
-def project(v: Array) -> Array:
-    """Return the svec of the positive part of smat(v), v [n]."""
-    eigenvalues, vectors = eigh(smat(v))
-    return svec((vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T)
+def project(v: Array, k: int) -> Array:
+    """Return the svec of the positive part of smat(v), v [n], n = k(k+1)/2."""
+    index = triu(k)
+    eigenvalues, vectors = eigh(index.matrix(v))
+    return index.vector((vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T)
 
 
 def power_of_two(value: float) -> float:
@@ -83,7 +90,7 @@ class Problem:
         index = triu(k)
         # first by the largest entry, so that no square under- or overflows below
         a_scale, b_scale = power_of_two(float(np.abs(alpha).max())), power_of_two(float(np.abs(beta).max()))
-        a, b = svec(alpha) / a_scale, beta / b_scale
+        a, b = index.vector(alpha) / a_scale, beta / b_scale
         congruence = np.ones(index.n)
         if equilibrate:
             diagonal = np.abs(b[index.diagonal, index.diagonal])
@@ -105,11 +112,11 @@ class Problem:
 
     def to_caller(self, x: Array) -> Array:
         """Return the caller's X [k,k] of x [n]."""
-        return smat(x * self.congruence * self.x_unit)
+        return triu(self.k).matrix(x * self.congruence * self.x_unit)
 
     def from_caller(self, X: Array) -> Array:
         """Return x [n] of the caller's X [k,k]."""
-        return svec(X) / self.congruence / self.x_unit
+        return triu(self.k).vector(X) / self.congruence / self.x_unit
 
     @property
     def least_x(self) -> float:

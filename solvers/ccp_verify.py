@@ -8,8 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from dvi.solvers.ccp_problem import Problem, cholesky, eigh, norm
-from dvi.solvers.svec import Array, smat, svec
+from dvi.solvers.ccp_problem import Problem, cholesky, eigh, least_eigenvalue, norm
+from dvi.solvers.svec import Array, smat, svec, triu
 
 ACCEPTED_RESIDUAL: Final = 1e-10
 ACCEPTED_STRICT: Final = 1e-6  # of the defects of S against |α| alone
@@ -51,12 +51,13 @@ class Verdict:
         """
         x = plain.from_caller(X)
         s = plain.b @ x - plain.a
-        S = smat(s * plain.s_unit)
+        index = triu(plain.k)
+        S = index.matrix(s * plain.s_unit)
         if not (np.isfinite(X).all() and np.isfinite(S).all()):
             return cls(X, S, np.inf, np.inf, np.inf)
         size_x = max(norm(x), 1e-300)
         size_s = plain.norm_a + plain.norm_b * size_x
-        outside_x, outside_s = -eigh(smat(x))[0][0], -eigh(smat(s))[0][0]
+        outside_x, outside_s = -least_eigenvalue(index.matrix(x)), -least_eigenvalue(index.matrix(s))
         defect_s = max(outside_s, abs(float(x @ s)) / size_x, 0.0)
         residual = max(outside_x / size_x, defect_s / size_s)
         return cls(X, S, float(residual), float(defect_s / plain.norm_a), size_x / plain.least_x)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.protocol import Array, host, like
+from dvi.solvers.tall import beside, combined, gram, orthonormal_against, upright
 
 Operator = Callable[[Tensor], Tensor]  # V [d, m] -> A V [d, m], A symmetric
 
@@ -86,7 +87,7 @@ class CriticalSubspace:
             ConvergenceError: if that takes more than ``max_iterations`` block products.
         """
         V, draws = self._fresh(example, 1 + self.slack, None, 0)
-        block = Eigenblock(V, A(V), np.zeros(V.shape[1]), np.full(V.shape[1], np.inf), draws)
+        block = Eigenblock(V, upright(A(V)), np.zeros(V.shape[1]), np.full(V.shape[1], np.inf), draws)
         return self.survey(A, self._iterate(A, block, want, tol or self.tol), want, tol)
 
     def follow(self, A: Operator, block: Eigenblock, want: float, tol: float | None = None) -> Eigenblock:
@@ -95,8 +96,8 @@ class CriticalSubspace:
         needed = self._needed(block.eigenvalues, want)
         if V.shape[1] > needed + self.slack + 1:  # two to spare: hysteresis, a block that breathes costs restarts
             V = V[:, : needed + self.slack]
-        V = torch.linalg.qr(V)[0]
-        return self._iterate(A, replace(block, V=V, AV=A(V)), want, tol or self.tol)
+        V = orthonormal_against(V, None, rounds=1)
+        return self._iterate(A, replace(block, V=V, AV=upright(A(V))), want, tol or self.tol)
 
     def survey(self, A: Operator, block: Eigenblock, want: float, tol: float | None = None) -> Eigenblock:
         """Look for an eigenvalue above ``want`` that the block is blind to, and take it in.
@@ -110,26 +111,27 @@ class CriticalSubspace:
         v, draws = self._fresh(V[:, 0], 1, V, block.draws)
         basis, products = [v], []
         for _ in range(min(self.krylov, V.shape[0] - V.shape[1])):
-            Aq = A(basis[-1])
-            products.append(Aq)
-            Q = torch.cat([V, *basis], dim=1)
-            r = Aq - Q @ (Q.T @ Aq)
-            r = r - Q @ (Q.T @ r)
-            norm = float(r.norm())
+            r = upright(A(basis[-1]))
+            products.append(r)
+            for _ in range(2):
+                G = gram([r], [V, *basis])
+                r = combined([V, *basis], -G[:, 1:].T, onto=r)
+                norm = float(r.norm())
+                if norm > 0.5 * np.sqrt(G[0, 0]):  # little was cancelled: orthogonal to rounding at the first time
+                    break
             if norm < 1e-10:  # the Krylov space is invariant
                 break
             basis.append(r / norm)
-        Q, AQ = torch.cat(basis[: len(products)], dim=1), torch.cat(products, dim=1)
-        ritz, C = np.linalg.eigh(_small(Q, AQ))
+        basis = basis[: len(products)]
+        ritz, C = np.linalg.eigh(_small(basis, products)[1])
         # What was found is of interest if it is (nearly) wanted, or if it leads; and only if it is not in the block.
         news = ritz > max(min(want - 0.1, block.eigenvalues[0]), block.eigenvalues[-1]) + 1e-6
         if not news.any():
             return replace(block, draws=draws)
-        new = like(C[:, news], Q)
         grown = replace(
             block,
-            V=torch.cat([V, Q @ new], dim=1),
-            AV=torch.cat([block.AV, AQ @ new], dim=1),
+            V=beside(V, combined(basis, C[:, news])),
+            AV=beside(block.AV, combined(products, C[:, news])),
             eigenvalues=np.append(block.eigenvalues, ritz[news]),
             residuals=np.append(block.residuals, np.full(int(news.sum()), np.inf)),
             draws=draws,
@@ -146,7 +148,7 @@ class CriticalSubspace:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draws)
         count = min(count, len(example) - (0 if V is None else V.shape[1]))
         X = torch.randn(len(example), count, generator=generator, dtype=torch.float64, device="cpu").to(example)
-        return _orthonormal_against(X, V), draws + 1
+        return orthonormal_against(X, V), draws + 1
 
     def _iterate(self, A: Operator, block: Eigenblock, want: float, tol: float) -> Eigenblock:
         """LOBPCG until all Ritz pairs above ``want`` are converged and ``slack`` more vectors are at hand."""
@@ -156,13 +158,9 @@ class CriticalSubspace:
         tol = max(tol, floor)
         P = AP = None
         for iteration in range(self.max_iterations + 1):
-            ritz, C = np.linalg.eigh(_small(X, AX))
-            ritz, rotation = ritz[::-1].copy(), like(C[:, ::-1], X)
-            X, AX = X @ rotation, AX @ rotation
-            R = AX - X * like(ritz, X)
+            ritz, X, AX = _ritz(X, AX)
+            R = torch.addcmul(AX, X, like(ritz, X), value=-1)
             (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
-            if not np.isfinite(ritz).all():
-                raise ConvergenceError("Hessian–vector products are not finite: the loss has left its domain.")
             needed = self._needed(ritz, want)
             converged = residuals <= tol
             # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
@@ -172,7 +170,7 @@ class CriticalSubspace:
                 if missing <= 0:
                     return Eigenblock(X, AX, ritz, residuals, draws)
                 fresh, draws = self._fresh(X[:, 0], missing, X, draws)
-                X, AX = torch.cat([X, fresh], dim=1), torch.cat([AX, A(fresh)], dim=1)
+                X, AX = beside(X, fresh), beside(AX, A(fresh))
                 P = AP = None
                 # a new vector must be given the chance to show an eigenvalue above `want`
                 X, AX = self._settle(A, X, AX, count=8)
@@ -180,7 +178,9 @@ class CriticalSubspace:
             if iteration == self.max_iterations:
                 break
             active = ~converged & ((np.arange(len(ritz)) < needed + self.slack) | hiding)
-            X, AX, P, AP = _improved(A, X, AX, R[:, np.flatnonzero(active).tolist()], P, AP)
+            if not active.all():
+                R = R[:, np.flatnonzero(active).tolist()]
+            X, AX, P, AP = _improved(A, X, AX, R, P, AP)
         worst = residuals[:needed].max()
         raise ConvergenceError(
             f"The leading {needed} eigenpairs of the effective Hessian did not converge: residual {worst:.1e} against "
@@ -192,59 +192,67 @@ class CriticalSubspace:
         """A few unconditional iterations, so that a random vector turns towards the top of the spectrum."""
         P = AP = None
         for _ in range(count):
-            ritz = like(np.linalg.eigvalsh(_small(X, AX))[::-1], X)
-            R = AX - X * ritz if P is not None else AX - X @ (X.T @ AX)
+            ritz, X, AX = _ritz(X, AX)
+            R = torch.addcmul(AX, X, like(ritz, X), value=-1)
             if float(R.norm()) < 1e-8:
                 break
             X, AX, P, AP = _improved(A, X, AX, R, P, AP)
         return X, AX
 
 
-def _small(X: Tensor, AX: Tensor) -> Array:
-    """XᵀAX, symmetrised, host float64."""
-    (G,) = host(X.double().T @ AX.double())
-    return 0.5 * (G + G.T)
+def _ritz(X: Tensor, AX: Tensor) -> tuple[Array, Tensor, Tensor]:
+    """Ritz values [m], descending, in the span of X [d, m], and orthonormal Ritz vectors with their products.
+
+    X is orthonormal but for some rounding, which is mended: the pencil XᵀAX, XᵀX is solved.
+    """
+    gramian, small = _small([X], [AX])
+    scale, Q = np.linalg.eigh(gramian)
+    whiten = Q / np.sqrt(scale)
+    values, C = np.linalg.eigh(whiten.T @ small @ whiten)
+    C = whiten @ C[:, ::-1]
+    return values[::-1].copy(), combined([X], C), combined([AX], C)
 
 
-def _orthonormal_against(W: Tensor, X: Tensor | None) -> Tensor:
-    """An orthonormal basis of W's part orthogonal to X (twice is enough)."""
-    for _ in range(2):
-        if X is not None:
-            W = W - X @ (X.T @ W)
-        W = torch.linalg.qr(W)[0]
-    return W
+def _small(S: list[Tensor], AS: list[Tensor]) -> tuple[Array, Array]:
+    """SᵀS and SᵀAS, symmetrised, of blocks S and their products."""
+    G = gram(S, AS)
+    if not np.isfinite(G).all():
+        raise ConvergenceError("Hessian–vector products are not finite: the loss has left its domain.")
+    A = G[:, len(G) :]
+    return G[:, : len(G)], 0.5 * (A + A.T)
 
 
 def _improved(
     A: Operator, X: Tensor, AX: Tensor, R: Tensor, P: Tensor | None, AP: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One move of LOBPCG, for one block product: the best of X, its residuals R and the last directions P."""
-    W = _orthonormal_against(R, X)
-    S, AS = [X, W], [AX, A(W)]
+    W = orthonormal_against(R, X, rounds=1)  # the Gram matrix of all three sees what that leaves
+    S, AS = [X, W], [AX, upright(A(W))]
     if P is not None and AP is not None:
         S.append(P)
         AS.append(AP)
-    return _rayleigh_ritz(torch.cat(S, dim=1), torch.cat(AS, dim=1), X.shape[1])
+    return _rayleigh_ritz(S, AS)
 
 
-def _rayleigh_ritz(S: Tensor, AS: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Best ``keep`` Ritz vectors in span(S), and LOBPCG's search directions (what they hold beyond the first columns).
+def _rayleigh_ritz(S: list[Tensor], AS: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As many of the best Ritz vectors in span(S) as S[0] has, and LOBPCG's directions (what the rest of S adds).
 
-    S may be nearly dependent once converged, so its Gram matrix is whitened in float64 and its null space dropped.
+    S may be nearly dependent once converged, so its Gram matrix is whitened in float64 and its null space dropped. The
+    vectors are orthonormal up to the rounding that this magnifies, which :func:`_ritz` mends.
     """
-    gram, A = _small(S, S), _small(S, AS)
-    scale, Q = np.linalg.eigh(gram)
-    good = scale > max(1e-10, 1e3 * torch.finfo(S.dtype).eps) * scale[-1]
+    keep, eps = S[0].shape[1], torch.finfo(S[0].dtype).eps
+    gramian, A = _small(S, AS)
+    scale, Q = np.linalg.eigh(gramian)
+    good = scale > max(1e-10, 1e3 * eps) * scale[-1]
     whiten = Q[:, good] / np.sqrt(scale[good])
-    small = whiten.T @ A @ whiten
-    C = whiten @ np.linalg.eigh(0.5 * (small + small.T))[1][:, ::-1][:, :keep]
-    beyond = C.copy()
-    beyond[:keep] = 0
-    C_, beyond_ = like(C, S), like(beyond, S)
-    P, AP = S @ beyond_, AS @ beyond_
-    norm = torch.linalg.vector_norm(P, dim=0)
-    nonzero = norm > torch.finfo(S.dtype).eps ** 0.5  # P is divided by it, and so are the rounding errors in AP
-    P, AP = P[:, nonzero] / norm[nonzero], AP[:, nonzero] / norm[nonzero]
-    X, R = torch.linalg.qr(S @ C_)  # orthonormal to rounding, so that Ritz values mean what they say
-    AX = torch.linalg.solve_triangular(R, AS @ C_, upper=True, left=False)
-    return X, AX, P, AP
+    C = whiten @ np.linalg.eigh(whiten.T @ A @ whiten)[1][:, ::-1][:, :keep]
+    beyond = C[keep:]
+    P, AP = combined(S[1:], beyond), combined(AS[1:], beyond)
+    X, AX = combined(S[:1], C[:keep], onto=P), combined(AS[:1], C[:keep], onto=AP)
+    norm = np.sqrt(((gramian[keep:, keep:] @ beyond) * beyond).sum(0).clip(0.0))
+    nonzero = norm > eps**0.5  # P is divided by it, and so are the rounding errors in AP
+    if not nonzero.all():
+        kept = np.flatnonzero(nonzero).tolist()
+        P, AP, norm = P[:, kept], AP[:, kept], norm[nonzero]
+    scaling = like(1.0 / norm, X)
+    return X, AX, P * scaling, AP * scaling

@@ -41,6 +41,15 @@ def test_isometry_and_inverse(k, seed):
 
 
 @given(sizes, seeds)
+def test_the_methods_without_checks_are_the_same_maps(k, seed):
+    rng = np.random.default_rng(seed)
+    M, v = symmetric(rng, k, k), rng.normal(size=dimension(k))
+    for matrix in (M, np.asfortranarray(M), M.T[::-1, ::-1]):
+        assert np.array_equal(triu(k).vector(matrix), svec(matrix))
+    assert np.array_equal(triu(k).matrix(v), smat(v))
+
+
+@given(sizes, seeds)
 def test_skron_is_the_congruence(k, seed):
     rng = np.random.default_rng(seed)
     G, H, M = rng.normal(size=(k, k)), rng.normal(size=(k, k)), symmetric(rng, k, k)
