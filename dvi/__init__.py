@@ -24,12 +24,14 @@ from dvi.solvers import CCPError, ConvergenceError, Euler, MacroStep, MemoryLimi
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
+from dvi.symbolic import Derivation, derive
 
 __all__ = [
     "CCPError",
     "CentralFlow",
     "Comparison",
     "ConvergenceError",
+    "Derivation",
     "DerivativeError",
     "Diagonal",
     "Discrete",
@@ -54,6 +56,7 @@ __all__ = [
     "TorchDiffEq",
     "central_flow",
     "compare",
+    "derive",
     "discrete",
     "load",
     "methods",
