@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 from sympy import Add, Expr, Integer, Mul, Pow, Rational, Symbol
 from sympy.printing.latex import LatexPrinter
+from sympy.printing.precedence import precedence
 from sympy.printing.pretty.pretty_symbology import pretty_symbol
 from sympy.printing.str import StrPrinter
 
@@ -95,6 +96,14 @@ def _common(e: Add) -> tuple[Rational, Expr]:
     return size, Add(*(term / size for term in e.args))
 
 
+def _norm(e: Pow) -> tuple[Expr, Integer] | None:
+    """|x|ⁿ as (x, n), where e is such a power."""
+    if not (isinstance(e.base, Total) and isinstance(e.base.args[0], Pow) and e.base.args[0].exp == 2):
+        return None
+    power = 2 * e.exp
+    return (e.base.args[0].base, power) if power.is_Integer and power > 0 else None
+
+
 class _Latex(LatexPrinter):  # type: ignore[misc]
     """Vectors without indices: ⊙ between them, ⊙2 for a square, norms and inner products for sums."""
 
@@ -104,23 +113,26 @@ class _Latex(LatexPrinter):  # type: ignore[misc]
     _print_Entry = _print_Level = _print_Symbol
 
     def _print_Rational(self, e: Rational) -> str:
-        return super()._print_Rational(e) if e.q < 1000 else super()._print_Float(sympy.Float(e, 15))
+        return str(super()._print_Rational(e) if e.q < 1000 else super()._print_Float(sympy.Float(e, 15)))
 
     def _print_Pow(self, e: Pow) -> str:
         if isinstance(e.base, Entry) and e.exp.is_Integer and e.exp > 1:
             return rf"{self._print(e.base)}^{{\odot {e.exp}}}"
-        return super()._print_Pow(e)
+        if (norm := _norm(e)) is not None:
+            x, power = norm
+            return rf"\|{self._print(x)}\|" + (f"^{{{power}}}" if power != 1 else "")
+        return str(super()._print_Pow(e))
 
     def _print_Add(self, e: Add, order: Any = None) -> str:
         if not changes(e):
-            return super()._print_Add(e, order)
+            return str(super()._print_Add(e, order))
         number, terms = _common(e)
         shown = joined([self._print(term) for term in _terms(terms)])
         return shown if number == 1 else rf"{self._print(number)} \left[{shown}\right]"
 
     def _print_Mul(self, e: Mul) -> str:
         if not changes(e):
-            return super()._print_Mul(e)
+            return str(super()._print_Mul(e))
         if negative(e):
             return f"-{self._inside(-e)}"
         outside, rest = outer(e)
@@ -158,25 +170,21 @@ class _Latex(LatexPrinter):  # type: ignore[misc]
         return top if denominator == 1 else rf"\frac{{{top}}}{{{self._print(denominator)}}}"
 
     def _print_Total(self, e: Expr, exp: str | None = None) -> str:
-        shown, squared = self._sum(e.args[0])
-        if not squared:
-            return shown if exp is None else rf"{shown}^{{{exp}}}"
-        if exp is not None and not exp.isdigit():
-            return rf"\left({shown}^{{2}}\right)^{{{exp}}}"
-        return f"{shown}^{{{2 * int(exp or 1)}}}"
+        shown = self._sum(e.args[0])
+        return shown if exp is None else rf"\left({shown}\right)^{{{exp}}}"
 
-    def _sum(self, inner: Expr) -> tuple[str, bool]:
-        """Σᵢ of an expression, and whether what is given is a norm still to be squared."""
+    def _sum(self, inner: Expr) -> str:
+        """Σᵢ of an expression."""
         if isinstance(inner, Entry) and inner.name in _TRACES:
-            return _TRACES[inner.name][0], False
+            return _TRACES[inner.name][0]
         if isinstance(inner, Pow) and inner.exp == 2:
-            return rf"\|{self._print(inner.base)}\|", True
+            return rf"\|{self._print(inner.base)}\|^{{2}}"
         numerator, denominator = sympy.fraction(inner)
         factors = sorted(Mul.make_args(numerator), key=lambda x: _place(x, _FIRST))
         if len(factors) > 1 or denominator != 1:
             left, right = factors[0], Mul(*factors[1:]) / denominator
-            return rf"\left\langle {self._print(left)}, {self._print(right)} \right\rangle", False
-        return rf"\sum_{{i}} \left[{self._print(inner)}\right]_{{i}}", False
+            return rf"\left\langle {self._print(left)}, {self._print(right)} \right\rangle"
+        return rf"\sum_{{i}} \left[{self._print(inner)}\right]_{{i}}"
 
     def _print_Bilinear(self, e: Expr, exp: str | None = None) -> str:
         a, b, M = map(self._print, e.args)
@@ -193,7 +201,7 @@ class _Latex(LatexPrinter):  # type: ignore[misc]
 
     def _print_Function(self, e: Expr, exp: str | None = None) -> str:
         if e.args != (letters().t,):
-            return super()._print_Function(e, exp)
+            return str(super()._print_Function(e, exp))
         shown = f"{self._print(Symbol(str(e.func)))}(t)"
         return shown if exp is None else f"{shown}^{{{exp}}}"
 
@@ -210,9 +218,13 @@ class _Text(StrPrinter):  # type: ignore[misc]
         return joined([self._print(term) for term in _terms(e)]) if changes(e) else super()._print_Add(e, order)
 
     def _print_Pow(self, e: Pow, rational: bool = False) -> str:
+        if (norm := _norm(e)) is not None:
+            x, power = norm
+            return f"|{self._print(x)}|" + (str(power).translate(_SUPERSCRIPT) if power != 1 else "")
         if not (e.exp.is_Integer and e.exp > 1):
-            return super()._print_Pow(e, rational)
-        return self.parenthesize(e.base, sympy.printing.precedence.PRECEDENCE["Pow"]) + str(e.exp).translate(_SUPERSCRIPT)
+            return str(super()._print_Pow(e, rational))
+        base = self.parenthesize(e.base, precedence(e))
+        return f"{base}{str(e.exp).translate(_SUPERSCRIPT)}"
 
     def _print_Total(self, e: Expr) -> str:
         (inner,) = e.args

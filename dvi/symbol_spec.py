@@ -73,13 +73,20 @@ def read(method: MethodLike | type[Method], numeric: bool = False) -> SymbolicSp
     """
     spec, hyperparameters = _with_symbols(method, numeric)
     name = type(spec).__name__
+    if getattr(type(spec), "Q", None) is not getattr(Method, "Q", None):
+        raise SpecError(
+            f"{name} has momentum (Q), which moves the threshold and the drift; the closed forms are for "
+            "w_{t+1} = w_t − P(ν_t)⁻¹∇L(w_t). flow.linearise(w, nu) gives α and β in numbers."
+        )
     nu = _call(f"{name}.init(w)", lambda: _concrete(method, spec).init(torch.zeros(_SAMPLE, dtype=torch.float64)))
     parts = [_leaf(name, path, value) for path, value in leaves(nu)]
     structure = pytree.tree_structure(nu)
     used = {str(x.func if x.is_Function else x) for x in hyperparameters.values()} | set(vars(letters()))
 
+    gradient: Any = SymbolTensor(letters().g, 1)  # it stands in for a tensor, as those in ν do
+
     def call_f(parts: list[Leaf]) -> tuple[Expr, ...]:
-        change = _call(f"{name}.f(nu, g)", lambda: spec.f(_state(parts, structure), SymbolTensor(letters().g, 1)))
+        change = _call(f"{name}.f(nu, g)", lambda: spec.f(_state(parts, structure), gradient))
         return _change(name, parts, structure, change)
 
     clocks = [x == 1 and not part.ndim for x, part in zip(call_f(parts), parts, strict=True)]
@@ -95,7 +102,9 @@ def read(method: MethodLike | type[Method], numeric: bool = False) -> SymbolicSp
     p = _call(f"{name}.P(nu)", lambda: symbolic(P.p))
     if isinstance(P, Scalar) and p.ndim:
         raise SpecError(f"{name}.P(nu): Scalar(p) takes a scalar; for a vector p write Diagonal(p).")
-    return SymbolicSpec(method_of(method), tuple(parts), structure, f, separate(p.expr), isinstance(P, Diagonal), hyperparameters)
+    return SymbolicSpec(
+        method_of(method), tuple(parts), structure, f, separate(p.expr), isinstance(P, Diagonal), hyperparameters
+    )
 
 
 def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
@@ -104,7 +113,11 @@ def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
     Raises:
         SpecError: if it is neither.
     """
-    return method if isinstance(method, type) and issubclass(method, Method) else as_method(method)  # type: ignore[arg-type]
+    if isinstance(method, type):
+        if issubclass(method, Method):
+            return method
+        raise SpecError(f"{method.__name__} is not a class of dvi.Method.")
+    return as_method(method)
 
 
 def _with_symbols(method: MethodLike | type[Method], numeric: bool) -> tuple[Method, dict[str, Expr]]:
@@ -217,8 +230,8 @@ def _change(name: str, parts: list[Leaf], structure: pytree.TreeSpec, change: An
         raise SpecError(f"{name}.f(nu, g) has another structure than ν; it returns the change of every part of ν.")
     out = []
     states = {part.symbol for part in parts if part.ndim}
-    for part, delta in zip(parts, pytree.tree_leaves(change), strict=True):
-        x = _call(f"{name}.f(nu, g)", lambda delta=delta: symbolic(delta))
+    deltas = _call(f"{name}.f(nu, g)", lambda: [symbolic(delta) for delta in pytree.tree_leaves(change)])
+    for part, x in zip(parts, deltas, strict=True):
         if x.ndim != part.ndim:
             kinds = ("a scalar", "a vector")
             raise SpecError(

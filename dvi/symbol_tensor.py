@@ -1,6 +1,6 @@
 """A stand-in for a tensor that records, as a sympy expression, what f and P do with it.
 
-``f`` and ``P`` are written once, for torch tensors.  Called with :class:`SymbolTensor`\\ s they run as they are: Python
+``f`` and ``P`` are written once, for torch tensors.  Called with a :class:`SymbolTensor` they run as they are: Python
 operators and methods are the class's own, and ``torch.sqrt(x)`` and its kind reach it by ``__torch_function__``.  What
 has no closed form here (a branch on a value, a function that is not in the table below) is refused by name.
 """
@@ -74,10 +74,10 @@ class SymbolTensor:
 
     def __float__(self) -> float:
         raise SpecError(
-            f"it asks for the number that {self.expr} is (float(…), math.…, .item()); write it with operators or torch functions."
+            f"it asks for the number that {self.expr} is (float(…), math.…); write it with torch functions."
         )
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __iter__(self) -> Any:
         raise UnknownOperationError("it takes a vector apart; only whole vectors have symbols.")
@@ -98,7 +98,8 @@ class SymbolTensor:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> SymbolTensor:
-        return _operation(getattr(func, "__name__", str(func)))(*args, **(kwargs or {}))
+        out: SymbolTensor = _operation(getattr(func, "__name__", str(func)))(*args, **(kwargs or {}))
+        return out
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

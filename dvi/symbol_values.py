@@ -106,9 +106,12 @@ def _hyperparameters(d: Derivation, t: float, given: Mapping[str, float]) -> dic
 
 
 def _value(
-    e: Expr, known: Mapping[Expr, Any], shape: tuple[int, ...], matrices: Mapping[str, tuple[Array, Array]] | None = None
+    e: Expr,
+    known: Mapping[Expr, Any],
+    shape: tuple[int, ...],
+    matrices: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> Array:
-    """e with the symbols' values, vectors along the last axis; to the shape asked for.
+    """The expression with the symbols' values, vectors along the last axis; to the shape asked for.
 
     Args:
         e: the expression.
@@ -126,9 +129,9 @@ def _value(
     def total(v: Any) -> Any:
         return np.sum(v, axis=-1, keepdims=True)
 
-    def image(b: Any, name: str) -> Array:
+    def image(b: Any, name: str) -> Any:
         V, X = (matrices or {})[name]
-        return V @ (X @ (V.T @ b))
+        return V @ (X @ (V.T @ (b * np.ones(len(V)))))
 
     functions = {"Total": total, "Image": image, "Bilinear": lambda a, b, name: total(a * image(b, name))}
     evaluated = sympy.lambdify(list(given), flat, modules=[functions, "numpy"])(*given.values())

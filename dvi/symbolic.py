@@ -1,7 +1,7 @@
 """The central flow of a declared optimizer in closed form.
 
-From the f and P that were written once for tensors, called on symbols (:mod:`dvi.symbol_spec`), by sympy (paper, C.7 with
-its errata):
+From the f and P that were written once for tensors, called on symbols (:mod:`dvi.symbol_spec`), by sympy (paper, C.7
+with its errata):
 
     dw/dt = −P(ν)⁻¹ [∇L(w) + ½∇³L(w)[Σ]]
     dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
@@ -51,8 +51,8 @@ class Derivation:
         alpha: α_ab = Σᵢ −T_ab g/p − 2 u_a u_b ṗ₀, where HU = 2PU; −d/dt Uᵀ(2P − H)U without oscillation.
         beta: β_ab,cd, by which an oscillation Σ = UXUᵀ gives d/dt Uᵀ(2P − H)U = β[X] − α.
         sigma2_parts: α and β for one direction, whose quotient is :attr:`sigma2`.
-        stationary_nu: for each part of ν that forgets, dν/dt = 0 solved for it (eq. 26), or the condition where f is not
-            affine in it.
+        stationary_nu: for each part of ν that forgets, dν/dt = 0 solved for it (eq. 26), or the condition where f is
+            not affine in it.
         P_free, P_pushed: by which α and β know P: ∂P[ν̇₀] + ∂P/∂t and ∂P[ν̇_Σ], generic entries.
         symbols: the letters by name: ``g``, ``nu``, ``eta``, …
         on_edge: is HΣH = 4PΣP put in, see :meth:`at_edge`?
@@ -75,8 +75,8 @@ class Derivation:
     def sigma2(self) -> Expr:
         """The variance of one oscillating direction, Σ = σ²uuᵀ with Hu = 2Pu, where it is positive.
 
-        Eq. 4 for gradient descent, eqs. 10 and 20 for RMSProp-Norm.  For a scalar P, |u| = 1, and S = 2p takes the place
-        of ν.
+        Eq. 4 for gradient descent, eqs. 10 and 20 for RMSProp-Norm.  For a scalar P, |u| = 1, and S = 2p takes the
+        place of ν.
         """
         numerator, denominator = self.sigma2_parts
         return numerator / denominator

@@ -146,7 +146,7 @@ def letters() -> SimpleNamespace:
     time that schedules read; ``T_ab`` ∇_w u_aᵀH(w)u_b, ``U_a`` u_a, ``HU_c`` H u_c, and the same with other letters.
     For one direction: ``u``, ``Tuu`` ∇³L(w)[u, u], and where |u| = 1 and P is scalar, ``dS`` ∇S(w) and ``S`` S(w).
     """
-    vectors = "g D3L HSH Sii T_ab T_cd U_a U_b U_c U_d HU_c HU_d u Tuu dS".split()
+    vectors = ["g", "D3L", "HSH", "Sii", "T_ab", "T_cd", "U_a", "U_b", "U_c", "U_d", "HU_c", "HU_d", "u", "Tuu", "dS"]
     return SimpleNamespace(
         **{name: entry(name) for name in vectors},
         S=Level("S", positive=True),

@@ -16,7 +16,7 @@ _FRACTIONS = {"beta1", "beta2", "t", "tau"}
 
 
 def tidy(e: Expr) -> Expr:
-    """The same expression as (factor of hyperparameters such as (1−β₂)/β₂) · (the rest, multiplied out if it is short)."""
+    """The same expression as a factor of hyperparameters such as (1−β₂)/β₂ times the rest, multiplied out if short."""
     if isinstance(e, Add):
         e = factored(e)
     outside, rest = outer(Mul(*map(_primitive, Mul.make_args(e))))
@@ -34,7 +34,7 @@ def tidy(e: Expr) -> Expr:
 
 
 def factored(e: Expr) -> Expr:
-    """As a product; for a long expression, for which polynomials would take minutes, with common factors taken out only."""
+    """As a product; of a long expression, for which that would take minutes, only common factors are taken out."""
     if e.count_ops() > _LONG:
         return sympy.factor_terms(e)
     try:
@@ -83,7 +83,9 @@ def separate(e: Expr) -> Expr:
 
     def root(base: Expr, exponent: Expr) -> Expr:
         factors = Mul.make_args(base)
-        known = [x for x in factors if not changes(x) and {s.name for s in x.free_symbols} <= _FRACTIONS and _sign(x) > 0]
+        known = [
+            x for x in factors if not changes(x) and {s.name for s in x.free_symbols} <= _FRACTIONS and _sign(x) > 0
+        ]
         if exponent.is_integer or len(factors) == 1 or not known:
             return Pow(base, exponent)
         return Pow(Mul(*(x for x in factors if x not in known)), exponent) * Mul(*(_power(x, exponent) for x in known))

@@ -13,8 +13,8 @@ from dvi.tidy import each
 def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:
     """(α, β) for U = u, with Hu = 2Pu, so that σ² = α/β.
 
-    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p; both are multiplied by p, which takes the fractions
-    out, as eq. 10 does.
+    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p; both are multiplied by p, which takes the
+    fractions out, as eq. 10 does.
 
     Args:
         spec: the declaration.
@@ -42,7 +42,7 @@ def at_sharpness(spec: SymbolicSpec) -> dict[Expr, Expr]:
 
 
 def inverse(e: Expr, x: Symbol, value: Expr) -> Expr | None:
-    """The positive x for which e = value > 0, where x occurs once and under operations that can be undone; else None."""
+    """The positive x for which e = value > 0, where x occurs once, under operations that can be undone; else None."""
     while e != x:
         held = [part for part in e.args if part.has(x)]
         if len(held) != 1:
