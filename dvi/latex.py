@@ -85,7 +85,8 @@ def plain(d: Derivation) -> str:
     if not d.spec.diagonal:
         first = (f"{shown} 𝒯ᵀ[-∇L]", f"½ {shown} 𝒯ᵀ𝒯[Σ]")
     for name, start, moved in zip(("α", "β[Σ]"), first, (free, pushed), strict=True):
-        lines.append(f"{name} = {start}" + (f" + {matrix.format(text(moved))}" if moved != 0 else ""))
+        sign, moved = ("-", -moved) if negative(moved) else ("+", moved)
+        lines.append(f"{name} = {start}" + (f" {sign} {matrix.format(text(moved))}" if moved != 0 else ""))
     numerator, denominator = d.sigma2_parts
     lines.append(f"σ² = ({text(numerator)}) / ({text(denominator)})")
     lines += [f"stationary: {text(c.lhs)} = {text(c.rhs)}" for c in d.stationary_nu.values()]

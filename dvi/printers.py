@@ -221,10 +221,25 @@ class _Text(StrPrinter):  # type: ignore[misc]
         if (norm := _norm(e)) is not None:
             x, power = norm
             return f"|{self._print(x)}|" + (str(power).translate(_SUPERSCRIPT) if power != 1 else "")
+        if e.exp == sympy.S.Half:
+            return f"√{self._inside(e.base, simple=True)}"
         if not (e.exp.is_Integer and e.exp > 1):
             return str(super()._print_Pow(e, rational))
         base = self.parenthesize(e.base, precedence(e))
         return f"{base}{str(e.exp).translate(_SUPERSCRIPT)}"
+
+    def _print_Mul(self, e: Mul) -> str:
+        if negative(e):
+            return f"-{self._inside(-e)}"
+        numerator, denominator = sympy.fraction(e)
+        factors = sorted(Mul.make_args(numerator), key=lambda x: (changes(x), x.has(Total), isinstance(x, Add)))
+        top = "·".join(map(self._inside, factors))
+        return top if denominator == 1 else f"{top}/{self._inside(denominator, simple=True)}"
+
+    def _inside(self, e: Expr, simple: bool = False) -> str:
+        """As a factor: a sum in brackets, and a product, too, if asked for."""
+        compound = isinstance(e, Add) or (simple and (isinstance(e, Mul) or (e.is_Rational and e.q != 1)))
+        return f"({self._print(e)})" if compound else str(self._print(e))
 
     def _print_Total(self, e: Expr) -> str:
         (inner,) = e.args

@@ -285,9 +285,9 @@ def _operation(name: str) -> Callable[..., Any]:
         return _OPERATIONS[plain]
     if plain.endswith("_") and plain[:-1] in _OPERATIONS:
         raise UnknownOperationError(f"{name}() changes its argument in place; f and P return new tensors.")
-    smooth = ", which has no derivatives where it switches," if plain in _SWITCHES else ""
+    why = ", which has no derivative where it switches" if plain in _SWITCHES else ""
     raise UnknownOperationError(
-        f"it uses {name}{smooth} for which there is no symbolic form; flow.linearise(w, nu) gives α and β in numbers."
+        f"it uses {name}{why}; there is no symbolic form of that. flow.linearise(w, nu) gives α and β in numbers."
     )
 
 

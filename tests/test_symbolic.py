@@ -508,8 +508,8 @@ def test_rmsprop_reads_as_C5():
 def test_in_text():
     lines = str(dvi.derive(RMSProp)).splitlines()
     assert lines[0] == "Central flow of RMSProp"
-    assert lines[1].strip() == "dw/dt = -η/sqrt(ν) [∇L + ½∇³L[Σ]]"
-    assert lines[2].strip() == "dν/dt = (1 - β₂)*(∇L² + diag(HΣH) - ν)/β₂"
+    assert lines[1].strip() == "dw/dt = -η/√ν [∇L + ½∇³L[Σ]]"
+    assert lines[2].strip() == "dν/dt = (1 - β₂)·(∇L² + diag(HΣH) - ν)/β₂"
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
