@@ -33,6 +33,7 @@ from dvi.solvers import (
 from dvi.solvers.protocol import State
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
+from dvi.symbolic import Derivation, derive
 
 __all__ = [
     "CCPError",
@@ -40,6 +41,7 @@ __all__ = [
     "CentralMap",
     "Comparison",
     "ConvergenceError",
+    "Derivation",
     "DerivativeError",
     "Diagonal",
     "Discrete",
@@ -67,6 +69,7 @@ __all__ = [
     "central_flow",
     "central_map",
     "compare",
+    "derive",
     "discrete",
     "load",
     "methods",

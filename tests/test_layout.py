@@ -123,7 +123,7 @@ def test_everything_public_is_there_and_documented(package):
 
 PROMISED = """
 Problem Method Diagonal Scalar Euler MacroStep RungeKutta TorchDiffEq Solution Status
-central_flow stable_flow discrete solve compare load methods problems solvers
+central_flow stable_flow discrete solve compare derive load methods problems solvers
 """
 
 

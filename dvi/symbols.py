@@ -1,0 +1,194 @@
+"""Vectors in sympy, by their generic entry: the letters in which :func:`dvi.derive` writes.
+
+A vector x [d] is one symbol, an :class:`Entry`, that stands for the entry xᵢ at one and the same coordinate i wherever
+it occurs; operations on it act entry by entry.  Coordinates meet only in sums, and a sum is ``Total(e)`` = Σᵢ e.  So
+‖x‖² is ``Total(x**2)`` and x/‖x‖ is ``x/sqrt(Total(x**2))``: no index is written, none can be captured, and equal
+expressions are equal objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import sympy
+from sympy import Add, Dummy, Expr, Function, Integer, Mul, Symbol
+
+#: The number of weights.
+DIMENSION = Symbol("d", positive=True, integer=True)
+
+
+class Entry(Symbol):  # type: ignore[misc]
+    """The generic entry of a vector [d]."""
+
+
+class Level(Symbol):  # type: ignore[misc]
+    """A scalar that changes along the flow, unlike a hyperparameter."""
+
+
+def entry(name: str) -> Entry:
+    """The generic entry of a real vector."""
+    return Entry(name, real=True)
+
+
+def changes(e: Any) -> bool:
+    """Does the expression change along the flow, or is it made of numbers, hyperparameters and clocks only?"""
+    return bool(e.has(Entry, Level, Total, Bilinear, Image))
+
+
+def is_vector(e: Any) -> bool:
+    """Does the expression depend on the coordinate, that is, on an entry outside of every sum?"""
+    if isinstance(e, (Total, Bilinear)):
+        return False
+    return isinstance(e, (Entry, Image)) or any(is_vector(part) for part in e.args)
+
+
+class Total(Function):  # type: ignore[misc]
+    """Σᵢ e over the coordinates; linear, so that terms and scalar factors are taken out at once."""
+
+    nargs = 1
+
+    @classmethod
+    def eval(cls, e: Expr) -> Expr | None:
+        """Linearity, and Σᵢ s = d·s for a scalar s."""
+        if not is_vector(e):
+            return DIMENSION * e
+        scalars, vectors = split(e)
+        expanded = sympy.expand(vectors, deep=False)
+        if isinstance(expanded, Add):
+            return scalars * Add(*map(cls, expanded.args))
+        if scalars != 1 or expanded != e:
+            return scalars * cls(expanded)
+        return None
+
+    def _eval_derivative(self, s: Symbol) -> Expr:
+        if isinstance(s, Entry):
+            raise ValueError("an entry is another one at every coordinate of a sum: use directional()")
+        return Total(self.args[0].diff(s))
+
+    def _eval_is_real(self) -> bool:
+        return True
+
+
+class Bilinear(Function):  # type: ignore[misc]
+    """aᵀMb for vectors a, b and the symmetric matrix M that is named by a symbol."""
+
+    nargs = 3
+
+    @classmethod
+    def eval(cls, a: Expr, b: Expr, M: Symbol) -> Expr | None:
+        """Take scalar factors out; order a and b."""
+        (s, a1), (t, b1) = split(a), split(b)
+        a2, b2 = sorted((a1, b1), key=sympy.default_sort_key)
+        return None if (a2, b2) == (a, b) else s * t * cls(a2, b2, M)
+
+
+class Image(Function):  # type: ignore[misc]
+    """The entry of M b, b a vector, M a symmetric matrix that is named by a symbol."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, b: Expr, M: Symbol) -> Expr | None:
+        """Take scalar factors out."""
+        s, b1 = split(b)
+        return None if s == 1 else s * cls(b1, M)
+
+
+def split(e: Expr) -> tuple[Expr, Expr]:
+    """A product as (scalar factors, factors that depend on the coordinate)."""
+    factors = Mul.make_args(e)
+    vectors = [x for x in factors if is_vector(x)]
+    return Mul(*(x for x in factors if not is_vector(x))), Mul(*vectors)
+
+
+def directional(e: Expr, rates: Mapping[Symbol, Expr]) -> Expr:
+    """d/ds e at s = 0 where every symbol x is x + s·rates[x], inside of sums, too.
+
+    As automatic differentiation does, it takes the derivative of sign(x) as 0 everywhere.
+    """
+    sums = {total: Dummy(real=True) for total in e.atoms(Total)}  # the outermost replace; inner ones go with them
+    flat = e.xreplace(sums)
+    terms = [flat.diff(x) * rate for x, rate in rates.items() if flat.has(x)]
+    for total, dummy in sums.items():
+        if flat.has(dummy):
+            terms.append(flat.diff(dummy) * Total(directional(total.args[0], rates)))
+    return _tidy(Add(*terms).xreplace({dummy: total for total, dummy in sums.items()}))
+
+
+def _tidy(e: Expr) -> Expr:
+    if not e.has(sympy.sign, sympy.DiracDelta):
+        return e
+    e = e.replace(sympy.DiracDelta, lambda *_: Integer(0))
+    return e.replace(lambda x: x.is_Pow and isinstance(x.base, sympy.sign) and x.exp == 2, lambda x: Integer(1))
+
+
+def along(e: Expr, h: Expr) -> Expr:
+    """HΣH replaced by hhᵀ: oscillation along one direction u, h = Hu."""
+    x = letters()
+    e = e.replace(Bilinear, lambda a, b, _: Total(a * h) * Total(b * h))
+    return e.replace(Image, lambda b, _: h * Total(b * h)).xreplace({x.HSH: h**2})
+
+
+def on_edge(e: Expr, p: Expr) -> Expr:
+    """HΣH replaced by 4PΣP, HU by 2PU, for P = diag(p) or p·I."""
+    x = letters()
+    e = e.replace(Bilinear, lambda a, b, _: 4 * Bilinear(p * a, p * b, x.Sigma))
+    e = e.replace(Image, lambda b, _: 4 * p * Image(p * b, x.Sigma))
+    return e.xreplace({x.HSH: 4 * p**2 * x.Sii, x.HU_c: 2 * p * x.U_c, x.HU_d: 2 * p * x.U_d})
+
+
+def letters() -> SimpleNamespace:
+    """The letters of the derivation, beside those of the optimizer (state and hyperparameters).
+
+    ``g`` ∇L(w); ``D3L`` ∇³L(w)[Σ]; ``HSH`` diag(HΣH); ``Sii`` diag(Σ); ``HSigmaH``, ``Sigma`` the matrices; ``t`` the
+    time that schedules read; ``T_ab`` ∇_w u_aᵀH(w)u_b, ``U_a`` u_a, ``HU_c`` H u_c, and the same with other letters.
+    For one direction: ``u``, ``Tuu`` ∇³L(w)[u, u], and where |u| = 1 and P is scalar, ``dS`` ∇S(w) and ``S`` S(w).
+    """
+    vectors = ["g", "D3L", "HSH", "Sii", "T_ab", "T_cd", "U_a", "U_b", "U_c", "U_d", "HU_c", "HU_d", "u", "Tuu", "dS"]
+    return SimpleNamespace(
+        **{name: entry(name) for name in vectors},
+        S=Level("S", positive=True),
+        t=Symbol("t", real=True),
+        HSigmaH=Symbol("HSigmaH"),
+        Sigma=Symbol("Sigma"),
+        d=DIMENSION,
+    )
+
+
+def contract(e: Expr, h: Entry, k: Entry) -> Expr:
+    """Replace hᵢkⱼ by (HΣH)ᵢⱼ in an expression linear in the vectors h and in k."""
+    return Add(*(_contract_term(term, h, k) for term in Add.make_args(_linear_in(e, (h, k)))))
+
+
+def _linear_in(e: Expr, directions: tuple[Entry, ...]) -> Expr:
+    """Multiplied out just as far as the directions are reached."""
+    return sympy.expand_mul(e, deep=False) if _factors_with(e, directions) is None else e
+
+
+def _factors_with(term: Expr, directions: tuple[Entry, ...]) -> dict[Entry, list[Expr]] | None:
+    """Which factors hold which direction; None if one of them hides in a sum of terms."""
+    factors = Mul.make_args(term)
+    if any(isinstance(x, Add) and x.has(*directions) for x in factors):
+        return None
+    return {h: [x for x in factors if x.has(h)] for h in directions}
+
+
+def _contract_term(term: Expr, h: Entry, k: Entry) -> Expr:
+    if term == 0:
+        return term
+    holding = _factors_with(term, (h, k))
+    if holding is None:
+        return contract(term, h, k)
+    (a,), (b,) = holding[h], holding[k]
+    if a == b:  # Σᵢ(… hᵢkᵢ)
+        return term / a * Total(contract(a.args[0], h, k))
+    rest = term / (a * b)
+    if a == h and b == k:
+        return rest * letters().HSH
+    if a == h:
+        return rest * Image(b.args[0] / k, letters().HSigmaH)
+    if b == k:
+        return rest * Image(a.args[0] / h, letters().HSigmaH)
+    return rest * Bilinear(a.args[0] / h, b.args[0] / k, letters().HSigmaH)

@@ -1,0 +1,64 @@
+"""σ², the variance of one oscillating direction, from what it makes of P (paper, eqs. 4, 10, 20)."""
+
+from __future__ import annotations
+
+import sympy
+from sympy import Add, Expr, Mul, Pow, Symbol
+
+from dvi.symbol_spec import SymbolicSpec
+from dvi.symbols import Total, along, letters
+from dvi.tidy import each
+
+
+def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:
+    """(α, β) for U = u, with Hu = 2Pu, so that σ² = α/β.
+
+    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p; both are multiplied by p, which takes the
+    fractions out, as eq. 10 does.
+
+    Args:
+        spec: the declaration.
+        P_free: ∂P[ν̇₀] + ∂P/∂t.
+        P_pushed: ∂P[ν̇_Σ].
+    """
+    x, p = letters(), spec.p
+    if spec.diagonal:
+        pushed = along(P_pushed, 2 * p * x.u)
+        alpha = -Total(x.Tuu * x.g / p) + each(P_free, lambda e: -2 * Total(x.u**2 * e))
+        return alpha, Total(x.Tuu**2 / p) / 2 + each(pushed, lambda e: 2 * Total(x.u**2 * e))
+    pushed = along(P_pushed, x.S * x.u).xreplace({Total(x.u**2): sympy.Integer(1)})
+    edge = at_sharpness(spec)
+    alpha = -Total(x.dS * x.g) + each(P_free, lambda e: (-2 * p * e).xreplace(edge))
+    return alpha, Total(x.dS**2) / 2 + each(pushed, lambda e: (2 * p * e).xreplace(edge))
+
+
+def at_sharpness(spec: SymbolicSpec) -> dict[Expr, Expr]:
+    """ν in terms of the sharpness, from S = 2p, where ν is one scalar, apart from clocks; else nothing."""
+    states = [leaf.symbol for leaf in spec.leaves if not leaf.clock]
+    if len(states) != 1 or not spec.p.has(states[0]) or spec.p.has(Total):
+        return {}
+    level = inverse(spec.p, states[0], letters().S / 2)
+    return {} if level is None else {states[0]: level}
+
+
+def inverse(e: Expr, x: Symbol, value: Expr) -> Expr | None:
+    """The positive x for which e = value > 0, where x occurs once, under operations that can be undone; else None."""
+    while e != x:
+        held = [part for part in e.args if part.has(x)]
+        if len(held) != 1:
+            return None
+        (part,) = held
+        if isinstance(e, Add):
+            value -= e - part
+        elif isinstance(e, Mul):
+            value /= e / part
+        elif isinstance(e, Pow) and part == e.base:
+            value = value ** (1 / e.exp)
+        elif isinstance(e, sympy.exp):
+            value = sympy.log(value)
+        elif isinstance(e, sympy.log):
+            value = sympy.exp(value)
+        else:
+            return None
+        e = part
+    return value
