@@ -12,6 +12,7 @@
 __version__ = "0.1.0"
 
 from dvi import methods, problems, solvers
+from dvi.ablated import AblatedFlow, ablated_flow
 from dvi.compare import Comparison, compare
 from dvi.compile import Linearisation
 from dvi.discrete import Discrete, discrete
@@ -31,11 +32,14 @@ from dvi.solvers import (
     TorchDiffEq,
 )
 from dvi.solvers.protocol import State
+from dvi.stationary import StationaryPoint, duality, stationary
+from dvi.stationary_flow import Quasistatic, StationaryFlow, stationary_flow
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
 from dvi.symbolic import Derivation, derive
 
 __all__ = [
+    "AblatedFlow",
     "CCPError",
     "CentralFlow",
     "CentralMap",
@@ -55,6 +59,7 @@ __all__ = [
     "Preconditioner",
     "Problem",
     "ProblemError",
+    "Quasistatic",
     "RunError",
     "RungeKutta",
     "Scalar",
@@ -63,18 +68,24 @@ __all__ = [
     "SpecError",
     "StableFlow",
     "State",
+    "StationaryFlow",
+    "StationaryPoint",
     "Status",
     "StoreError",
     "TorchDiffEq",
+    "ablated_flow",
     "central_flow",
     "central_map",
     "compare",
     "derive",
     "discrete",
+    "duality",
     "load",
     "methods",
     "problems",
     "solve",
     "solvers",
     "stable_flow",
+    "stationary",
+    "stationary_flow",
 ]

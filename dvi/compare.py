@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvi.ablated import AblatedFlow
 from dvi.discrete import Discrete
 from dvi.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
 from dvi.forgetting import Accuracy
@@ -40,6 +41,7 @@ RUNS: dict[str, type[CompiledFlow]] = {
     "central": CentralFlow,
     "map": CentralMap,
     "stable": StableFlow,
+    "ablated": AblatedFlow,
 }
 
 
@@ -138,7 +140,7 @@ def compare(
     Args:
         problem, method: what is compared.
         steps: how long, in unit times (steps of the optimizer).
-        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable".
+        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated".
         integrator: for the central flow (default: :func:`dvi.solve.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective

@@ -322,12 +322,16 @@ def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) ->
 
 @dataclass(frozen=True)
 class LinearisedFlow:
-    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame."""
+    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame.
+
+    With ``push`` off, oscillations act on ν alone: ½∇³L[Σ] is left out of dw/dt and of β (an ablated flow).
+    """
 
     calculus: SpecCalculus
     y: State
     g: Tensor
     frame: Frame
+    push: bool = True
 
     @cached_property
     def preconditioner(self) -> Preconditioner:
@@ -360,7 +364,7 @@ class LinearisedFlow:
         P = self.preconditioner
         P_inv_T = P.solve(T.T)  # [d, n]
         alpha = -self.speed * (P_inv_T.T @ self.g)
-        beta = 0.5 * self.speed * T @ P_inv_T
+        beta = (0.5 * self.speed if self.push else 0.0) * (T @ P_inv_T)
         alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
         gap = 2 * (U.T @ P.apply(U))
         moved = T @ (self.y.w - self.frame.w)
@@ -405,7 +409,8 @@ class LinearisedFlow:
         dnu = self.y.nu
         if not self.calculus.stateless:
             dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
-        return Rate(-self.preconditioner.solve(0.5 * self.speed * (z @ self.frame.T)), dnu)
+        push = 0.5 * self.speed * (z @ self.frame.T) if self.push else torch.zeros_like(self.g)
+        return Rate(-self.preconditioner.solve(push), dnu)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dvi.solvers.macro_step import MacroStep
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.watch import Watch
+from dvi.stationary_flow import Quasistatic, StationaryFlow
 from dvi.status import RunError, Status
 
 logger = logging.getLogger("dvi")
@@ -133,6 +134,8 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
     """What a flow is integrated with unless the user says otherwise."""
+    if isinstance(flow, StationaryFlow):
+        return Quasistatic()
     if isinstance(flow, CentralMap):
         return SemiImplicit(dt=1.0)
     return SemiImplicit() if flow.inertial else MacroStep()
@@ -152,6 +155,10 @@ def make_process(
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
     integrator = integrator or default_integrator(flow)
+    if isinstance(flow, StationaryFlow):
+        if not isinstance(integrator, Quasistatic):
+            raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
+        start = flow.settle(start)
     if flow.inertial and not isinstance(integrator, SemiImplicit):
         raise ValueError(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
