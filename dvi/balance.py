@@ -83,11 +83,12 @@ class Balance:
     def __init__(self, flow: CompiledFlow, w: Tensor, g: Tensor, t: float) -> None:
         self.flow, self.w, self.g, self.t = flow, w, g, t
         self.method = flow.method.at(t)
-        self.example = flow.initial.nu
         if flow.calculus.stateless:
             raise SpecError(f"{flow.method} has no ν that could settle: P is what it is.")
         if flow.covariance != "gradient-covariance":
             raise SpecError('A stationary ν is defined with covariance="gradient-covariance" (C.6).')
+        # Where to start from: an average started at zero is exactly zero where the gradient is.
+        self.example = pytree.tree_map(torch.add, self.method.init(w), self.method.f(self.method.init(w), g))
         self._require_forgetting()
 
     def _slope(self, nu: Nu, dnu: Nu) -> Nu:
@@ -184,7 +185,8 @@ def relative(change: Nu, nu: Nu) -> float:
     """The largest relative change of an entry of ν; entries that are and stay zero don't count."""
     worst = 0.0
     for dx, x in zip(pytree.tree_leaves(change), pytree.tree_leaves(nu), strict=True):
-        ratio = torch.where(dx == 0, torch.zeros_like(x), (dx / x).abs())
+        size = torch.maximum(x.abs(), torch.finfo(x.dtype).eps ** 2 * x.abs().max())
+        ratio = torch.where(dx == 0, torch.zeros_like(x), dx.abs() / size)
         worst = max(worst, float(ratio.max()))
     return worst
 

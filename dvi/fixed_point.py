@@ -62,7 +62,7 @@ class Search:
             residual = float(np.sqrt(distance / size)) if size > 0 else 0.0
             without = HD[:, :0]
             if not size or relative(balance.newton(nu, without), nu) <= self.tol:  # nothing oscillates
-                D, HD, nu, residual = D[:, :0], without, balance.root(nu, without), 0.0
+                D, HD, nu, residual = D[:, :0], without, balance.root(balance.example, without), 0.0
             if residual <= self.tol:
                 block = balance.look(nu, D, self.tol)
                 if block.eigenvalues[0] <= CRITICAL + 1e3 * self.tol:
