@@ -3,7 +3,7 @@ Where RMSProp's ν is heading
 ============================
 
 RMSProp's ν is a variable of its own, yet it converges to a value that the weights alone determine: its *stationary*
-value, the solution of a convex program.  Along a central flow on scikit-learn's digits this shows the convergence (Fig. 8
+value, the solution of a convex program.  On a flow along scikit-learn's digits this shows the convergence (Fig. 8
 of the paper), how well the stationary flow predicts the rate at which the loss falls (Fig. 10), and what becomes of the
 flow when its curvature penalty is taken out (Figs. 5 and 11).
 
