@@ -95,8 +95,8 @@ def test_no_feasible_preconditioner_is_better_prop_2(seed, d, lr):
     np.testing.assert_allclose(p**2 * (1 - 4 / lr**2 * sigma), g**2 / lr**2, atol=1e-7 * (p**2).max())
 
 
-@given(seeds, st.integers(2, 9), st.booleans())
-@examples(8)
+@given(seeds, st.integers(2, 7), st.booleans())
+@examples(6)
 def test_one_stationary_point_only_prop_3(seed, d, some_zero):
     """From different first guesses, and with gradients that are exactly zero."""
     g, H = draw(np.random.default_rng(seed), d, d // 2 if some_zero else 0)
@@ -231,14 +231,15 @@ def test_where_the_held_flow_goes():
     flow = dvi.central_flow(quadratic(g, H), RMSProp(lr, beta2), check=False)
     point = dvi.stationary(flow)
     assert point.k >= 1
-    w, nu, h = point.w, {"v": 30 * point.nu["v"].mean() * torch.ones_like(point.w)}, 0.5
+    w, nu, h = point.w, {"v": 30 * point.nu["v"].mean() * torch.ones_like(point.w)}, 2.0
     _, gradient = flow.problem.value_and_grad(w)
-    for _ in range(300):
+    for _ in range(150):
         V, AV = _eigenvectors(flow, State(w, nu, 0.0))
         lin = flow.linearised(State(w, nu, 0.0), gradient, flow.frame(State(w, nu, 0.0), V, AV))
         X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X  # the gap at the end of the step
         nu = {"v": nu["v"] + h * lin.drift(X).nu["v"]}
-    np.testing.assert_allclose(nu["v"], point.nu["v"], rtol=1e-5)  # what is left decays: at least like 0.95^300
+    # the start is forgotten, (1 − 0.22)^150; what remains is the tolerance of the stationary point
+    np.testing.assert_allclose(nu["v"], point.nu["v"], rtol=1e-5)
 
 
 def _eigenvectors(flow, y):
