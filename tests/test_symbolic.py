@@ -11,11 +11,13 @@ import torch
 from conftest import AdaGrad, CubicLoss, examples
 from hypothesis import given
 from hypothesis import strategies as st
+from latex_reader import Reader
 from torch.nn.functional import softplus
 from torch.utils import _pytree as pytree
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
+from dvi.printers import latex
 from dvi.solvers.svec import smat, svec
 from dvi.symbols import Bilinear, Image, Total, along, contract, directional, entry, letters
 
@@ -466,6 +468,54 @@ def test_latex_is_well_formed(name):
         well_formed(dvi.derive(METHODS[name], numeric=True), parse=name in ("norm", "rmsprop"))
     assert d._repr_latex_() == d.latex()
     assert "Total" not in str(d)
+
+
+class Warmed(dvi.Method):
+    """Bias corrections that multiply P, as Adam's: sums of hyperparameters as factors."""
+
+    lr: float
+    beta1: float
+    beta2: float
+
+    def init(self, w):
+        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+
+    def f(self, nu, g):
+        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+
+    def P(self, nu):
+        v = nu["v"] / (1 - self.beta2 ** nu["t"])
+        return dvi.Diagonal((1 - self.beta1 ** nu["t"]) * v.sqrt() / self.lr)
+
+
+READ = {name: method for name, method in METHODS.items() if "crossed" not in name}
+READ |= {"adagrad": AdaGrad(0.25), "warmed": Warmed(0.1, 0.9, 0.99)}  # ε/η to 15 digits is exact
+
+
+@pytest.mark.parametrize("numeric", [False, True])
+@pytest.mark.parametrize("name", READ)
+def test_latex_says_what_the_expressions_say(name, numeric):
+    derivation = dvi.derive(READ[name], numeric=numeric)
+    for d in (derivation, derivation.at_edge()):
+        states = [leaf.symbol for leaf in d.spec.leaves]
+        time = [] if any(leaf.symbol.name == "t" for leaf in d.spec.leaves) else [x.t]
+        reader = Reader([*states, *d.spec.hyperparameters.values(), *time])
+        parts = [d.P, 1 / d.P, g / d.P, d.P_free, d.P_pushed, *d.sigma2_parts, d.alpha, d.beta]
+        parts += [e.rhs for e in (*d.flow.nu.values(), *d.stationary_nu.values())]
+        for e in parts:
+            assert sympy.expand(reader.read(latex(e)) - e) == 0 or equal(reader.read(latex(e)), e), latex(e)
+
+
+def test_the_reader_of_latex_tells_a_missing_bracket():
+    d = dvi.derive(RMSProp)
+    nu, eta, beta2 = symbols_of(d)
+    reader = Reader([nu, eta, beta2])
+    assert reader.read(r"\left(1 - \beta_{2}\right) \frac{\sqrt{\nu}}{\eta}") == (1 - beta2) * sympy.sqrt(nu) / eta
+    assert reader.read(r"1 - \beta_{2} \frac{\sqrt{\nu}}{\eta}") == 1 - beta2 * sympy.sqrt(nu) / eta
+    assert reader.read(r"-\|\nabla L(w)\|^{2} \nu \odot \nabla L(w)^{\odot 3}") == -Total(g**2) * nu * g**3
+    assert reader.read(r"2 \left\langle \nabla S(w), \frac{-\nabla L(w)}{2} \right\rangle") == -Total(dS * g)
+    with pytest.raises(AssertionError):
+        reader.read(r"\nu + \alpha")
 
 
 def test_gradient_descent_reads_as_C3():
