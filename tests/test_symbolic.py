@@ -682,3 +682,8 @@ def test_smat_is_what_alpha_is_written_in():
     found = d.evaluate(gradient, {}, U, U, T)
     close(found.alpha, smat(-0.5 * T @ gradient))
     close(found.beta, 0.25 * T @ T.T)
+
+
+def test_an_array_is_still_no_diagonal():
+    with pytest.raises(dvi.NotPositiveDefiniteError, match=r"not a ndarray"):
+        dvi.Diagonal(np.ones(3))
