@@ -11,6 +11,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from dvi import methods, problems, solvers
 from dvi.ablated import AblatedFlow, ablated_flow
 from dvi.compare import Comparison, compare
@@ -36,7 +38,18 @@ from dvi.stationary import StationaryPoint, duality, stationary
 from dvi.stationary_flow import Quasistatic, StationaryFlow, stationary_flow
 from dvi.status import RunError, Status
 from dvi.store import StoreError, load
-from dvi.symbolic import Derivation, derive
+
+if TYPE_CHECKING:
+    from dvi.symbolic import Derivation, derive
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Derivation", "derive"):  # with sympy, which takes its time to load, when they are asked for
+        from dvi import symbolic
+
+        return getattr(symbolic, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AblatedFlow",

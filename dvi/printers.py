@@ -137,7 +137,11 @@ class _Latex(LatexPrinter):  # type: ignore[misc]
             return f"-{self._inside(-e)}"
         outside, rest = outer(e)
         if outside != 1 and not rest.is_number:
-            return f"{self._print(outside)} {self._inside(rest)}"
+            shown = rf"\left({self._print(outside)}\right)" if isinstance(outside, Add) else self._print(outside)
+            number, bare = rest.as_coeff_Mul()
+            if number != 1 and sympy.fraction(bare)[1] == 1:  # a number stands in front
+                return f"{self._print(number)} {shown} {self._inside(bare)}"
+            return f"{shown} {self._inside(rest)}"
         numerator, denominator = sympy.fraction(e)
         factors = Mul.make_args(numerator)
         brackets = [x for x in factors if isinstance(x, Add)]
@@ -159,7 +163,9 @@ class _Latex(LatexPrinter):  # type: ignore[misc]
 
     def _inside(self, e: Expr) -> str:
         """As a factor: a sum in brackets."""
-        return rf"\left[{self._print(e)}\right]" if isinstance(e, Add) else self._print(e)
+        shown = str(self._print(e))
+        bracketed = not isinstance(e, Add) or (changes(e) and _common(e)[0] != 1)  # as a number times a bracket
+        return shown if bracketed else rf"\left[{shown}\right]"
 
     def _fraction(self, factors: list[Expr], denominator: Expr) -> str:
         number = Mul(*(x for x in factors if x.is_Rational))
@@ -227,6 +233,9 @@ class _Text(StrPrinter):  # type: ignore[misc]
             return str(super()._print_Pow(e, rational))
         base = self.parenthesize(e.base, precedence(e))
         return f"{base}{str(e.exp).translate(_SUPERSCRIPT)}"
+
+    def _print_Rational(self, e: Rational) -> str:
+        return str(super()._print_Rational(e)) if e.q < 1000 else f"{float(e):.15g}"
 
     def _print_Mul(self, e: Mul) -> str:
         if negative(e):

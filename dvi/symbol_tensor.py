@@ -17,7 +17,7 @@ from sympy import Expr, Integer, Rational
 from torch import Tensor
 
 from dvi.methods import SpecError
-from dvi.symbols import DIMENSION, Total, is_vector
+from dvi.symbols import DIMENSION, Total
 
 
 class UnknownOperationError(SpecError, AttributeError):
@@ -293,4 +293,4 @@ def _operation(name: str) -> Callable[..., Any]:
 
 _SWITCHES = {"clamp", "clip", "clamp_min", "maximum", "minimum", "max", "min", "amax", "amin", "where", "relu", "round"}
 
-__all__ = ["SymbolTensor", "UnknownOperationError", "is_vector", "number", "symbolic"]
+__all__ = ["SymbolTensor", "UnknownOperationError", "number", "symbolic"]

@@ -105,7 +105,7 @@ class Derivation:
     def evaluate(
         self, g: Any, nu: Nu, U: Any, HU: Any, T: Any, X: Any = None, t: float = 0.0, **hyperparameters: float
     ) -> Values:
-        """The formulas in numbers (numpy, float64).
+        """The formulas in numbers (numpy, float64), as they stand: log(1 + exp(x)) overflows from x = 710 on.
 
         Args:
             g: ∇L(w) [d].
@@ -141,6 +141,8 @@ class Derivation:
 def derive(method: MethodLike | type[Method], *, numeric: bool = False) -> Derivation:
     """Derive the central flow of an optimizer in closed form.
 
+    The average of f is read as :func:`dvi.central_flow` does by default, f + ½∇²_g f[HΣH] (``"gradient-covariance"``).
+
     Args:
         method: a :class:`dvi.Method` with ``Scalar`` or ``Diagonal`` preconditioner, a triple ``(init, f, P)``, or a
             class of methods, whose hyperparameters without a default are then symbols.
@@ -149,7 +151,7 @@ def derive(method: MethodLike | type[Method], *, numeric: bool = False) -> Deriv
 
     Raises:
         SpecError: where f or P does what has no closed form: a branch on a value, a function without derivatives, a
-            preconditioner or a part of ν that is a matrix; and where ν has no memory (β₂ = 0).
+            preconditioner or a part of ν that is a matrix; where ν has no memory (β₂ = 0); and for momentum.
     """
     spec = read(method, numeric)
     x, p = letters(), spec.p

@@ -27,22 +27,28 @@ def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Exp
         alpha = -Total(x.Tuu * x.g / p) + each(P_free, lambda e: -2 * Total(x.u**2 * e))
         return alpha, Total(x.Tuu**2 / p) / 2 + each(pushed, lambda e: 2 * Total(x.u**2 * e))
     pushed = along(P_pushed, x.S * x.u).xreplace({Total(x.u**2): sympy.Integer(1)})
-    edge = at_sharpness(spec)
-    alpha = -Total(x.dS * x.g) + each(P_free, lambda e: (-2 * p * e).xreplace(edge))
-    return alpha, Total(x.dS**2) / 2 + each(pushed, lambda e: (2 * p * e).xreplace(edge))
+    edge, positive = at_sharpness(spec)
+    twice = x.S if edge else 2 * p
+    alpha = -Total(x.dS * x.g) + each(P_free, lambda e: (-twice * e).xreplace(edge)).xreplace(positive)
+    return alpha, Total(x.dS**2) / 2 + each(pushed, lambda e: (twice * e).xreplace(edge)).xreplace(positive)
 
 
-def at_sharpness(spec: SymbolicSpec) -> dict[Expr, Expr]:
-    """ν in terms of the sharpness, from S = 2p, where ν is one scalar, apart from clocks; else nothing."""
+def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
+    """ν in terms of the sharpness, from S = 2p, where ν is one scalar, apart from clocks; else nothing.
+
+    Returns:
+        ν → its value, and symbols in that value → what they stand for, which is known to be positive: √ν = ηS/2 − ε.
+    """
     states = [leaf.symbol for leaf in spec.leaves if not leaf.clock]
     if len(states) != 1 or not spec.p.has(states[0]) or spec.p.has(Total):
-        return {}
-    level = inverse(spec.p, states[0], letters().S / 2)
-    return {} if level is None else {states[0]: level}
+        return {}, {}
+    found = inverse(spec.p, states[0], letters().S / 2)
+    return ({}, {}) if found is None else ({states[0]: found[0]}, found[1])
 
 
-def inverse(e: Expr, x: Symbol, value: Expr) -> Expr | None:
+def inverse(e: Expr, x: Symbol, value: Expr) -> tuple[Expr, dict[Expr, Expr]] | None:
     """The positive x for which e = value > 0, where x occurs once, under operations that can be undone; else None."""
+    positive: dict[Expr, Expr] = {}
     while e != x:
         held = [part for part in e.args if part.has(x)]
         if len(held) != 1:
@@ -53,6 +59,8 @@ def inverse(e: Expr, x: Symbol, value: Expr) -> Expr | None:
         elif isinstance(e, Mul):
             value /= e / part
         elif isinstance(e, Pow) and part == e.base:
+            if not value.is_positive:
+                value, positive = _named(value, positive)
             value = value ** (1 / e.exp)
         elif isinstance(e, sympy.exp):
             value = sympy.log(value)
@@ -61,4 +69,9 @@ def inverse(e: Expr, x: Symbol, value: Expr) -> Expr | None:
         else:
             return None
         e = part
-    return value
+    return value, positive
+
+
+def _named(value: Expr, positive: dict[Expr, Expr]) -> tuple[Expr, dict[Expr, Expr]]:
+    name = sympy.Dummy(positive=True)
+    return name, {**positive, name: value.xreplace(positive)}

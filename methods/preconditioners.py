@@ -147,7 +147,7 @@ class Diagonal(Preconditioner):
     """
 
     def __init__(self, p: Tensor) -> None:
-        if getattr(p, "ndim", None) != 1:  # by its axes, not its type: P is also called on symbols (dvi.derive)
+        if not hasattr(p, "__torch_function__") or p.ndim != 1:  # a tensor, or what stands in for one (dvi.derive)
             what = f"shape {list(p.shape)}" if isinstance(p, Tensor) else f"a {type(p).__name__}"
             raise NotPositiveDefiniteError(
                 f"Diagonal(p) takes a tensor p of shape [d], not {what}; for p·I write Scalar(p)."

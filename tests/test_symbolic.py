@@ -11,11 +11,13 @@ import torch
 from conftest import AdaGrad, CubicLoss, examples
 from hypothesis import given
 from hypothesis import strategies as st
+from latex_reader import Reader
 from torch.nn.functional import softplus
 from torch.utils import _pytree as pytree
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
+from dvi.printers import latex
 from dvi.solvers.svec import smat, svec
 from dvi.symbols import Bilinear, Image, Total, along, contract, directional, entry, letters
 
@@ -23,9 +25,9 @@ seeds = st.integers(0, 2**32 - 1)
 x = letters()
 g, S, dS = x.g, x.S, x.dS
 
-# As in test_compile.py: 10⁴ eps of the largest entry for sums of some hundred products of numbers of order 1 to 10, and
-# ten times that for two independent evaluations of fractional powers.
-ROUNDING = 1e-10
+# Two evaluations of the same formula, differently arranged: sums of some hundred products of numbers of order 1 to 10,
+# fractional powers, and a few differences that cancel a digit or two.  1e-11 is about 10⁴ eps, as in test_compile.py.
+ROUNDING = 1e-11
 
 
 def equal(a, b):
@@ -185,7 +187,7 @@ def check(method, seed, d, k, derivation=None, rtol=ROUNDING):
     w = rng.normal(size=d)
     cubic = CubicLoss.random(rng, d)
     flow = dvi.central_flow(cubic.problem(w), method, check=False)
-    nu = pytree.tree_map(lambda v: v + torch.tensor(rng.uniform(0.2, 2, size=v.shape)), flow.initial.nu)
+    nu = pytree.tree_map(lambda v: torch.tensor(rng.uniform(0.2, 2, size=v.shape)), flow.initial.nu)
     U = rng.normal(size=(d, k))
     X = rng.normal(size=(k, k))
     X, t = X + X.T, float(rng.uniform(0, 5))
@@ -342,7 +344,7 @@ def test_at_the_edge_sigma2_is_the_solution_of_the_ccp_and_the_edge_form_is_the_
     method, derivation = METHODS[name], derived(name)
     w, gradient, u = rng.normal(size=(3, d))
     flow = dvi.central_flow(CubicLoss.random(rng, d).problem(w), method, check=False)
-    nu = pytree.tree_map(lambda v: v + torch.tensor(rng.uniform(0.2, 2, size=v.shape)), flow.initial.nu)
+    nu = pytree.tree_map(lambda v: torch.tensor(rng.uniform(0.2, 2, size=v.shape)), flow.initial.nu)
     P = flow.calculus.P(nu, 1.5).apply(torch.tensor(u)).numpy()
     arguments = (gradient, nu, u[:, None], 2 * P[:, None], rng.normal(size=(1, d)))
     there, edge = (e.evaluate(*arguments, X=[[0.7]], t=1.5) for e in (derivation, derivation.at_edge()))
@@ -468,6 +470,54 @@ def test_latex_is_well_formed(name):
     assert "Total" not in str(d)
 
 
+class Warmed(dvi.Method):
+    """Bias corrections that multiply P, as Adam's: sums of hyperparameters as factors."""
+
+    lr: float
+    beta1: float
+    beta2: float
+
+    def init(self, w):
+        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+
+    def f(self, nu, g):
+        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+
+    def P(self, nu):
+        v = nu["v"] / (1 - self.beta2 ** nu["t"])
+        return dvi.Diagonal((1 - self.beta1 ** nu["t"]) * v.sqrt() / self.lr)
+
+
+READ = {name: method for name, method in METHODS.items() if "crossed" not in name}
+READ |= {"adagrad": AdaGrad(0.25), "warmed": Warmed(0.1, 0.9, 0.99)}  # ε/η to 15 digits is exact
+
+
+@pytest.mark.parametrize("numeric", [False, True])
+@pytest.mark.parametrize("name", READ)
+def test_latex_says_what_the_expressions_say(name, numeric):
+    derivation = dvi.derive(READ[name], numeric=numeric)
+    for d in (derivation, derivation.at_edge()):
+        states = [leaf.symbol for leaf in d.spec.leaves]
+        time = [] if any(leaf.symbol.name == "t" for leaf in d.spec.leaves) else [x.t]
+        reader = Reader([*states, *d.spec.hyperparameters.values(), *time])
+        parts = [d.P, 1 / d.P, g / d.P, d.P_free, d.P_pushed, *d.sigma2_parts, d.alpha, d.beta]
+        parts += [e.rhs for e in (*d.flow.nu.values(), *d.stationary_nu.values())]
+        for e in parts:
+            assert sympy.expand(reader.read(latex(e)) - e) == 0 or equal(reader.read(latex(e)), e), latex(e)
+
+
+def test_the_reader_of_latex_tells_a_missing_bracket():
+    d = dvi.derive(RMSProp)
+    nu, eta, beta2 = symbols_of(d)
+    reader = Reader([nu, eta, beta2])
+    assert reader.read(r"\left(1 - \beta_{2}\right) \frac{\sqrt{\nu}}{\eta}") == (1 - beta2) * sympy.sqrt(nu) / eta
+    assert reader.read(r"1 - \beta_{2} \frac{\sqrt{\nu}}{\eta}") == 1 - beta2 * sympy.sqrt(nu) / eta
+    assert reader.read(r"-\|\nabla L(w)\|^{2} \nu \odot \nabla L(w)^{\odot 3}") == -Total(g**2) * nu * g**3
+    assert reader.read(r"2 \left\langle \nabla S(w), \frac{-\nabla L(w)}{2} \right\rangle") == -Total(dS * g)
+    with pytest.raises(AssertionError):
+        reader.read(r"\nu + \alpha")
+
+
 def test_gradient_descent_reads_as_C3():
     page = dvi.derive(GradientDescent).latex()
     for line in (
@@ -568,14 +618,9 @@ def test_what_has_no_closed_form_is_refused_by_name(case):
 def test_momentum_is_refused():
     """A filter of gradients moves the threshold and the drift; these formulas are for the gradient itself."""
 
-    class HeavyBall(GradientDescent):
-        def Q(self):
-            return "1/(1 − βx)"
-
-    with pytest.raises(dvi.SpecError, match="momentum"):
-        dvi.derive(HeavyBall(0.1))
-    with pytest.raises(dvi.SpecError, match="momentum"):
-        dvi.derive(HeavyBall)
+    for method in (dvi.methods.HeavyBall(0.1), dvi.methods.HeavyBall, dvi.methods.Adam(0.1)):
+        with pytest.raises(dvi.SpecError, match="momentum"):
+            dvi.derive(method)
 
 
 def test_a_method_that_is_none():
@@ -632,3 +677,8 @@ def test_smat_is_what_alpha_is_written_in():
     found = d.evaluate(gradient, {}, U, U, T)
     close(found.alpha, smat(-0.5 * T @ gradient))
     close(found.beta, 0.25 * T @ T.T)
+
+
+def test_an_array_is_still_no_diagonal():
+    with pytest.raises(dvi.NotPositiveDefiniteError, match=r"not a ndarray"):
+        dvi.Diagonal(np.ones(3))
