@@ -38,7 +38,8 @@ class Compare(Options):
     out: Annotated[Path | None, shown("FOLDER", "runs/PROBLEM-METHOD")] = None
     """Folder for race.h5 and race.png; made if missing."""
     resume: bool = False
-    """Go on from OUT/race.h5 to the same result as an uninterrupted run; give the flags of the first call again."""
+    """Go on from OUT/race.h5 to the same result as an uninterrupted run; give the flags of the first call again, or
+    more --steps to make the run longer."""
     overwrite: bool = False
     """Replace the race.h5 of an earlier run, which otherwise is an error."""
     checkpoint_every: float = 10.0

@@ -151,7 +151,9 @@ def compare(
         eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
         check: compare the loss's derivatives with finite differences once.
         path: an HDF5 file that is kept up to date while the run goes on.
-        resume: go on from that file to the same result, bit for bit, as an uninterrupted run.
+        resume: go on from that file to the same result, bit for bit, as an uninterrupted run; with more ``steps`` than
+            before the run becomes longer, whether it was finished or not, and the moments before its end, where steps
+            were cut to land on it, are computed again.
         checkpoint_every: seconds between updates of the file (more, if writing it takes long).
         progress: show a progress bar.
         throw: raise where a process cannot go on; otherwise give back what was computed, with its status.
@@ -202,6 +204,11 @@ def compare(
         distance = {tuple(pair): list(values) for pair, values in saved["distance"]}
         for name, process in processes.items():
             process.restore(saved["processes"][name])
+            if saved["longer"]:
+                process.rewind(saved["mark"]["processes"][name])
+        if saved["longer"]:
+            done = saved["mark"]["done"]
+            distance = {pair: values[:done] for pair, values in distance.items()}
     about["warm_start"] = next(iter(processes.values())).origin
 
     def result(status: Status) -> Comparison:
@@ -214,16 +221,23 @@ def compare(
     def checkpoint() -> dict[str, Any]:
         return {
             "done": done,
+            "mark": mark,
             "notes": told,
             "distance": [[list(pair), values] for pair, values in distance.items()],
             "processes": {name: process.state() for name, process in processes.items()},
         }
 
+    def here() -> dict[str, Any]:
+        return {"done": done, "processes": {name: process.mark() for name, process in processes.items()}}
+
+    mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would come through, too
     status, failure = Status.SUCCESS, None
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
             while done < len(grid):
+                if not any(process.near_end for process in processes.values()):
+                    mark = here()
                 w = {name: process.weights(done) for name, process in processes.items()}
                 row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
                 for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled

@@ -62,6 +62,21 @@ class Process(ABC):
         self.ready = {j: w for j, w in self.ready.items() if j >= i}
         return self.ready[i]
 
+    @property
+    def near_end(self) -> bool:
+        """Whether a step depended on where the run ends: from there on, a longer run is another one."""
+        return False
+
+    def mark(self) -> dict[str, Any]:
+        """What :meth:`rewind` needs to come back to this moment; of records that only grow, their length."""
+        copied = {name: dict(value) if isinstance(value, dict) else value for name, value in self.state().items()}
+        return copied | {"nodes": len(self.nodes), "counts": len(self.counts)}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Go back to where :meth:`mark` was made, earlier in the same run."""
+        cut = {name: getattr(self, name)[: mark[name]] for name in ("nodes", "counts")}
+        self.restore(mark | cut)
+
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, as plain data (see :mod:`dvi.freeze`)."""
         names = ("y", "origin", "nodes", "counts", "ready", *self._own_state)
@@ -87,7 +102,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory",)
+    _own_state: tuple[str, ...] = ("memory", "bound")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -96,11 +111,19 @@ class FlowProcess(Process):
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
         self.last = float(grid[-1])  # where the run ends
+        self.bound = False  # a step has depended on where the run ends
+
+    @property
+    def near_end(self) -> bool:
+        """Whether a step depended on where the run ends."""
+        return self.bound
 
     def advance(self) -> None:
         """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
         start, problem = self.y, self.flow.problem
         before, end = problem.ledger.copy(), self.last
+        horizon = getattr(self.integrator, "horizon", None)
+        self.bound |= horizon is None or self.origin + end - start.t <= horizon(self.memory)
         try:
             result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
         except Exception:
@@ -184,7 +207,7 @@ class MapProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    _own_state = ("memory", "raw", "middle")
+    _own_state = ("memory", "bound", "raw", "middle")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer

@@ -109,10 +109,10 @@ class Keeper:
             _h5py()
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is no file yet.
+        """The state to go on from, or None where there is no file yet; "longer" in it: more steps are asked for.
 
         Raises:
-            StoreError: if the file is damaged, has no checkpoint, or belongs to another run.
+            StoreError: if the file is damaged, has no checkpoint, or belongs to another run or to a longer one.
         """
         if self.path is None:
             raise ValueError("resume=True needs the path of the file to go on from.")
@@ -125,7 +125,14 @@ class Keeper:
                 )
             data = bytes(file["checkpoint"][()])
         saved: dict[str, Any] = from_bytes(data, self.device)
-        if saved["identity"] != self.identity:
+        before, now = json.loads(saved["identity"]), json.loads(self.identity)
+        saved["longer"] = now["steps"] > before["steps"]
+        if before | {"steps": None} == now | {"steps": None} and now["steps"] < before["steps"]:
+            raise StoreError(
+                f"{self.path} belongs to another run, of {before['steps']:g} steps, and {now['steps']:g} are asked "
+                "for. A run can be made longer, not shorter: ask for as many steps or more, or use another path."
+            )
+        if before | {"steps": None} != now | {"steps": None}:
             raise StoreError(
                 f"{self.path} belongs to another run: {_difference(saved['identity'], self.identity)}. "
                 "Use the same problem, method and arguments, or another path."

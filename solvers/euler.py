@@ -49,6 +49,10 @@ class Euler:
         """No memory yet."""
         return EulerMemory()
 
+    def horizon(self, memory: EulerMemory) -> float:
+        """How near the end decides about a step."""
+        return 1.001 * self.dt
+
     def step(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> StepResult:
         """One substep of min(dt, h)."""
         if not flow.constrained:

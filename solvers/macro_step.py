@@ -77,6 +77,10 @@ class MacroStep:
         """The first step is short."""
         return MacroMemory(self.h_start)
 
+    def horizon(self, memory: MacroMemory) -> float:
+        """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
+        return 1.7 * min(memory.h, self.h_max)
+
     def step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
         """One accepted step of at most h unit times.
 

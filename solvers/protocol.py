@@ -314,7 +314,9 @@ class Integrator(Protocol):
     """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere.
 
     1. It keeps nothing between calls: what it wants to remember is its memory, made of frozen dataclasses of this
-       package, tensors, arrays and numbers, so that a run can be stored and taken up bit for bit.
+       package, tensors, arrays and numbers, so that a run can be stored and taken up bit for bit.  With a method
+       ``horizon(memory)``, the h from which on a longer one would not change the step, a finished run can be made
+       longer from near its end; without it from its beginning.
     2. ``step`` advances by at most ``h``; recorded moments come from ``interpolate``, never from shortened steps.
     3. A node is seen at the beginning of a step and carries the X of that step; ``X_time`` says for when it speaks.
     4. A flow that is not constrained has k = 0: no frame, no CCP.

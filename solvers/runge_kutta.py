@@ -130,6 +130,10 @@ class RungeKutta:
         assert face.seen is not None
         return FaceMemory(held, face.seen, self.h or 0.1)
 
+    def horizon(self, memory: FaceMemory) -> float:
+        """How near the end decides about a step."""
+        return 1.001 * (self.h or memory.h)
+
     def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One step of at most h unit times, or to the next breakpoint.
 

@@ -59,6 +59,10 @@ class TorchDiffEq:
         assert face.seen is not None
         return FaceMemory(held, face.seen, self.window)
 
+    def horizon(self, memory: FaceMemory) -> float:
+        """How near the end decides about a step."""
+        return 1.001 * self.window
+
     def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One window, or to the next breakpoint.
 

@@ -264,7 +264,8 @@ OTHER_RUNS = {
     "method": {"method": GradientDescent(0.69)},
     "problem": {"problem": lambda: MatrixSweep([1.0, 1.35], [0.37, 0.85], 0.7, seed=3).problem},
     "start": {"problem": lambda: dvi.Problem(sweep()._parts[0], sweep().w0 + 0.01, name="matrix sweep")},
-    "steps": {"steps": 5},
+    "fewer steps": {"steps": 3},
+    "another method for longer": {"steps": 5, "method": GradientDescent(0.69)},
     "save_every": {"save_every": 0.5},
     "runs": {"runs": ("discrete", "central")},
     "integrator": {"integrator": dvi.Euler(0.125)},
@@ -293,6 +294,61 @@ def test_a_file_of_another_run_is_not_gone_on_from(what, tmp_path):
     with pytest.raises(dvi.StoreError, match=r"another run"):
         run(resume=True, **OTHER_RUNS[what])
     assert path.read_bytes() == before
+
+
+class NoHorizon(dvi.Euler):
+    """An integrator that does not say how near the end decides about a step."""
+
+    horizon = None
+
+
+LONGER = {
+    "euler": {"integrator": dvi.Euler(0.25)},
+    "steps that do not divide 1": {"integrator": dvi.Euler(0.4), "save_every": 2},
+    "macro": {"integrator": dvi.MacroStep(tol=1e-2, h_max=2.0)},
+    "runge-kutta": {"integrator": dvi.RungeKutta(2, tol=1e-2)},
+    "no horizon": {"integrator": NoHorizon(0.25)},
+    "optimizer alone": {"runs": ("discrete",), "integrator": None},
+}
+
+
+@pytest.mark.parametrize("what", LONGER)
+@pytest.mark.parametrize("name", ["gd", "rmsprop"])
+def test_a_finished_run_can_be_made_longer_bit_for_bit(name, what, tmp_path, monkeypatch):
+    """Also twice, after an interruption, and where the end was no multiple of save_every."""
+    make, method = RACES[name]
+    path = tmp_path / "race.h5"
+
+    def run(steps, **options):
+        options = LONGER[what] | options
+        return dvi.compare(make(), method, steps, check=False, progress=False, **options)
+
+    whole, keep = run(9), {"path": path, "checkpoint_every": 0, "resume": True}
+    assert run(3, **keep).status is Status.SUCCESS
+    assert run(5, **keep).status is Status.SUCCESS
+    if what == "euler":
+        with monkeypatch.context() as patch:
+            stop_at(patch, FlowProcess, "advance", 10)
+            patch.setattr(store.time, "monotonic", lambda: 0.0)
+            with pytest.raises(Stop):
+                run(7, **keep)
+    longer = run(9, **keep)
+    assert tell_apart(whole, longer) == ""
+    assert tell_apart(whole, dvi.load(path)) == ""
+    with pytest.raises(dvi.StoreError, match=r"of 9 steps, and 5 are asked for.*as many steps or more"):
+        run(5, **keep)
+
+
+def test_little_is_computed_again(tmp_path):
+    """Of a run of forty steps only what lies within the horizon of its end, and not the forty."""
+    make, method = RACES["gd"]
+    problem, keep = make(), {"path": tmp_path / "race.h5", "resume": True, "check": False, "progress": False}
+    options = {"integrator": dvi.Euler(0.25), "eigen_every": 0, "runs": ("discrete", "central")}
+    dvi.compare(problem, method, 40, **options, **keep)
+    before = problem.ledger.copy()
+    dvi.compare(problem, method, 41, **options, **keep)
+    # a unit costs the optimizer one gradient and the flow four; at most three units are made, and a few looks at ends
+    assert 5 <= (problem.ledger - before).counts["gradients"] <= 3 * 5 + 5
 
 
 def test_resume_without_a_path_or_without_a_checkpoint(tmp_path, whole):
