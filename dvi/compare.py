@@ -145,7 +145,7 @@ def compare(
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
-        save_every: unit times between recorded moments.
+        save_every: unit times between recorded moments; a whole number beside the optimizer or the map.
         coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
         eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).

@@ -244,6 +244,9 @@ class DiscreteProcess(Process):
     Args:
         flow, start, grid, observer: see :class:`Process`.
         eigen_every: unit times between looks at the eigenvalues, which the run itself does not need (0: never).
+
+    Raises:
+        ValueError: if a recorded time is not a whole number of steps.
     """
 
     _own_state = ("previous", "loss", "g", "seen")
@@ -251,6 +254,8 @@ class DiscreteProcess(Process):
 
     def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
         super().__init__(flow, start, grid, observer)
+        if np.abs(grid - np.round(grid)).max() > 1e-9:
+            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
         self.eigen_every = eigen_every
         self.seen: Sighting | None = None  # the last look
         self.previous: Tensor | None = None

@@ -125,6 +125,11 @@ class Keeper:
                 )
             data = bytes(file["checkpoint"][()])
         saved: dict[str, Any] = from_bytes(data, self.device)
+        if "mark" not in saved:
+            raise StoreError(
+                f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
+                "from. Its results can still be loaded; to run on, start again at another path."
+            )
         before, now = json.loads(saved["identity"]), json.loads(self.identity)
         saved["longer"] = now["steps"] > before["steps"]
         if before | {"steps": None} == now | {"steps": None} and now["steps"] < before["steps"]:

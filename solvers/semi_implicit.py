@@ -81,6 +81,10 @@ class SemiImplicit:
         """The first block is one step."""
         return SemiImplicitMemory(self.dt)
 
+    def horizon(self, memory: SemiImplicitMemory) -> float:
+        """How near the end decides about a block: one that would pass it is fitted to it."""
+        return max(min(memory.h, self.h_max), self.dt) + self.dt
+
     def step(self, flow: Flow, memory: SemiImplicitMemory, y: State, h: float) -> StepResult:
         """One accepted block of at most h unit times.
 

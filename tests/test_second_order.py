@@ -373,3 +373,25 @@ def test_momentum_is_warmed_up_before_a_comparison():
     assert any("Warm start" in note for note in race.notes)
     cold = dvi.compare(problem, method, 20, runs=("discrete", "central"), progress=False, warm_start=0)
     assert race.distance["discrete", "central"][-1] < 0.5 * cold.distance["discrete", "central"][-1]
+
+
+def test_the_optimizer_is_recorded_at_whole_steps_only():
+    cubic, w = bowl(3)
+    with pytest.raises(ValueError, match="whole"):
+        dvi.compare(cubic.problem(w), GradientDescent(0.05), 4, save_every=0.5, progress=False)
+
+
+@pytest.mark.parametrize("runs", [("discrete", "map"), ("central",)])
+def test_longer_runs_of_the_semi_implicit_step(tmp_path, runs):
+    """Forty units made sixty by resuming, against sixty at once: bit for bit."""
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    method = HeavyBall(0.1, 0.5)
+    options = {"runs": runs, "progress": False, "warm_start": 5, "check": False}
+    dvi.compare(problem, method, 40, path=tmp_path / "race.h5", **options)
+    longer = dvi.compare(problem, method, 60, path=tmp_path / "race.h5", resume=True, **options)
+    whole = dvi.compare(problem, method, 60, **options)
+    for name in runs:
+        assert torch.equal(longer.runs[name].w, whole.runs[name].w)
+        np.testing.assert_array_equal(longer.runs[name].loss, whole.runs[name].loss)
+    # the same work, but for what is done again before the old end
+    assert longer.runs[runs[-1]].ledger.gradients == whole.runs[runs[-1]].ledger.gradients
