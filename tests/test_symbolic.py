@@ -249,37 +249,6 @@ class Crossed(dvi.Method):
         return dvi.Diagonal(scale + torch.exp(0.1 * v) * m**2) if self.diagonal else dvi.Scalar(scale)
 
 
-eta = 0.3
-TRIPLE = (
-    lambda w: {"s": w.new_zeros(())},
-    lambda nu, g: {"s": (g**2).sum()},
-    lambda nu: dvi.Scalar(nu["s"].sqrt() / eta),
-)
-METHODS = {
-    "gd": GradientDescent(0.3),
-    "gd, schedule": GradientDescent(lambda t: 0.3 / (1 + 0.1 * t)),
-    "norm": RMSPropNorm(0.3, 0.8),
-    "norm, all": RMSPropNorm(0.3, 0.8, eps=0.1, bias_correction=True),
-    "rmsprop": RMSProp(0.3, 0.8),
-    "rmsprop, eps": RMSProp(0.3, 0.8, eps=0.1),
-    "rmsprop, bias": RMSProp(0.3, 0.8, bias_correction=True),
-    "rmsprop, all": RMSProp(lambda t: 0.3 * torch.exp(-0.1 * torch.as_tensor(t)), 0.8, 0.1, bias_correction=True),
-    "rmsprop, schedules": RMSProp(lambda t: 0.3 + 0.01 * t, lambda t: 0.7 + 0.02 * t, 0.1),
-    "adagrad": AdaGrad(0.3),
-    "adagrad-norm": AdaGradNorm(0.3),
-    "triple": TRIPLE,
-    "crossed": Crossed(),
-    "crossed, scalar P": Crossed(diagonal=False),
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-@given(seeds, st.integers(2, 6), st.integers(1, 3))
-@examples(4)
-def test_alpha_beta_and_drift_are_the_compilers(name, seed, d, k):
-    check(METHODS[name], seed, d, k, derived(name))
-
-
 class RandomSpec(dvi.Method):
     """An optimizer nobody would write: what f gathers, how ν forgets, and how P depends on it are drawn."""
 
@@ -322,6 +291,39 @@ class RandomSpec(dvi.Method):
         return dvi.Diagonal(p) if v.ndim else dvi.Scalar(p)
 
 
+eta = 0.3
+TRIPLE = (
+    lambda w: {"s": w.new_zeros(())},
+    lambda nu, g: {"s": (g**2).sum()},
+    lambda nu: dvi.Scalar(nu["s"].sqrt() / eta),
+)
+METHODS = {
+    "gd": GradientDescent(0.3),
+    "gd, schedule": GradientDescent(lambda t: 0.3 / (1 + 0.1 * t)),
+    "norm": RMSPropNorm(0.3, 0.8),
+    "norm, all": RMSPropNorm(0.3, 0.8, eps=0.1, bias_correction=True),
+    "rmsprop": RMSProp(0.3, 0.8),
+    "rmsprop, eps": RMSProp(0.3, 0.8, eps=0.1),
+    "rmsprop, bias": RMSProp(0.3, 0.8, bias_correction=True),
+    "rmsprop, all": RMSProp(lambda t: 0.3 * torch.exp(-0.1 * torch.as_tensor(t)), 0.8, 0.1, bias_correction=True),
+    "rmsprop, schedules": RMSProp(lambda t: 0.3 + 0.01 * t, lambda t: 0.7 + 0.02 * t, 0.1),
+    "adagrad": AdaGrad(0.3),
+    "adagrad-norm": AdaGradNorm(0.3),
+    "triple": TRIPLE,
+    "relative": RandomSpec("relative", "ema", "power", 0.3, 0.8, 0.5, 2.0, 0.1),
+    "norm of powers": RandomSpec("norm of powers", "odd", "mean", 0.3, 0.8, 0.5, 3.0, 0.1),
+    "crossed": Crossed(),
+    "crossed, scalar P": Crossed(diagonal=False),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(seeds, st.integers(2, 6), st.integers(1, 3))
+@examples(4)
+def test_alpha_beta_and_drift_are_the_compilers(name, seed, d, k):
+    check(METHODS[name], seed, d, k, derived(name))
+
+
 @given(
     st.sampled_from(["power", "polynomial", "log", "signs", "relative", "norm", "norm of powers"]),
     st.sampled_from(["ema", "sum", "odd"]),
@@ -354,7 +356,7 @@ def test_at_the_edge_sigma2_is_the_solution_of_the_ccp_and_the_edge_form_is_the_
     # σ² goes with uuᵀ, |u| = 1 for a scalar P; X with the u that is given.  α may cancel, hence the terms' size.
     length = 1 if derivation.spec.diagonal else u @ u
     variance = there.alpha[0, 0] / there.beta[0, 0] * length
-    size = (np.abs(there.alpha[0, 0]) + np.abs(there.w * arguments[-1]).sum()) / there.beta[0, 0] * length
+    size = (np.abs(there.alpha[0, 0]) + np.abs(there.w * arguments[-1]).sum()) / abs(there.beta[0, 0]) * length
     assert abs(there.sigma2 - variance) <= ROUNDING * size
     assert there.sigma2 == pytest.approx(edge.sigma2, rel=1e-12)
 
@@ -488,7 +490,13 @@ class Warmed(dvi.Method):
         return dvi.Diagonal((1 - self.beta1 ** nu["t"]) * v.sqrt() / self.lr)
 
 
-READ = {name: method for name, method in METHODS.items() if "crossed" not in name}
+COUPLED = (
+    "relative",
+    "norm of powers",
+    "crossed",
+    "crossed, scalar P",
+)  # HΣH stands in products, which is not read back
+READ = {name: method for name, method in METHODS.items() if name not in COUPLED}
 READ |= {"adagrad": AdaGrad(0.25), "warmed": Warmed(0.1, 0.9, 0.99)}  # ε/η to 15 digits is exact
 
 
