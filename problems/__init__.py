@@ -3,6 +3,7 @@
 if __name__ != "dvi.problems":  # a second copy under another name would load every class twice
     raise ImportError("import dvi.problems, not problems")
 
+from dvi.problems.berthier import TwoScales
 from dvi.problems.catalogue import digits, sorting
 from dvi.problems.edge import Circle, MatrixSweep
 from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
@@ -28,6 +29,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quadratic",
+    "TwoScales",
     "digits",
     "sorting",
     "two_scales",

@@ -21,7 +21,7 @@ from dvi.solvers.critical import CRITICAL, Eigenblock
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like, mended
 from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
-#: An eigenvalue this close to 2 is taken as having arrived; events are located more closely than that.
+#: An eigenvalue this close to 2 is taken as having arrived, where nothing else is asked for.
 ARRIVED = 1e-7
 #: Baumgarte rate, per unit time.
 GAMMA = 1.0
@@ -29,6 +29,8 @@ GAMMA = 1.0
 CLEAR = 1e-4
 #: A direction that no longer oscillates is let go when its eigenvalue is this far below 2 and its eigenvector is clear.
 RELEASED = 1e-4
+#: Eigenvalues from here on may arrive in a landing.
+BAND = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Look:
         next_eigenvalue: the largest among the others, the next to arrive.
         modes: the eigenvalues of X − S (each scaled), descending, S = γ gap + β[X] − α: positive ones oscillate, and
             one changes its sign when the rank of X changes.
+        weakest: ‖½P⁻¹T[x vvᵀ]‖, the push on w (per unit time) of the weakest oscillation, along v with variance x.
     """
 
     loss: float
@@ -54,6 +57,7 @@ class Look:
     X: Array
     modes: Array
     rate: Rate
+    weakest: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -69,9 +73,11 @@ class Face:
         flow: the flow.
         watch: how eigenpairs are followed; its tolerance bounds the accuracy of X.
         held: eigenvectors [d, k] of the directions held at 2, where the step began.  Elsewhere the same directions
-            are found by overlap: behind a breakpoint that a trial step has overrun, they are not the leading ones.
+            are found by overlap with these, not with what was seen last: behind a breakpoint that a trial step has
+            overrun they are not the leading ones, and what is found must not depend on where was looked before.
         seen: the last sighting.
         start: where the step began; trial states that leave the domain of P are set back towards it.
+        near: an eigenvalue this close to 2 has arrived.
     """
 
     flow: Flow
@@ -79,6 +85,7 @@ class Face:
     held: Tensor
     seen: Sighting | None = None
     start: State | None = None
+    near: float = ARRIVED
 
     @property
     def k(self) -> int:
@@ -96,11 +103,12 @@ class Face:
             return Look(float(loss), g, self.seen, frame, self.held, none, -np.inf, nothing, none, lin.drift(None))
         self.seen = self.sight(y)
         block = self.seen.block
-        mix, values, following = self._recognise(block)
+        mix, values, beside = self._recognise(block)
+        following = float(beside.max(initial=-np.inf))
         held = block.V @ mix
         frame = self.flow.frame(y, held, block.AV @ mix)
         lin = self.flow.linearised(y, g, frame)
-        X, modes = np.zeros((0, 0)), np.empty(0)
+        X, modes, weakest = np.zeros((0, 0)), np.empty(0), 0.0
         if self.k:
             solved = ccp.solve(lin.alpha - GAMMA * lin.gap, lin.beta)
             self.flow.count_ccp()
@@ -110,10 +118,15 @@ class Face:
             dual = np.linalg.norm(solved.S) or 1.0
             modes = np.linalg.eigvalsh(X / size - solved.S / max(dual, float(np.abs(lin.alpha).max())))[::-1].copy()
             modes[np.abs(modes) < 1e-12] = 0.0
-        return Look(float(loss), g, self.seen, frame, held, values, following, X, modes, lin.drift(X))
+            if rank := int((modes > 0).sum()):
+                variances, axes = np.linalg.eigh(X)
+                v = axes[:, -rank]
+                weakest = float(lin.kick(variances[-rank] * np.outer(v, v)).w.norm())
+        rate = lin.drift(X)
+        return Look(float(loss), g, self.seen, frame, held, values, following, X, modes, rate, weakest)
 
-    def _recognise(self, block: Eigenblock) -> tuple[Tensor, Array, float]:
-        """The held directions among the eigenvectors: coefficients [m, k], eigenvalues [k], and the next eigenvalue.
+    def _recognise(self, block: Eigenblock) -> tuple[Tensor, Array, Array]:
+        """The held directions among the eigenvectors: coefficients [m, k], eigenvalues [k], and those of the others.
 
         Close to an arrival the held and the arriving eigenvalue nearly coincide, and their eigenvectors are any
         rotation of each other; the directions then are what the last clear look saw of them.
@@ -125,8 +138,7 @@ class Face:
         distance = np.abs(values[chosen][:, None] - values[others][None, :])
         if not distance.size or distance.min() > CLEAR:
             mix = np.eye(len(values))[:, chosen]
-            self.held = block.V[:, chosen]
-            return like(mix, block.V), values[chosen], float(values[others].max(initial=-np.inf))
+            return like(mix, block.V), values[chosen], values[others]
         near = np.union1d(chosen, others[distance.min(axis=0) <= 10 * CLEAR])
         left, _, right = np.linalg.svd(overlap[near], full_matrices=True)
         k = self.k
@@ -135,32 +147,87 @@ class Face:
         mix[near] = inside
         rest = np.append(np.linalg.eigvalsh(beside.T @ (values[near][:, None] * beside)), np.delete(values, near))
         held_values = np.sort(np.linalg.eigvalsh(inside.T @ (values[near][:, None] * inside)))[::-1].copy()
-        return like(mix, block.V), held_values, float(rest.max(initial=-np.inf))
+        return like(mix, block.V), held_values, rest
 
     def mend(self, y: State) -> State:
         """A trial state, set back into the domain of P where it has left it."""
         return y if self.start is None else mended(self.flow, y, self.start)
 
-    def sight(self, y: State) -> Sighting:
-        """The k held eigenpairs and the next, all of them sharp."""
-        want = CRITICAL - 0.5
-        if self.seen is not None and len(self.seen.eigenvalues) > self.k:
-            want = min(want, float(self.seen.eigenvalues[self.k]) - 1e-3)
+    def sight(self, y: State, down_to: float | None = None) -> Sighting:
+        """The eigenpairs at y: the held ones sharp, the next as sharp as its distance from 2 asks for.
+
+        Args:
+            y: where.
+            down_to: all eigenpairs above this are to be sharp.
+        """
         A = self.flow.effective_hessian(y)
-        subspace = self.watch.subspace
-        if self.seen is None:
-            block = subspace.start(A, y.w, want)
+        subspace, seen = self.watch.subspace, self.seen
+        if seen is None:
+            block = subspace.start(A, y.w, CRITICAL - 0.5)
             return Sighting(block, np.zeros(block.size), y.t, y.t)
-        block = subspace.follow(A, self.seen.block, want)
-        surveyed = self.seen.surveyed
+        want, tol = self._sharpness(seen.eigenvalues) if down_to is None else (down_to, subspace.tol)
+        block = subspace.follow(A, seen.block, want, tol)
+        if (block.eigenvalues > want).sum() < self.k:  # a held one is falling, and faster than was to be expected
+            want = float(block.eigenvalues[: self.k].min()) - 0.2 * BAND
+            block = subspace.follow(A, block, want, tol)
+        surveyed = seen.surveyed
         if y.t - surveyed >= self.watch.survey_every:
-            block, surveyed = subspace.survey(A, block, want), y.t
+            block, surveyed = subspace.survey(A, block, want, tol), y.t
         return Sighting(block, np.zeros(block.size), y.t, surveyed)
 
+    def _sharpness(self, values: Array) -> tuple[float, float]:
+        """Above which eigenvalue eigenpairs are to be sharp, and how sharp (residual).
+
+        X depends on the held eigenvectors to first order, and on the next one not at all: it must be seen coming, and
+        be sharp when it comes.
+        """
+        sharp = self.watch.subspace.tol
+        following = float(values[self.k]) if len(values) > self.k else -np.inf
+        if not self.k:
+            return 0.5 * (CRITICAL + following), max(sharp, min(0.2, 0.15 * (CRITICAL - following)))
+        if CRITICAL - following < BAND:
+            return following - 0.2 * BAND, sharp
+        return 0.5 * (min(CRITICAL, float(values[self.k - 1])) + max(following, 0.0)), sharp
+
+    def next_value(self, y: State) -> float:
+        """The next eigenvalue at y alone, sharp: all that the search for an arrival needs, a few products."""
+        y = self.mend(y)
+        reach = CRITICAL - BAND if self.seen is None else float(self.seen.eigenvalues[: self.k + 1].min()) - 0.2 * BAND
+        self.seen = self.sight(y, reach)
+        return float(self._recognise(self.seen.block)[2].max(initial=-np.inf))
+
     def arrived(self, y: State) -> Tensor:
-        """Eigenvectors of all eigenvalues at 2 or above: what is to be held from here on, at a start or an arrival."""
-        self.seen = self.sight(y)
-        return self.seen.block.V[:, : int((self.seen.eigenvalues >= CRITICAL - ARRIVED).sum())]
+        """Eigenvectors of what is to be held from here on: all that is held, and what has arrived at 2.
+
+        As many leading eigenvectors as that makes.  A held eigenvalue may have drifted off 2 by the error of the steps,
+        further than one that is located has come near it, and yet must not be let go.
+        """
+        self.seen = self.sight(y, CRITICAL - BAND)
+        beside = self._recognise(self.seen.block)[2]
+        return self.seen.block.V[:, : self.k + int((beside >= CRITICAL - self.near).sum())]
+
+    def land(self, y: State, g: Tensor, h: float) -> tuple[State, Tensor]:
+        """A step of h by linearised complementarity on all directions near 2; the end, and what is at 2 there.
+
+            X ⪰ 0   ⟂   gap + h (β[X] − α) ⪰ 0
+
+        Args:
+            y: where, in the domain of P.
+            g: the gradient there [d].
+            h: unit times; the error is O(h²).
+        """
+        self.seen = self.sight(y, CRITICAL - BAND)
+        block = self.seen.block
+        m = max(self.k, int((block.eigenvalues >= CRITICAL - BAND).sum()))
+        frame = self.flow.frame(y, block.V[:, :m], block.AV[:, :m])
+        lin = self.flow.linearised(y, g, frame)
+        solved = ccp.solve(lin.alpha - lin.gap / h, lin.beta)
+        self.flow.count_ccp()
+        end = self.mend(y.moved(lin.drift(solved.X), h))
+        self.seen = self.sight(end, CRITICAL - BAND)
+        closed = np.linalg.eigvalsh(solved.S) * h <= self.near  # the gap at the end, to first order
+        at_edge = max(int(closed.sum()), int((self.seen.eigenvalues >= CRITICAL - self.near).sum()))
+        return end, self.seen.block.V[:, :at_edge]
 
     def kept(self, look: Look) -> Tensor:
         """Eigenvectors of what is to be held from here on: directions that have clearly left are let go."""
@@ -169,11 +236,28 @@ class Face:
             k -= 1
         return look.held[:, :k]
 
+    def passed(self, after: Look) -> bool:
+        """Did an eigenvalue pass 2?"""
+        return after.next_eigenvalue > CRITICAL + self.near
+
+    def kink(self, before: Look, after: Look, h: float) -> float:
+        """What a step of h that ignores a change of X's rank on its way gets wrong in w, at most.
+
+        X is continuous there and bends.  An embedded error estimate may be blind to a bend near an end of the step.
+        Where the oscillation that ends (or begins) falls linearly to 0 within a part s of the step, Simpson's rule,
+        which is what a step of order 4 makes of it, is off by at most (1 − s)/4 of height times h, the trapezoid, of
+        order 2, by (1 − s)/2.
+        """
+        r = max(before.rank, after.rank)
+        if abs(before.rank - after.rank) != 1:
+            return np.inf if before.rank != after.rank else 0.0
+        on, off = (before, after) if before.rank == r else (after, before)
+        a, b = float(on.modes[r - 1]), float(-off.modes[r - 1])
+        return 0.5 * h * b / (a + b) * on.weakest
+
     def event(self, before: Look, after: Look) -> bool:
         """Did a breakpoint pass between two looks?"""
-        if after.next_eigenvalue > CRITICAL + ARRIVED:
-            return True
-        return before.rank != after.rank
+        return self.passed(after) or before.rank != after.rank
 
     def sign(self, before: Look, now: Look) -> float:
         """A continuous function of the state that is positive until the first breakpoint after ``before``."""

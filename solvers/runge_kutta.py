@@ -11,14 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from torch import Tensor
 
-from dvi.solvers.critical import CRITICAL, CriticalSubspace
+from dvi.solvers.breakpoints import (
+    APPROACH,
+    SHORTEST,
+    FaceMemory,
+    find_arrival,
+    gone_on,
+    initial_memory,
+    landed,
+    landing_time,
+    may_land,
+    nearness,
+    sharp_watch,
+    time_left,
+    to_lattice,
+)
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import ARRIVED, Face, Look, node_of
 from dvi.solvers.hermite import hermite
-from dvi.solvers.protocol import Array, Flow, Node, State, StepResult, combine
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -60,46 +73,29 @@ class Tableau:
 TABLEAUX = {
     # Heun's method with Euler's inside
     2: Tableau(2, ((), (1.0,)), (0.5, 0.5), (-0.5, 0.5)),
-    # the classical method with Zonneveld's fifth stage for a third-order estimate
+    # the classical method; with the rate at the end, wanted anyway, in place of the fourth stage it is of third order
     4: Tableau(
         4,
-        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (5 / 32, 7 / 32, 13 / 32, -1 / 32)),
+        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
         (1 / 6, 1 / 3, 1 / 3, 1 / 6, 0.0),
-        (1 / 6 + 1 / 2, 1 / 3 - 7 / 3, 1 / 3 - 7 / 3, 1 / 6 - 13 / 6, 16 / 3),
+        (0.0, 0.0, 0.0, 1 / 6, -1 / 6),
     ),
 }
-
-
-def to_lattice(t: float, h: float) -> float:
-    """How far it is from t to the next multiple of h."""
-    return float((np.floor(t / h + 1e-9) + 1) * h - t)
-
-
-def sharp_watch(tol: float) -> Watch:
-    """Eigenpairs a thousand times sharper than the steps.
-
-    Before an arrival two eigenvalues are close, and their eigenvectors off by residual/distance.
-    """
-    return Watch(CriticalSubspace(tol=max(1e-11, 1e-3 * tol)), survey_every=20.0)
-
-
-@dataclass(frozen=True)
-class FaceMemory:
-    """Eigenvectors [d, k] of the directions held at 2, the eigenpairs, and the next step to try."""
-
-    held: Tensor
-    seen: Sighting
-    h: float
 
 
 @dataclass(frozen=True)
 class RungeKutta:
     """Adaptive or fixed Runge–Kutta steps of order 2 or 4, breakpoints located and landed on.
 
+    An arrival at 2 is landed on, by steps that shrink with the time left where other directions are held already.  With
+    adaptive steps, an exit that changes w by less than tol where it is ignored is passed and shows at the next step.
+
     Args:
         order: 2 or 4.
         tol: error allowed per step, in the norm of w, for adaptive steps.
         h: fixed steps between the multiples of h (unit times) instead, cut only at breakpoints: to study convergence.
+            The order holds through them, except where directions at 2 turn into an arriving one; there it is seen, too,
+            but not promised.
         h_max: largest adaptive step: beyond about 1.2 an explicit method is unstable at an effective sharpness of 2.
         watch: how eigenpairs are followed (default: as sharply as tol asks for, or to 1e-11 with a fixed h).
 
@@ -121,18 +117,23 @@ class RungeKutta:
         if self.watch is None:
             object.__setattr__(self, "watch", sharp_watch(self.tol if self.h is None else 0.0))
 
+    @property
+    def near(self) -> float:
+        """How close to 2 an arrival is located."""
+        return ARRIVED if self.h is not None else nearness(self.tol)
+
+    @property
+    def landing(self) -> float:
+        """How long a landing may be (unit times); with fixed steps, so short that the order stands."""
+        return 0.01 * self.h ** (self.order / 2) if self.h is not None else landing_time(self.tol)
+
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""
-        face = Face(flow, self.watch, y.w.new_zeros(len(y.w), 0))
-        if not flow.constrained:
-            return FaceMemory(face.held, self.watch.glance(flow, y, None), self.h or 0.1)
-        held = face.arrived(y)
-        assert face.seen is not None
-        return FaceMemory(held, face.seen, self.h or 0.1)
+        return initial_memory(flow, self.watch, y, self.near, self.h or 0.1)
 
     def horizon(self, memory: FaceMemory) -> float:
         """How near the end decides about a step."""
-        return 1.001 * (self.h or memory.h)
+        return 1.001 * max(self.h or memory.h, self.landing)
 
     def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One step of at most h unit times, or to the next breakpoint.
@@ -140,74 +141,108 @@ class RungeKutta:
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h)
+        face = Face(flow, self.watch, memory.held, memory.seen, y, self.near)
+        begin = memory.look or face.look(y)
+        left = time_left(face, begin, memory)
+        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, max(APPROACH * left, self.landing))
         if h - size < 1e-9 * max(1.0, h):
             size = h
+        found = self._find(face, y, begin, size) if left > self.landing else None
+        if found is None:
+            return landed(face, y, begin, min(self.landing, h), memory.h)
+        end, error, after = found
+        taken, following = end.t - y.t, self.h
+        if following is None:
+            best = 0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order)
+            # a step that was cut says little about longer ones: what was thought of them before stands
+            following = min(self.h_max, max(0.3 * taken, min(best * taken, max(3.0 * taken, memory.h))))
+        memory = gone_on(face, begin, after, taken, end, following)
+        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+
+    def _find(self, face: Face, y: State, begin: Look, size: float) -> tuple[State, float, Look] | None:
+        """A step of at most ``size`` that is accurate and passes no breakpoint: its end, its error, the look there.
+
+        None where that is a matter of landing.
+
+        Raises:
+            StepError: if steps of 1e-6 unit times still fail.
+        """
+        searched = 0
         while True:
-            face = Face(flow, self.watch, memory.held, memory.seen, y)
-            begin = face.look(y)
             try:
-                end, error = self._advance(face, y, begin, size)
-                after = face.look(end)
+                end, error, after = self._advance(face, y, begin, size)
             except DomainError as failure:
                 error, reason = np.inf, str(failure)
             else:
                 reason = f"error {error:.1e}"
                 if self.h is not None or error <= self.tol:
-                    break
-            if size <= 1e-6:
+                    if not self._passed(face, begin, after, size) or searched == 8 or size <= SHORTEST:
+                        return end, error, after
+                    # The trial step ran through the breakpoint, so its dense output is off behind it: locate, land,
+                    # look again; but where others are held come closer first, since close to it all changes fast.
+                    located = self._locate(face, y, end, begin, after)
+                    if face.passed(after):
+                        if may_land(face, begin, self.landing, located):
+                            return None
+                        if face.k:
+                            located = max(APPROACH * located, self.landing)
+                    if size - located < 1e-10:
+                        return end, error, after
+                    searched, size = searched + 1, max(located, SHORTEST)
+                    continue
+            if may_land(face, begin, self.landing, size):
+                return None
+            if size <= SHORTEST:
                 raise StepError(f"RungeKutta at t = {y.t:g}: a step of {size:.1e} still fails ({reason}); loosen tol.")
-            size *= (
-                0.5
-                if not np.isfinite(error)
-                else float(np.clip(0.9 * (self.tol / error) ** (1 / self.order), 0.2, 0.9))
-            )
-        taken = size
-        if flow.constrained and face.event(begin, after):
-            # The trial step ran through the breakpoint, so its dense output is off behind it: locate, land, look again.
-            for _ in range(8):
-                located = self._locate(face, y, end, begin, after)
-                end, _ = self._advance(face, y, begin, located)
-                after = face.look(end)
-                closer, taken = taken - located, located
-                if not face.event(begin, after) or closer < 1e-10:
-                    break
-            arriving = after.next_eigenvalue >= CRITICAL - ARRIVED
-            held = face.arrived(end) if arriving else face.kept(after)
-        else:
-            held = face.kept(after)
-        assert face.seen is not None
-        following = self.h or float(np.clip(0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order), 0.3, 3.0)) * size
-        memory = FaceMemory(held, face.seen, min(following, self.h_max if self.h is None else following))
-        dense = hermite(y, end, begin.rate, after.rate)
-        return StepResult(end, memory, node_of(flow, begin, y.t), dense)
+            better = 0.9 * (self.tol / error) ** (1 / self.order) if np.isfinite(error) else 0.5
+            size *= float(np.clip(better, 0.2, 0.9))
+
+    def _passed(self, face: Face, begin: Look, after: Look, h: float) -> bool:
+        """Did a breakpoint pass that the step must not cross?"""
+        if not face.flow.constrained:
+            return False
+        if self.h is not None:
+            return face.event(begin, after)
+        return face.passed(after) or face.kink(begin, after, h) > self.tol
 
     def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
         """What a step from y would begin with."""
-        face = Face(flow, self.watch, memory.held, memory.seen)
-        return node_of(flow, face.look(y), y.t)
+        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
 
-    def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float]:
-        """One plain step of length h on a face: the end, and the embedded error estimate in w."""
+    def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float, Look]:
+        """One plain step of length h on a face: the end, the embedded error estimate in w, and the look at the end."""
         tableau = TABLEAUX[self.order]
         rates = [begin.rate]
         for row in tableau.A[1:]:
-            weight = [(h * a, rate.parts) for a, rate in zip(row, rates, strict=True) if a]
-            w, nu = combine([(1.0, y.parts), *weight])
-            rates.append(face.look(State(w, nu, y.t + h * sum(row))).rate)
-        w, nu = combine([(1.0, y.parts), *((h * b, rate.parts) for b, rate in zip(tableau.b, rates, strict=True) if b)])
+            stage = _stage(y, rates, row, h)
+            after = face.look(stage)
+            rates.append(after.rate)
+        end = _stage(y, rates, tableau.b, h)
+        if tableau.A[-1] != tableau.b[:-1]:  # else the last stage is the end
+            after = face.look(end)
         off = combine([(h * e, rate.w) for e, rate in zip(tableau.b_error, rates, strict=True)])
         error: float = torch.linalg.vector_norm(off).item()
-        return face.mend(State(w, nu, y.t + h)), error if np.isfinite(error) else float("inf")
+        return face.mend(end), error if np.isfinite(error) else float("inf"), after
 
     def _locate(self, face: Face, y: State, end: State, begin: Look, after: Look) -> float:
         """Where in the step the first breakpoint is: a root on the dense output."""
         dense = hermite(y, end, begin.rate, after.rate)
         h = end.t - y.t
+        if begin.rank == after.rank or (face.passed(after) and (face.k or self.h is None)):
+            return find_arrival(face, dense, begin, after, y.t, h)
 
         def sign(s: float) -> float:
             return face.sign(begin, begin if s == 0 else after if s == h else face.look(dense(y.t + s)))
 
         if sign(0.0) <= 0:  # it lies at the start itself: a short step shows what follows
-            return min(h, 1e-6)
-        return float(brentq(sign, 0.0, h, xtol=1e-11 * max(1.0, h), rtol=1e-12))
+            return min(h, SHORTEST)
+        precision = 1e-11 * max(1.0, h)
+        if self.h is None:
+            precision = max(precision, 0.3 * self.tol / max(begin.weakest, after.weakest))
+        return float(brentq(sign, 0.0, h, xtol=precision, rtol=1e-12))
+
+
+def _stage(y: State, rates: list[Rate], row: tuple[float, ...], h: float) -> State:
+    """The state at a stage: y and h times a row of the tableau."""
+    w, nu = combine([(1.0, y.parts), *((h * a, rate.parts) for a, rate in zip(row, rates, strict=False) if a)])
+    return State(w, nu, y.t + h * sum(row))

@@ -6,20 +6,103 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dvi.solvers.breakpoints import (
+    APPROACH,
+    LONGEST_LANDING,
+    SHORTEST,
+    FaceMemory,
+    find_arrival,
+    gone_on,
+    initial_memory,
+    landed,
+    landing_time,
+    may_land,
+    nearness,
+    sharp_watch,
+    time_left,
+    to_lattice,
+)
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import ARRIVED, Face, Look, node_of
+from dvi.solvers.face import Face, Look, node_of
 from dvi.solvers.hermite import hermite
 from dvi.solvers.protocol import Flow, Node, State, StepResult
-from dvi.solvers.runge_kutta import FaceMemory, sharp_watch, to_lattice
 from dvi.solvers.watch import Watch
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+
+
+#: So many evaluations a window may take where directions are held, before it is taken for one that meets an arrival.
+PATIENCE = 60
+
+
+class Impatience(Exception):
+    """A window took too many evaluations."""
+
+
+@dataclass
+class Field:
+    """The right-hand side as torchdiffeq wants it: (s, tuple of tensors) ↦ tuple of tensors, s counted from a state.
+
+    Args:
+        face: the directions held.
+        start: where s = 0.
+        begin: the look there, which is not made again; nor is the last one.
+        patience: evaluations after which :class:`Impatience` is raised.
+    """
+
+    face: Face
+    start: State
+    begin: Look
+    patience: int | None = None
+    count: int = 0
+    last: tuple[State, Look] | None = None
+
+    def __post_init__(self) -> None:
+        leaves, self._spec = pytree.tree_flatten(self.start.nu)
+        self.flat = (self.start.w, *leaves)
+
+    def state(self, s: float, x: tuple[Tensor, ...]) -> State:
+        """The state that a tuple of tensors stands for."""
+        return State(x[0], pytree.tree_unflatten(list(x[1:]), self._spec), self.start.t + s)
+
+    @property
+    def steps(self) -> int:
+        """About how many steps were made, of at least five evaluations each in the library's methods of high order."""
+        return max(1, self.count // 6)
+
+    def look(self, y: State) -> Look:
+        """The flow at y; the last look, where y is the state it was made at."""
+        if self.last is not None and _same(self.last[0], y):
+            return self.last[1]
+        return self.face.look(y)
+
+    def __call__(self, s: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rate at a state, flat."""
+        y = self.state(float(s), x)
+        if float(s) == 0 and _same(y, self.start):
+            found = self.begin
+        else:
+            self.count += 1
+            if self.patience is not None and self.count > self.patience:
+                raise Impatience
+            found = self.face.look(y)
+            self.last = (y, found)
+        return (found.rate.w, *pytree.tree_leaves(found.rate.nu))
+
+
+def _same(a: State, b: State) -> bool:
+    """Equal up to rounding: the library looks at the end of a step an instant early and interpolates there."""
+    if abs(a.t - b.t) > 4 * np.spacing(max(1.0, abs(b.t))):
+        return False
+    parts = zip(pytree.tree_leaves(a.parts), pytree.tree_leaves(b.parts), strict=True)
+    return all(bool((x - y).norm() <= 256 * torch.finfo(x.dtype).eps * y.norm()) for x, y in parts)
 
 
 @dataclass(frozen=True)
@@ -48,20 +131,19 @@ class TorchDiffEq:
         if not (self.rtol > 0 and self.atol > 0 and self.window > 0):
             raise ValueError("TorchDiffEq: rtol, atol and window must be positive (window in unit times).")
         if self.watch is None:
-            object.__setattr__(self, "watch", sharp_watch(min(self.rtol, self.atol)))
+            object.__setattr__(self, "watch", sharp_watch(self.rtol))
+
+    def tolerance(self, y: State) -> float:
+        """What the tolerances allow in the norm of w (the library's is the root of the mean square)."""
+        return float(self.atol * len(y.w) ** 0.5 + self.rtol * torch.linalg.vector_norm(y.w).item())
 
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""
-        face = Face(flow, self.watch, y.w.new_zeros(len(y.w), 0))
-        if not flow.constrained:
-            return FaceMemory(face.held, self.watch.glance(flow, y, None), self.window)
-        held = face.arrived(y)
-        assert face.seen is not None
-        return FaceMemory(held, face.seen, self.window)
+        return initial_memory(flow, self.watch, y, nearness(self.tolerance(y)), self.window)
 
     def horizon(self, memory: FaceMemory) -> float:
         """How near the end decides about a step."""
-        return 1.001 * self.window
+        return 1.001 * max(self.window, LONGEST_LANDING)
 
     def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One window, or to the next breakpoint.
@@ -69,75 +151,116 @@ class TorchDiffEq:
         Raises:
             StepError: if the library's solver fails.
         """
-        size = min(to_lattice(y.t, self.window), h)
-        face = Face(flow, self.watch, memory.held, memory.seen, y)
-        begin = face.look(y)
-        end = self._integrate(face, y, size)
-        after = face.look(end)
-        arriving = False
-        if flow.constrained and face.event(begin, after):
-            end = self._to_event(face, y, begin, end)
-            after = face.look(end)
-            arriving = after.next_eigenvalue >= CRITICAL - ARRIVED
-        held = face.arrived(end) if arriving else face.kept(after)
-        assert face.seen is not None
-        dense = hermite(y, end, begin.rate, after.rate)
-        return StepResult(end, FaceMemory(held, face.seen, size), node_of(flow, begin, y.t), dense)
+        tol = self.tolerance(y)
+        landing = landing_time(tol)
+        face = Face(flow, self.watch, memory.held, memory.seen, y, nearness(tol))
+        begin = memory.look or face.look(y)
+        left = time_left(face, begin, memory)
+        found = None
+        if left > landing:
+            size = min(to_lattice(y.t, self.window), h, max(APPROACH * left, landing))
+            found = self._find(face, y, begin, size, memory.h, tol)
+        if found is None:
+            return landed(face, y, begin, min(landing, h), memory.h)
+        end, after, following = found
+        memory = gone_on(face, begin, after, end.t - y.t, end, following)
+        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
 
     def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
         """What a window from y would begin with."""
-        face = Face(flow, self.watch, memory.held, memory.seen)
-        return node_of(flow, face.look(y), y.t)
+        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
+
+    def _find(
+        self, face: Face, y: State, begin: Look, size: float, first: float, tol: float
+    ) -> tuple[State, Look, float] | None:
+        """At most ``size`` unit times that pass no breakpoint: the end, the look there, the library's step.
+
+        None where that is a matter of landing.
+
+        Raises:
+            StepError: if the library's solver fails.
+        """
+        while True:
+            field = Field(face, y, begin, PATIENCE if face.k else None)
+            try:
+                end = self._integrate(field, size, first)
+            except Impatience:
+                # an arrival on the way, where the directions held turn ever faster: come closer
+                if may_land(face, begin, landing_time(tol), size):
+                    return None
+                size *= 0.5 * APPROACH
+                continue
+            after = field.look(end)
+            following = 2 * size / field.steps  # the library does not say how long a step it would have tried next
+            if not face.flow.constrained:
+                return end, after, following
+            if face.passed(after) and face.k:
+                dense = hermite(y, end, begin.rate, after.rate)
+                located = find_arrival(face, dense, begin, after, y.t, size)
+                if may_land(face, begin, landing_time(tol), located):
+                    return None
+                size = max(APPROACH * located, SHORTEST)
+            elif face.passed(after) or face.kink(begin, after, size) > tol:
+                end = self._to_event(face, y, begin, after, size, first)
+                return end, face.look(end), following
+            else:
+                return end, after, following
 
     # ---- the library's side -----------------------------------------------------------------------------
 
-    def _integrate(self, face: Face, y: State, size: float) -> State:
+    def _integrate(self, field: Field, size: float, first: float) -> State:
         from torchdiffeq import odeint
 
-        flat, state_of = _flatten(y)
+        y = field.start
         times = torch.tensor([0.0, size], dtype=torch.float64, device=y.w.device)
         settings = self._settings()
         if self.method in ADAPTIVE:
             # The library would step past the end and interpolate back, over breakpoints and, where the solution is
             # smooth, with steps that are unstable at an effective sharpness of 2.
-            settings["options"] = {"step_t": times[1:], "max_step": size, **settings["options"]}
-        out = self._call(lambda: odeint(self._field(face, state_of), flat, times, **settings), y)
-        return face.mend(state_of(size, tuple(x[-1] for x in out)))
+            steps = {"step_t": times[1:], "max_step": size, "first_step": min(first, size)}
+            settings["options"] = steps | settings["options"]
+        out = self._call(lambda: odeint(field, field.flat, times, **settings), y)
+        return field.face.mend(field.state(size, tuple(x[-1] for x in out)))
 
-    def _to_event(self, face: Face, y: State, begin: Look, end: State) -> State:
-        """The state at the first breakpoint after y, which lies before ``end``."""
+    def _to_event(self, face: Face, y: State, begin: Look, after: Look, size: float, first: float) -> State:
+        """The state at the first breakpoint after y, less than ``size`` later."""
         from torchdiffeq import odeint_event
 
-        flat, state_of = _flatten(y)
+        arrival = face.passed(after)
+
+        def sign_at(s: float, state: State) -> float:
+            if arrival:
+                return CRITICAL - (begin.next_eigenvalue if s == 0 else face.next_value(state))
+            return face.sign(begin, begin if s == 0 else face.look(state))
 
         def sign(t: Tensor, x: tuple[Tensor, ...]) -> Tensor:
-            s = float(t)
-            return y.w.new_tensor(face.sign(begin, begin if s == 0 else face.look(state_of(s, x))))
+            return y.w.new_tensor(sign_at(float(t), field.state(float(t), x)))
 
-        if face.sign(begin, begin) <= 0:  # it lies at the start itself: a short step shows what follows
-            return self._integrate(face, y, min(1e-6, end.t - y.t))
+        if sign_at(0.0, y) <= 0:  # it lies at the start itself: a short step shows what follows
+            return self._integrate(Field(face, y, begin), min(SHORTEST, size), first)
         zero = torch.zeros((), dtype=torch.float64, device=y.w.device)
-        t, _ = self._call(
-            lambda: odeint_event(self._field(face, state_of), flat, zero, event_fn=sign, **self._settings()), y
-        )
+        field = Field(face, y, begin)
+        settings = self._settings()
+        if self.method in ADAPTIVE:
+            settings["options"] = {"max_step": size, "first_step": min(first, size)} | settings["options"]
+        t, _ = self._call(lambda: odeint_event(field, field.flat, zero, event_fn=sign, **settings), y)
         # The library's step ran through the breakpoint, so its interpolant is off there: a few secants on integrations
-        # that end where the breakpoint is thought to be.
-        s, before = float(t), (0.0, face.sign(begin, begin))
+        # that end where the breakpoint is thought to be, the first one from a moment before that.
+        s, earlier = float(t), None
         for _ in range(6):
-            end = self._integrate(face, y, s)
-            now = (s, face.sign(begin, face.look(end)))
-            closer = now[1] * (now[0] - before[0]) / (now[1] - before[1]) if now[1] != before[1] else 0.0
+            field = Field(face, y, begin)
+            end = self._integrate(field, s, first)
+            now = (s, sign_at(s, end))
+            if arrival and abs(now[1]) <= face.near:
+                break
+            if earlier is None:
+                dense = hermite(y, end, begin.rate, field.look(end).rate)
+                earlier = (0.9 * s, sign_at(0.9 * s, dense(y.t + 0.9 * s)))
+            closer = now[1] * (now[0] - earlier[0]) / (now[1] - earlier[1]) if now[1] != earlier[1] else 0.0
             if abs(closer) < 1e-10 or not 0 < s - closer <= 2 * float(t):
                 break
-            s, before = s - closer, now
+            s, earlier = s - closer, now
         return end
-
-    def _field(self, face: Face, state_of: Callable[..., State]) -> Callable[[Tensor, Any], tuple[Tensor, ...]]:
-        def rate(t: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            found = face.look(state_of(float(t), x)).rate
-            return (found.w, *pytree.tree_leaves(found.nu))
-
-        return rate
 
     def _settings(self) -> dict[str, Any]:
         options = dict(self.options)
@@ -154,13 +277,3 @@ class TorchDiffEq:
                 f"torchdiffeq's {self.method} failed at t = {y.t:g}: {error or 'step size underflow'}. "
                 "Loosen rtol and atol, or use MacroStep."
             ) from error
-
-
-def _flatten(y: State) -> tuple[tuple[Tensor, ...], Callable[[float, tuple[Tensor, ...]], State]]:
-    """The state as the tuple of tensors that torchdiffeq integrates, and the way back (time counted from y)."""
-    leaves, spec = pytree.tree_flatten(y.nu)
-
-    def state_of(s: float, x: tuple[Tensor, ...]) -> State:
-        return State(x[0], pytree.tree_unflatten(list(x[1:]), spec), y.t + s)
-
-    return (y.w, *leaves), state_of

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvi.problems import Circle, Cubic, MatrixSweep, ProblemError, Quadratic, two_scales
+from dvi.problems import Circle, Cubic, MatrixSweep, ProblemError, Quadratic, TwoScales, two_scales
 
 F64 = torch.float64
 
@@ -102,6 +102,41 @@ class TestCircle:
             Circle(angle=2.0)
         with pytest.raises(ProblemError, match="outside the circle"):
             Circle(entry=100.0)
+
+
+class TestTwoScales:
+    @settings(max_examples=40, deadline=None)
+    @given(lr=st.floats(0.1, 0.6), zeta=st.floats(-0.4, 0.0), x=st.floats(0.05, 0.4), t=st.floats(0.0, 4.0))
+    def test_solves_the_complementarity_system(self, lr, zeta, x, t):
+        toy = TwoScales(lr, zeta, x)  # in these ranges the flow comes to rest on the edge
+        w, Sigma = toy.weights(t + 1e-3), toy.covariance(t + 1e-3)
+        H = dense_hessian(toy.problem, w)
+        assert torch.linalg.eigvalsh(Sigma).min() > -1e-13
+        assert lr * torch.linalg.eigvalsh(H).max() == pytest.approx(2, abs=1e-12)
+        assert torch.allclose(H @ Sigma, 2 / lr * Sigma, rtol=0, atol=1e-11)
+        velocity = time_derivative(toy.weights, t + 1e-3)
+        # rounding of weights of size 20, divided by h = 1e-4
+        assert central_residual(toy.problem, w, torch.eye(2, dtype=F64), Sigma, lr, velocity) < 1e-9
+        assert toy.variance(t + 1e-3) == pytest.approx(Sigma.trace().item())
+
+    @pytest.mark.parametrize("zeta", [0.0, -0.3, -0.1])
+    def test_start_and_rest(self, zeta):
+        toy = TwoScales(zeta=zeta)
+        assert torch.equal(toy.weights(0.0), toy.problem.w0)
+        assert torch.equal(toy.weights(-1.0), toy.problem.w0)
+        rest = toy.weights(60.0)  # e^-120 from it
+        assert torch.allclose(rest, toy.weights(70.0), rtol=0, atol=1e-14)
+        g = toy.problem.value_and_grad(rest)[1]
+        tangent = torch.tensor([toy.edge, -(2 * rest[0] + 3 * zeta * toy.edge)], dtype=F64)
+        assert abs(float(g @ tangent)) < 1e-12
+
+    def test_bad_numbers(self):
+        with pytest.raises(ProblemError, match="lr must be positive"):
+            TwoScales(lr=-0.3)
+        with pytest.raises(ProblemError, match="leaves the edge"):
+            TwoScales(x=-1.0)
+        with pytest.raises(ProblemError, match="without end"):
+            TwoScales(x=10.0)
 
 
 class TestQuadratic:

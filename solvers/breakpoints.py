@@ -1,0 +1,137 @@
+"""What the integrators that follow the flow from breakpoint to breakpoint have in common: memory, approach, landing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+from torch import Tensor
+
+from dvi.solvers.critical import CRITICAL, CriticalSubspace
+from dvi.solvers.face import BAND, Face, Look, node_of
+from dvi.solvers.protocol import Flow, State, StepResult, combine
+from dvi.solvers.watch import Sighting, Watch
+
+#: Part of the time left until an arrival that a step takes where other directions are held.
+APPROACH = 0.7
+#: A landing is no longer than this (unit times), whatever the tolerance.
+LONGEST_LANDING = 0.25
+#: Steps shorter than this (unit times) are not tried.
+SHORTEST = 1e-6
+
+
+@dataclass(frozen=True)
+class FaceMemory:
+    """What is given back to the next step.
+
+    Attributes:
+        held: eigenvectors [d, k] of the directions held at 2.
+        seen: the eigenpairs.
+        h: the next step to try.
+        climb: how fast the next eigenvalue rose in the last step, per unit time; 0 if unknown.
+        look: the flow at the state that this memory belongs to, if it was looked at with these directions held.
+    """
+
+    held: Tensor
+    seen: Sighting
+    h: float
+    climb: float = 0.0
+    look: Look | None = None
+
+
+def to_lattice(t: float, h: float) -> float:
+    """How far it is from t to the next multiple of h."""
+    return float((np.floor(t / h + 1e-9) + 1) * h - t)
+
+
+def sharp_watch(tol: float) -> Watch:
+    """Eigenpairs ten times sharper than the steps, since X is off by their residuals, and w by what X does there.
+
+    Ten times sharper ones were seen to change nothing.
+    """
+    return Watch(CriticalSubspace(tol=max(1e-11, 0.1 * tol)), survey_every=20.0)
+
+
+def nearness(tol: float) -> float:
+    """How close to 2 an arrival is located for steps with an error of tol: what is left enters w to second order."""
+    return float(np.clip(0.1 * tol, 1e-9, 1e-3))
+
+
+def landing_time(tol: float) -> float:
+    """How long a landing may be, whose error is about h² times the change of dw/dt per unit time (below 1, mostly)."""
+    return float(min(LONGEST_LANDING, np.sqrt(tol)))
+
+
+def initial_memory(flow: Flow, watch: Watch, y: State, near: float, h: float) -> FaceMemory:
+    """The directions at 2 already."""
+    face = Face(flow, watch, y.w.new_zeros(len(y.w), 0), near=near)
+    if not flow.constrained:
+        return FaceMemory(face.held, watch.glance(flow, y, None), h)
+    held = face.arrived(y)
+    assert face.seen is not None
+    return FaceMemory(held, face.seen, h)
+
+
+def time_left(face: Face, begin: Look, memory: FaceMemory) -> float:
+    """Until the next arrival where others are held, if all goes on as it went; else infinity.
+
+    An arrival while nothing is held is no singularity, and steps need not shrink before it.
+    """
+    return (CRITICAL - begin.next_eigenvalue) / memory.climb if face.k and memory.climb > 0 else float("inf")
+
+
+def may_land(face: Face, begin: Look, landing: float, h: float) -> bool:
+    """Is a step of h short enough to be a landing, with something to land on?"""
+    return bool(face.k) and h <= landing and CRITICAL - begin.next_eigenvalue < BAND
+
+
+def landed(face: Face, y: State, begin: Look, h: float, following: float) -> StepResult:
+    """A landing: a step of h by linearised complementarity over an arrival; then go on with steps of ``following``."""
+    end, held = face.land(y, begin.g, h)
+    assert face.seen is not None
+    return StepResult(end, FaceMemory(held, face.seen, following), node_of(face.flow, begin, y.t), _straight(y, end))
+
+
+def gone_on(face: Face, begin: Look, after: Look, span: float, end: State, following: float) -> FaceMemory:
+    """The memory after a step of ``span`` unit times that ended before or on a breakpoint."""
+    arriving = face.flow.constrained and after.next_eigenvalue >= CRITICAL - face.near
+    held = face.arrived(end) if arriving else face.kept(after)
+    assert face.seen is not None
+    if held.shape[1] != face.k:
+        return FaceMemory(held, face.seen, following)
+    climb = (after.next_eigenvalue - begin.next_eigenvalue) / span if face.k else 0.0
+    # third derivatives are the bulk of a look, and its rate already has them
+    look = replace(after, frame=replace(after.frame, T=after.frame.T[:0]))
+    return FaceMemory(held, face.seen, following, climb, look)
+
+
+def find_arrival(
+    face: Face, dense: Callable[[float], State], begin: Look, after: Look, t: float, h: float, precision: float = 0.0
+) -> float:
+    """When, after t, the next eigenvalue is at 2 on the dense output of a step of h that it passed 2 in.
+
+    Only eigenvalues are looked at.  The time is off by ``precision`` at most, and by what the eigenvalue, at its mean
+    rate, takes for a tenth of ``face.near``.
+    """
+    before, behind = CRITICAL - begin.next_eigenvalue, CRITICAL - after.next_eigenvalue
+    if before <= 0:  # it is there at the start: a short step shows what follows
+        return min(h, SHORTEST)
+
+    def distance(s: float) -> float:
+        return before if s == 0 else behind if s == h else CRITICAL - face.next_value(dense(t + s))
+
+    precision = max(precision, 1e-11 * max(1.0, h), 0.1 * face.near * h / (before - behind))
+    return float(brentq(distance, 0.0, h, xtol=precision, rtol=1e-12))
+
+
+def _straight(y: State, end: State) -> Callable[[float], State]:
+    """Linear interpolation between the ends of a step."""
+
+    def at(t: float) -> State:
+        s = (t - y.t) / (end.t - y.t)
+        w, nu = combine([(1 - s, y.parts), (s, end.parts)])
+        return State(w, nu, t)
+
+    return at
