@@ -4,13 +4,16 @@ if __name__ != "dvi.methods":  # a second copy under another name would load eve
     raise ImportError("import dvi.methods, not methods")
 
 from dvi.methods.adam import Adam
+from dvi.methods.blocks import Blocks
+from dvi.methods.dense import Dense
 from dvi.methods.errors import NotPositiveDefiniteError, SpecError
 from dvi.methods.filter import Filter
 from dvi.methods.gd import GradientDescent
 from dvi.methods.heavy_ball import HeavyBall
+from dvi.methods.kronecker import Kronecker
 from dvi.methods.nadam import NAdam
 from dvi.methods.nesterov import Nesterov
-from dvi.methods.preconditioners import Diagonal, Preconditioner, Scalar
+from dvi.methods.preconditioners import Diagonal, Preconditioner, Scalar, Scaled
 from dvi.methods.quasi_hyperbolic import QuasiHyperbolic
 from dvi.methods.rmsprop import RMSProp
 from dvi.methods.rmsprop_norm import RMSPropNorm
@@ -19,12 +22,15 @@ from dvi.methods.validate import validate
 
 __all__ = [
     "Adam",
+    "Blocks",
+    "Dense",
     "Diagonal",
     "Filter",
     "FunctionMethod",
     "GradientDescent",
     "HeavyBall",
     "Hyperparameter",
+    "Kronecker",
     "Method",
     "NAdam",
     "Nesterov",
@@ -35,6 +41,7 @@ __all__ = [
     "RMSProp",
     "RMSPropNorm",
     "Scalar",
+    "Scaled",
     "SpecError",
     "as_method",
     "validate",
