@@ -33,7 +33,7 @@ class Blocks(Preconditioner):
         return "Blocks(" + ", ".join(f"{n}: {P!r}" for P, n in zip(self.parts, self.sizes, strict=True)) + ")"
 
     def _each(self, operation: Callable[[Preconditioner, Tensor], Tensor], V: Tensor) -> Tensor:
-        pieces = zip(self.parts, torch.split(V, self.sizes), strict=True)
+        pieces = zip(self.parts, torch.split(V, list(self.sizes)), strict=True)
         return torch.cat([operation(P, piece) for P, piece in pieces])
 
     def apply(self, V: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Blocks(Preconditioner):
             raise NotPositiveDefiniteError(
                 f"Blocks of {' + '.join(map(str, self.sizes))} = {sum(self.sizes)} weights cannot act on {len(g)}."
             )
-        pieces = [None] * len(self.parts) if g is None else list(torch.split(g, self.sizes))
+        pieces = [None] * len(self.parts) if g is None else list(torch.split(g, list(self.sizes)))
         for i, (P, piece, (n, dead)) in enumerate(zip(self.parts, pieces, self._dead(), strict=True)):
             if dead is not None and len(dead) == n and bool(dead.all()) and (piece is None or not bool(piece.any())):
                 continue

@@ -86,9 +86,9 @@ class _Power(torch.autograd.Function):
         return _Derivative.apply(dA, *ctx.saved_tensors, ctx.p)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
-        # the derivative is self-adjoint
-        return _Derivative.apply(cotangent, *ctx.saved_tensors, ctx.p), None, None, None
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        adjoint = _Derivative.apply(cotangent, *ctx.saved_tensors, ctx.p)  # type: ignore[no-untyped-call]
+        return adjoint, None, None, None  # the derivative is self-adjoint
 
 
 class _Derivative(torch.autograd.Function):
