@@ -37,6 +37,9 @@ from dvi.solvers.svec import smat, svec, triu
 #: C.4 and C.5.  "full": through g = ∇L(w), so that ∂f/∂g · ½∇³L[Σ] is there, too.
 Covariance = Literal["gradient-covariance", "full"]
 
+#: Which HU acts on ν: H times U as computed, 2P(ν)U as on the constraint, or the one that the integrator asks for.
+EdgeHessian = Literal["integrator", "computed", "edge"]
+
 _DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
 
 
