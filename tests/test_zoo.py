@@ -349,6 +349,88 @@ def test_the_central_flow_goes_through_the_edge(kind):
     assert race.distance["discrete", "central"][-1] < 0.8 * race.distance["discrete", "stable"][-1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("integrator", [dvi.Euler(1 / 4), dvi.MacroStep(1e-3)], ids=["euler", "macro step"])
+def test_which_HU_acts_on_nu_changes_nothing_that_a_finer_integrator_would_not(integrator):
+    """On the exact flow HU = 2PU wherever Σ ≠ 0, so the two readings differ by the integrator's own error only."""
+    ends = {}
+    for reading in ("computed", "edge"):
+        problem = network()
+        flow = dvi.central_flow(problem, methods.RMSProp(0.05, 0.9), check=False, edge_hessian=reading)
+        solution = dvi.solve(flow, 10, integrator=integrator, warm_start=7, progress=False)
+        assert np.trace(solution.X[-1]) > 0
+        ends[reading] = solution.w
+    apart = float((ends["computed"] - ends["edge"]).norm())
+    assert 0 < apart < 5e-3  # Euler ¼ and this tol are good to a few 1e-3 here; a path of about 1
+    with pytest.raises(ValueError, match="edge_hessian"):
+        dvi.central_flow(problem, methods.GradientDescent(0.1), check=False, edge_hessian="exact")
+
+
+def test_the_two_readings_of_HU_are_one_on_the_constraint_and_two_off_it():
+    rng = np.random.default_rng(3)
+    cubic, w = bowl(3)
+    method = methods.RMSProp(0.02, 0.9)
+    y = after(method, cubic, w, 6)
+    P = method.P(y.nu)
+    V = torch.tensor(orthogonal(rng, D))
+    for effective, same in ((2.0, True), (1.5, False)):
+        H = effective * P.sqrt(V[:, :2]) @ P.sqrt(V[:, :2]).T
+        loss = CubicLoss.with_derivatives(rng, y.w.numpy(), cubic.gradient(y.w.numpy()), H.numpy())
+        beta = [
+            dvi.central_flow(loss.problem(y.w.numpy()), method, check=False, edge_hessian=reading)
+            .linearise(y.w, y.nu, P.inv_sqrt(V[:, :2]))
+            .beta
+            for reading in ("computed", "edge", "integrator")
+        ]
+        assert torch.equal(beta[0], beta[2])  # `linearise` takes HU as it is
+        difference = float((beta[0] - beta[1]).abs().max() / beta[0].abs().max())
+        assert difference < 1e-12 if same else difference > 1e-2
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+class Adadelta(dvi.Method):
+    """Zeiler's Adadelta with the delayed copy of u that its P needs; as on the page docs/zoo.md."""
+
+    lr: float
+    beta2: float = 0.9
+    eps: float = 1e-6
+
+    def init(self, w):
+        return {"v": torch.zeros_like(w), "u": torch.zeros_like(w), "before": torch.zeros_like(w)}
+
+    def f(self, nu, g):
+        dv = (1 - self.beta2) * (g**2 - nu["v"])
+        step_sq = (nu["u"] + self.eps) / (nu["v"] + dv + self.eps) * g**2
+        return {"v": dv, "u": (1 - self.beta2) * (step_sq - nu["u"]), "before": nu["u"] - nu["before"]}
+
+    def P(self, nu):
+        return dvi.Diagonal(((nu["v"] + self.eps) / (nu["before"] + self.eps)) ** 0.5 / self.lr)
+
+
+def test_adadelta_fits_the_discrete_form_but_has_no_flow():
+    cubic, w = bowl(4)
+    method, now = Adadelta(1.0), torch.tensor(w)
+    nu, seen = method.init(now), [w]
+    for t in range(100):
+        g = torch.tensor(cubic.gradient(now.numpy()))
+        nu = method.update(nu, g, t)
+        now = now - method.P(nu).solve(g)
+        seen.append(now.numpy())
+    expected = by_torch(lambda p: torch.optim.Adadelta(p, lr=1.0, rho=0.9, eps=1e-6))(cubic, w, 100)
+    np.testing.assert_allclose(np.stack(seen), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    with pytest.raises(dvi.SpecError, match="memory"):
+        dvi.central_flow(cubic.problem(w), method, check=False)
+
+
+@pytest.mark.parametrize("make", [methods.RMSProp, methods.RMSPropNorm], ids=["sign descent", "normalised"])
+def test_methods_without_memory_are_refused_in_words(make):
+    cubic, w = bowl(0)
+    with pytest.raises(dvi.SpecError, match=r"β₂ = 0.*no differential equation"):
+        dvi.central_flow(cubic.problem(w), make(0.1, 0.0), check=False)
+
+
 # ---- matrix state ---------------------------------------------------------------------------------------------------
 
 
