@@ -40,6 +40,7 @@ METHODS: Mapping[str, Recipe[dvi.Method]] = {
     "rmsprop-centred": (dvi.methods.CentredRMSProp, {"beta2": 0.99}),
     "adagrad": (dvi.methods.AdaGrad, {}),
     "adagrad-norm": (dvi.methods.AdaGradNorm, {}),
+    "normalized-gd": (dvi.methods.NormalizedGD, {}),
 }
 
 
@@ -101,8 +102,8 @@ class Options:
     """How many examples to differentiate at a time: less memory, same result."""
 
     method: str = "rmsprop"
-    """What minimises it: gd; one adaptive step size: rmsprop-norm, adagrad-norm; one for each weight: rmsprop,
-    rmsprop-centred, adagrad; with momentum: heavy-ball, nesterov, adam, nadam."""
+    """What minimises it: gd; one adaptive step size: rmsprop-norm, adagrad-norm, normalized-gd; one for each weight:
+    rmsprop, rmsprop-centred, adagrad; with momentum: heavy-ball, nesterov, adam, nadam."""
     lr: float = 1e-3
     """Learning rate η, positive, in units of weight²/loss for gd, of weight for rmsprop."""
     momentum: Annotated[float | None, shown("β", "0.9")] = None

@@ -16,6 +16,7 @@ from dvi.methods.heavy_ball import HeavyBall
 from dvi.methods.kronecker import Kronecker
 from dvi.methods.nadam import NAdam
 from dvi.methods.nesterov import Nesterov
+from dvi.methods.normalized import NormalizedGD
 from dvi.methods.preconditioned import Preconditioned
 from dvi.methods.preconditioners import Diagonal, Preconditioner, Scalar, Scaled
 from dvi.methods.quasi_hyperbolic import QuasiHyperbolic
@@ -44,6 +45,7 @@ __all__ = [
     "Method",
     "NAdam",
     "Nesterov",
+    "NormalizedGD",
     "NotPositiveDefiniteError",
     "Nu",
     "Preconditioned",

@@ -144,6 +144,11 @@ ZOO = {
         by_torch(lambda p: torch.optim.RMSprop(p, lr=0.02, alpha=0.9, eps=1e-3, centered=True)),
     ),
     "rmsprop-norm": Kind(lambda lr, s: methods.RMSPropNorm(lr, 0.9), 0.3, norm_step(0.02, 0.9, 0.1)),
+    "normalised": Kind(
+        lambda lr, s: methods.NormalizedGD(lr),
+        0.3,
+        by_hand(lambda _, g, t: (None, 0.02 * g / np.sqrt(g @ g)), lambda: None),
+    ),
     "adafactor": Kind(
         lambda lr, s: methods.Adafactor(lr, s, beta2=lambda t: 1 - (t + 2) ** -0.8),
         0.05,
@@ -422,6 +427,18 @@ def test_adadelta_fits_the_discrete_form_but_has_no_flow():
     np.testing.assert_allclose(np.stack(seen), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     with pytest.raises(dvi.SpecError, match="memory"):
         dvi.central_flow(cubic.problem(w), method, check=False)
+
+
+def test_normalised_gd_lends_its_norm_the_memory_of_a_small_beta2():
+    cubic, w = bowl(5)
+    for memory in (0.1, 0.01):
+        flow = dvi.central_flow(cubic.problem(w), methods.NormalizedGD(0.1, memory=memory), check=False)
+        g, v = torch.tensor(cubic.gradient(w)), torch.tensor(2.0, dtype=torch.float64)
+        rate = flow.calculus.nu_rate({"v": v}, 0.0, g)["v"]
+        assert float(rate) == pytest.approx(float(g @ g - v) / memory, rel=1e-12)
+        assert flow.calculus.nu_decay({"v": v}, 0.0, g) == pytest.approx(1 / memory, rel=1e-12)
+    with pytest.raises(dvi.SpecError, match=r"memory must be in \(0, 1\)"):
+        methods.NormalizedGD(0.1, memory=0.0)
 
 
 @pytest.mark.parametrize("make", [methods.RMSProp, methods.RMSPropNorm], ids=["sign descent", "normalised"])
