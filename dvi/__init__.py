@@ -19,7 +19,18 @@ from dvi.compare import Comparison, compare
 from dvi.compile import Linearisation
 from dvi.discrete import Discrete, discrete
 from dvi.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
-from dvi.methods import Diagonal, Filter, Method, NotPositiveDefiniteError, Preconditioner, Scalar, SpecError
+from dvi.methods import (
+    Blocks,
+    Dense,
+    Diagonal,
+    Filter,
+    Kronecker,
+    Method,
+    NotPositiveDefiniteError,
+    Preconditioner,
+    Scalar,
+    SpecError,
+)
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.solution import Solution
 from dvi.solve import solve
@@ -53,17 +64,20 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AblatedFlow",
+    "Blocks",
     "CCPError",
     "CentralFlow",
     "CentralMap",
     "Comparison",
     "ConvergenceError",
+    "Dense",
     "Derivation",
     "DerivativeError",
     "Diagonal",
     "Discrete",
     "Euler",
     "Filter",
+    "Kronecker",
     "Linearisation",
     "MacroStep",
     "MemoryLimitError",

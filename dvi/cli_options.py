@@ -37,6 +37,10 @@ METHODS: Mapping[str, Recipe[dvi.Method]] = {
     "nesterov": (dvi.methods.Nesterov, {}),
     "adam": (dvi.methods.Adam, {}),
     "nadam": (dvi.methods.NAdam, {}),
+    "rmsprop-centred": (dvi.methods.CentredRMSProp, {"beta2": 0.99}),
+    "adagrad": (dvi.methods.AdaGrad, {}),
+    "adagrad-norm": (dvi.methods.AdaGradNorm, {}),
+    "normalized-gd": (dvi.methods.NormalizedGD, {}),
 }
 
 
@@ -98,7 +102,8 @@ class Options:
     """How many examples to differentiate at a time: less memory, same result."""
 
     method: str = "rmsprop"
-    """What minimises it: gd, rmsprop-norm (one adaptive step size) or rmsprop (one for each weight)."""
+    """What minimises it: gd; one adaptive step size: rmsprop-norm, adagrad-norm, normalized-gd; one for each weight:
+    rmsprop, rmsprop-centred, adagrad; with momentum: heavy-ball, nesterov, adam, nadam."""
     lr: float = 1e-3
     """Learning rate η, positive, in units of weight²/loss for gd, of weight for rmsprop."""
     momentum: Annotated[float | None, shown("β", "0.9")] = None
@@ -106,9 +111,9 @@ class Options:
     beta1: Annotated[float | None, shown("β₁", "0.9")] = None
     """Momentum of the average of gradients, 0 to 1 (adam, nadam)."""
     beta2: Annotated[float | None, shown("β₂", "0.99; adam, nadam: 0.999")] = None
-    """Decay β₂ of the average of squared gradients per step, 0 < β₂ < 1 (rmsprop, rmsprop-norm)."""
-    eps: Annotated[float | None, shown("ε", "0")] = None
-    """ε ≥ 0, added to the root of that average, in units of the gradient (rmsprop, rmsprop-norm)."""
+    """Decay β₂ of the average of squared gradients per step, 0 < β₂ < 1 (rmsprop, rmsprop-norm, rmsprop-centred)."""
+    eps: Annotated[float | None, shown("ε", "0; 1e-8 for rmsprop-centred, 1e-10 for adagrad")] = None
+    """ε ≥ 0, added to the root of that average or sum, in units of the gradient (all but gd and adagrad-norm)."""
     bias_correction: bool = False
     """Divide the average by 1 − β₂ᵗ, as Adam does, so that early steps are not too long (rmsprop, rmsprop-norm)."""
 

@@ -37,6 +37,10 @@ from dvi.solvers.svec import smat, svec, triu
 #: C.4 and C.5.  "full": through g = ∇L(w), so that ∂f/∂g · ½∇³L[Σ] is there, too.
 Covariance = Literal["gradient-covariance", "full"]
 
+#: Which HU acts on ν: H times U as computed, 2P(ν)U as on the constraint, or the one that the integrator asks for.
+EdgeHessian = Literal["integrator", "computed", "edge"]
+
+_FORGOTTEN = 1e-8  # ν has no memory where it keeps less than this of itself in one step
 _DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
 
 
@@ -70,6 +74,8 @@ class SpecCalculus:
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
+        #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
+        self.memory = float(getattr(method, "memory", 0.0))
         if not self.stateless:
             self._refuse_algebraic(nu, g)
 
@@ -207,6 +213,8 @@ class SpecCalculus:
         paper = paper or (self.accuracy == "paper" and h is None)
         if self.elementwise:
             J = slope(pytree.tree_map(torch.ones_like, nu))
+            if self.memory:
+                J = pytree.tree_map(lambda x: x.clamp(min=self.memory - 1), J)
             if paper:
                 return pytree.tree_map(lambda r, x: r / (1 + x), rhs, J)
             return pytree.tree_map(lambda r, x: r * forgetting.factor(x, h), rhs, J)
@@ -250,9 +258,11 @@ class SpecCalculus:
             ones = pytree.tree_map(torch.ones_like, nu)
             J = pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (ones,))[1])
             lowest = min(float((1 + x).min()) for x in J)
+            if self.memory and abs(lowest) <= _FORGOTTEN:
+                return
         else:
             lowest = _smallest_singular_value(lambda nu: method.f(nu, g), nu)
-        if abs(lowest) <= 1e-8:  # ν then forgets all but 1e-8 of itself in one step
+        if abs(lowest) <= _FORGOTTEN:
             raise SpecError(
                 f"{self.method}: 1 + ∂f/∂ν = {lowest:.1g}, so ν follows the gradient at once (β₂ = 0) and has no "
                 "differential equation. Give it some memory (β₂ ≥ 1e-3), which the flow tracks as closely."

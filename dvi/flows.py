@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compile import Covariance, LeftDomainError, Linearisation, LinearisedFlow, SpecCalculus
+from dvi.compile import Covariance, EdgeHessian, LeftDomainError, Linearisation, LinearisedFlow, SpecCalculus
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
@@ -59,8 +60,12 @@ class CompiledFlow:
         check: bool = True,
         covariance: Covariance = "gradient-covariance",
         accuracy: Accuracy | None = None,
+        edge_hessian: EdgeHessian = "integrator",
         max_gib: float = 4.0,
     ) -> None:
+        if edge_hessian not in ("integrator", "computed", "edge"):
+            raise ValueError(f'edge_hessian is "integrator", "computed" or "edge", not {edge_hessian!r}.')
+        self.edge_hessian = edge_hessian
         self.problem = problem
         self.method = as_method(method)
         self.covariance = covariance
@@ -148,7 +153,11 @@ class CompiledFlow:
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
-        return LinearisedFlow(self.calculus, y, g, frame)
+        return LinearisedFlow(self.calculus, y, g, self._read(frame))
+
+    def _read(self, frame: Frame) -> Frame:
+        """The frame with the HU that the user asked for."""
+        return frame if self.edge_hessian == "integrator" else replace(frame, on_edge=self.edge_hessian == "edge")
 
     def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
         """Momentum and ν half a step h behind y."""
@@ -165,7 +174,7 @@ class CompiledFlow:
 
     def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
         """The semi-implicit step of h from s."""
-        return ImplicitStep(self.calculus, s, g, frame, h)
+        return ImplicitStep(self.calculus, s, g, self._read(frame), h)
 
     def velocity(self, y: State, g: Tensor) -> Tensor:
         """Q₁P(ν)⁻¹ g [d]."""
@@ -275,6 +284,7 @@ def central_flow(
     check: bool = True,
     covariance: Covariance = "gradient-covariance",
     accuracy: Accuracy | None = None,
+    edge_hessian: EdgeHessian = "integrator",
     max_gib: float = 4.0,
 ) -> CentralFlow:
     """Compile the central flow of a method on a problem: α, β and the CCP are derived here.
@@ -288,6 +298,10 @@ def central_flow(
         accuracy: ``"paper"``, the definition in C.3–C.7, O(η) from the optimizer where it is stable; or
             ``"second-order"``, with momentum kept as a state (:mod:`dvi.inertial`), O(η²).  Default: the paper's, and
             second order for a method with momentum (where "paper" is the leading-order drift −Q₁P⁻¹(g + ½∇³L[Σ])).
+        edge_hessian: which HU stands in the gradient covariance HΣH = HU X UᵀH that acts on ν: ``"computed"``, H times
+            U as it is; ``"edge"``, 2P(ν)U, which is the same wherever Σ ≠ 0 on the exact flow (C.5 writes it so, and β
+            is then symmetric for RMSProp); ``"integrator"``, as the integrator asks: :class:`dvi.MacroStep` takes
+            2P(ν)U inside its steps, where its HU is old, the others HU as computed.
         max_gib: memory allowed for the third derivatives of k critical directions, k(k+1)/2 vectors like w; more
             directions than that fit end the run with :class:`dvi.MemoryLimitError`.
 
@@ -296,7 +310,15 @@ def central_flow(
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
-    return CentralFlow(problem, method, check=check, covariance=covariance, accuracy=accuracy, max_gib=max_gib)
+    return CentralFlow(
+        problem,
+        method,
+        check=check,
+        covariance=covariance,
+        accuracy=accuracy,
+        edge_hessian=edge_hessian,
+        max_gib=max_gib,
+    )
 
 
 def central_map(

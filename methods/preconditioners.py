@@ -52,6 +52,10 @@ class Preconditioner(ABC):
         """A mask [d] of the coordinates that never move because P and the gradient are zero there, or None."""
         return None
 
+    def __truediv__(self, lr: Tensor | float) -> Scaled:
+        """P/η: the learning rate folded in."""
+        return Scaled(self, 1 / lr)
+
 
 class Scaled(Preconditioner):
     """A multiple s·P of a preconditioner, s > 0 a number or a tensor []."""
@@ -87,7 +91,9 @@ class Scaled(Preconditioner):
         return self.base.dead()
 
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless the base is finite and positive definite; the factor is positive by construction."""
+        """Raise unless the factor is finite and positive and the base is positive definite."""
+        if not 0 < float(self.factor) < float("inf"):
+            raise NotPositiveDefiniteError(f"P(ν) = s·P with s = {float(self.factor):g} is not positive definite.")
         self.base.check(g)
 
 

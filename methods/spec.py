@@ -63,6 +63,11 @@ class Method:
     their arguments in place, and must not read anything that changes from one step to the next except ν, g and
     scheduled hyperparameters.
 
+    A part of ν that keeps nothing of itself (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no differential
+    equation and is refused, unless ∂f/∂ν is diagonal and the method has an attribute ``memory`` > 0, unit times: in the
+    flows, not in the optimizer, such a part then relaxes towards its value within that time
+    (:class:`~dvi.methods.NormalizedGD`).
+
     Raises:
         SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
             :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2``, ``momentum`` in

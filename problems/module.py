@@ -95,6 +95,11 @@ class ModuleProblem(Problem):
         )
         self._refuse_changed_buffers()
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the model's trainable parameters, in the order in which they lie in w."""
+        return tuple(tuple(shape) for shape in self.parameter_shapes.values())
+
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """Return what the model with weights ``w`` [d] makes of ``inputs`` (a tensor [n, ...] or a tuple of them).
 

@@ -103,6 +103,11 @@ class Problem:
         return self.w0.numel()
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameter tensors that lie one after the other in w; of a plain loss, one vector [d]."""
+        return ((self.dim,),)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and derivatives."""
         return self.w0.dtype
