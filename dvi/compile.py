@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 
 from dvi import forgetting
 from dvi.forgetting import Accuracy
-from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
+from dvi.local import curvature, is_local
+from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
 from dvi.methods.preconditioners import Scaled
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
@@ -70,6 +71,7 @@ class SpecCalculus:
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
+        self.local = not self.stateless and is_local(method, nu, g)
         if not self.stateless:
             self._refuse_algebraic(nu, g)
 
@@ -122,6 +124,25 @@ class SpecCalculus:
 
         rate: Tensor = jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
         return U.T @ rate
+
+    def P_rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
+        """The upper triangles of Uᵀ ∂P[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""
+        k = U.shape[1]
+        rows, columns = torch.triu_indices(k, k, device=U.device)
+        if type(self.P(nu, t)) is Diagonal:  # then ∂P is known by its diagonal, and [d, k] products are not needed
+
+            def p(nu: Nu) -> Tensor:
+                diagonal: Tensor = self.P(nu, t).p  # type: ignore[attr-defined]
+                return torch.where(diagonal > 0, diagonal, torch.zeros_like(diagonal))
+
+            rates = vmap(lambda dnu: jvp(p, (nu,), (dnu,))[1])(dnu)
+            triangles: Tensor = rates @ (U[:, rows] * U[:, columns])
+            return triangles
+        generic: Tensor = vmap(
+            lambda dnu: self.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
+            chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
+        )(dnu)
+        return generic
 
     # ---- ν --------------------------------------------------------------------------------------------
 
@@ -177,15 +198,18 @@ class SpecCalculus:
         """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
         method = self.method.at(t)
 
-        def curvature(h: Tensor, other: Tensor) -> Nu:
-            def slope(g: Tensor) -> Nu:
-                return jvp(lambda g: method.f(nu, g), (g,), (h,))[1]
-
-            return jvp(slope, (g,), (other,))[1]
-
         k = HU.shape[1]
         rows, columns = torch.triu_indices(k, k, device=g.device)
-        second = vmap(curvature)(HU.T[rows], HU.T[columns])
+        H_rows = HU.T
+        if self.local:
+            ones = torch.ones_like(g)
+            products = H_rows[rows] * H_rows[columns]
+            second = pytree.tree_map(
+                lambda c: c * products if c.shape == g.shape else c.expand(len(products), *c.shape),
+                curvature(method, nu, g, ones, ones),
+            )
+        else:
+            second = vmap(lambda h, other: curvature(method, nu, g, h, other))(H_rows[rows], H_rows[columns])
         weight = like(0.5 * triu(k).weight, g)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
@@ -360,7 +384,6 @@ class LinearisedFlow:
         if not k:
             return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
         index = triu(k)
-        rows, columns = torch.triu_indices(k, k, device=U.device)
         P = self.preconditioner
         P_inv_T = P.solve(T.T)  # [d, n]
         alpha = -self.speed * (P_inv_T.T @ self.g)
@@ -370,11 +393,7 @@ class LinearisedFlow:
         moved = T @ (self.y.w - self.frame.w)
         parts = [alpha, beta, alpha_P, gap, moved]
         if not self.calculus.stateless:
-            beta_P = vmap(
-                lambda dnu: self.calculus.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
-                chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
-            )(self._nu_response)
-            parts.append(beta_P.T)
+            parts.append(self.calculus.P_rates(nu, t, self._nu_response, U).T)
         a, B, aP, G, m, *bP = host(*parts)
         # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
         B = B + 2 * index.weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
