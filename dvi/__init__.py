@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dvi import methods, problems, solvers
 from dvi.ablated import AblatedFlow, ablated_flow
 from dvi.compare import Comparison, compare
-from dvi.compile import Linearisation
 from dvi.discrete import Discrete, discrete
 from dvi.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
+from dvi.linearised import Linearisation
 from dvi.methods import (
     Blocks,
     Dense,

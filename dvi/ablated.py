@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from dvi.compile import LinearisedFlow
 from dvi.flows import CompiledFlow, MethodLike
 from dvi.forgetting import Accuracy
+from dvi.linearised import LinearisedFlow
 from dvi.methods import SpecError
 from dvi.problems import Problem
 from dvi.solvers.protocol import Frame, State

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from dvi.compile import _solve_coupled
+from dvi.coupled import solve_coupled
 from dvi.flows import CompiledFlow
 from dvi.methods import Nu, SpecError
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
@@ -130,7 +130,7 @@ class Balance:
         if self.flow.calculus.elementwise:
             return pytree.tree_map(torch.div, rhs, self._slope(nu, pytree.tree_map(torch.ones_like, nu)))
         try:
-            return _solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=False)
+            return solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=False)
         except (SpecError, RuntimeError):
             raise SpecError(f"{self.flow.method}: ∂f/∂ν is singular: a part of ν never forgets.") from None
 
@@ -142,7 +142,7 @@ class Balance:
         rhs = pytree.tree_map(lambda x: -weight.reshape(-1, *[1] * (x.ndim - 1)) * x, pairs)
         if self.flow.calculus.elementwise:
             return pytree.tree_map(torch.div, rhs, self._slope(nu, pytree.tree_map(torch.ones_like, nu)))
-        return _solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=True)
+        return solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=True)
 
     def root(self, nu: Nu, HD: Tensor) -> Nu:
         """The stationary ν for a given HD, from a ν nearby."""

@@ -14,10 +14,7 @@ the numerics is written in P̃, where the edge is at 2, and the flow moves at κ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +23,13 @@ from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
 from dvi import forgetting
+from dvi.coupled import Flat, smallest_singular_value, solve_coupled
 from dvi.forgetting import Accuracy
-from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
-from dvi.methods.preconditioners import Scaled
+from dvi.local import curvature, is_local
+from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
 from dvi.solvers.errors import DomainError
-from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
-from dvi.solvers.svec import smat, svec, triu
+from dvi.solvers.protocol import host, like
+from dvi.solvers.svec import triu
 
 #: How ½∇²_w f[Σ] is read.  "gradient-covariance": the curvature of f in g only, ½∇²_g f[HΣH], which gives the paper's
 #: C.4 and C.5.  "full": through g = ∇L(w), so that ∂f/∂g · ½∇³L[Σ] is there, too.
@@ -41,7 +39,6 @@ Covariance = Literal["gradient-covariance", "full"]
 EdgeHessian = Literal["integrator", "computed", "edge"]
 
 _FORGOTTEN = 1e-8  # ν has no memory where it keeps less than this of itself in one step
-_DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
 
 
 class LeftDomainError(NotPositiveDefiniteError, DomainError):
@@ -76,6 +73,7 @@ class SpecCalculus:
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
         self.memory = float(getattr(method, "memory", 0.0))
+        self.local = not self.stateless and is_local(method, nu, g)
         if not self.stateless:
             self._refuse_algebraic(nu, g)
 
@@ -86,7 +84,7 @@ class SpecCalculus:
         return self._scaled(self.method.at(t), nu)
 
     def _scaled(self, method: Method, nu: Nu) -> Preconditioner:
-        return Scaled(method.P(nu), 0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+        return method.P(nu).scaled(0.5 * method.Q().threshold) if self.momentum else method.P(nu)
 
     def speed(self, t: float) -> float:
         """κ = Q₁c/2: how much faster than P̃⁻¹ the flow moves; 1 without momentum."""
@@ -128,6 +126,25 @@ class SpecCalculus:
 
         rate: Tensor = jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
         return U.T @ rate
+
+    def P_rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
+        """The upper triangles of Uᵀ ∂P[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""
+        k = U.shape[1]
+        rows, columns = torch.triu_indices(k, k, device=U.device)
+        if type(self.P(nu, t)) is Diagonal:  # then ∂P is known by its diagonal, and [d, k] products are not needed
+
+            def p(nu: Nu) -> Tensor:
+                diagonal: Tensor = self.P(nu, t).p  # type: ignore[attr-defined]
+                return torch.where(diagonal > 0, diagonal, torch.zeros_like(diagonal))
+
+            rates = vmap(lambda dnu: jvp(p, (nu,), (dnu,))[1])(dnu)
+            triangles: Tensor = rates @ (U[:, rows] * U[:, columns])
+            return triangles
+        generic: Tensor = vmap(
+            lambda dnu: self.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
+            chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
+        )(dnu)
+        return generic
 
     # ---- ν --------------------------------------------------------------------------------------------
 
@@ -183,15 +200,18 @@ class SpecCalculus:
         """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
         method = self.method.at(t)
 
-        def curvature(h: Tensor, other: Tensor) -> Nu:
-            def slope(g: Tensor) -> Nu:
-                return jvp(lambda g: method.f(nu, g), (g,), (h,))[1]
-
-            return jvp(slope, (g,), (other,))[1]
-
         k = HU.shape[1]
         rows, columns = torch.triu_indices(k, k, device=g.device)
-        second = vmap(curvature)(HU.T[rows], HU.T[columns])
+        H_rows = HU.T
+        if self.local:
+            ones = torch.ones_like(g)
+            products = H_rows[rows] * H_rows[columns]
+            second = pytree.tree_map(
+                lambda c: c * products if c.shape == g.shape else c.expand(len(products), *c.shape),
+                curvature(method, nu, g, ones, ones),
+            )
+        else:
+            second = vmap(lambda h, other: curvature(method, nu, g, h, other))(H_rows[rows], H_rows[columns])
         weight = like(0.5 * triu(k).weight, g)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
@@ -219,8 +239,8 @@ class SpecCalculus:
                 return pytree.tree_map(lambda r, x: r / (1 + x), rhs, J)
             return pytree.tree_map(lambda r, x: r * forgetting.factor(x, h), rhs, J)
         if paper:
-            return _solve_coupled(lambda dnu: pytree.tree_map(torch.add, dnu, slope(dnu)), nu, rhs, batched)
-        flat = _Flat(nu)
+            return solve_coupled(lambda dnu: pytree.tree_map(torch.add, dnu, slope(dnu)), nu, rhs, batched)
+        flat = Flat(nu)
         if flat.size > forgetting.DENSE_LIMIT:
             forgetting.matrix(np.empty((flat.size, 0)), h)  # says so
         F = like(forgetting.matrix(host(flat.matrix(slope))[0], h), flat.example)
@@ -261,7 +281,7 @@ class SpecCalculus:
             if self.memory and abs(lowest) <= _FORGOTTEN:
                 return
         else:
-            lowest = _smallest_singular_value(lambda nu: method.f(nu, g), nu)
+            lowest = smallest_singular_value(lambda nu: method.f(nu, g), nu)
         if abs(lowest) <= _FORGOTTEN:
             raise SpecError(
                 f"{self.method}: 1 + ∂f/∂ν = {lowest:.1g}, so ν follows the gradient at once (β₂ = 0) and has no "
@@ -272,179 +292,3 @@ class SpecCalculus:
                 f"{self.method}: 1 + ∂f/∂ν = {lowest:.3g} is negative: ν overshoots at every step (it alternates), "
                 "which no flow in ν can follow."
             )
-
-
-class _Flat:
-    """ν as one vector and back."""
-
-    def __init__(self, nu: Nu) -> None:
-        self.leaves, self.spec = pytree.tree_flatten(nu)
-        self.sizes = [x.numel() for x in self.leaves]
-        self.size, self.example = sum(self.sizes), self.leaves[0]
-
-    def unravel(self, flat: Tensor) -> Nu:
-        parts = torch.split(flat, self.sizes)
-        return pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(parts, self.leaves, strict=True)], self.spec)
-
-    @staticmethod
-    def ravel(tree: Nu) -> Tensor:
-        return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
-
-    def matrix(self, apply: Callable[[Nu], Nu]) -> Tensor:
-        """A linear map of ν as a dense matrix."""
-        eye = torch.eye(self.size, dtype=self.example.dtype, device=self.example.device)
-        columns: Tensor = vmap(lambda v: self.ravel(apply(self.unravel(v))))(eye)
-        return columns.T
-
-
-def _smallest_singular_value(f: Callable[[Nu], Nu], nu: Nu) -> float:
-    """Of I + ∂f/∂ν; 1 where ν is too large to look (the iterative solve then finds out)."""
-    flat = _Flat(nu)
-    if flat.size > _DENSE_LIMIT:
-        return 1.0
-    A = flat.matrix(lambda dnu: pytree.tree_map(torch.add, dnu, jvp(f, (nu,), (dnu,))[1]))
-    return float(torch.linalg.svdvals(A)[-1])
-
-
-def _solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> Nu:
-    """Solve apply(x) = rhs where the entries of ν are coupled."""
-    from scipy.sparse.linalg import LinearOperator, gmres
-
-    flat = _Flat(nu)
-    b = vmap(flat.ravel)(rhs) if batched else flat.ravel(rhs)[None]
-    if flat.size <= _DENSE_LIMIT:
-        x = torch.linalg.solve(flat.matrix(apply), b.T).T
-    else:
-        operator = LinearOperator(
-            (flat.size, flat.size),
-            matvec=lambda v: flat.ravel(apply(flat.unravel(like(v, flat.example)))).double().cpu().numpy(),
-            dtype=np.float64,
-        )
-        rows = []
-        for row in b:
-            solution, info = gmres(operator, row.double().cpu().numpy(), rtol=1e-10, atol=0.0, maxiter=200)
-            if info != 0:
-                raise SpecError("(I + ∂f/∂ν)⁻¹ could not be solved for: is I + ∂f/∂ν singular (ν without memory)?")
-            rows.append(like(solution, flat.example))
-        x = torch.stack(rows)
-    return vmap(flat.unravel)(x) if batched else flat.unravel(x[0])
-
-
-@dataclass(frozen=True)
-class LinearisedFlow:
-    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame.
-
-    With ``push`` off, oscillations act on ν alone: ½∇³L[Σ] is left out of dw/dt and of β (an ablated flow).
-    """
-
-    calculus: SpecCalculus
-    y: State
-    g: Tensor
-    frame: Frame
-    push: bool = True
-
-    @cached_property
-    def preconditioner(self) -> Preconditioner:
-        """P(ν), checked."""
-        return self.calculus.checked_P(self.y.nu, self.y.t, self.g)
-
-    @property
-    def speed(self) -> float:
-        """κ, see :meth:`SpecCalculus.speed`."""
-        return self.calculus.speed(self.y.t)
-
-    @cached_property
-    def _nu_rate(self) -> Nu:
-        return self.calculus.nu_rate(self.y.nu, self.y.t, self.g)
-
-    @cached_property
-    def _nu_response(self) -> Nu:
-        frame = self.frame
-        HU = 2 * self.preconditioner.apply(frame.U) if frame.on_edge else frame.HU
-        return self.calculus.nu_response(self.y.nu, self.y.t, self.g, HU, frame.T)
-
-    @cached_property
-    def _host(self) -> tuple[Array, Array, Array]:
-        """α [k, k], β [n, n] and the gap [k, k], moved to the host together."""
-        U, T, k, nu, t = self.frame.U, self.frame.T, self.frame.k, self.y.nu, self.y.t
-        if not k:
-            return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
-        index = triu(k)
-        rows, columns = torch.triu_indices(k, k, device=U.device)
-        P = self.preconditioner
-        P_inv_T = P.solve(T.T)  # [d, n]
-        alpha = -self.speed * (P_inv_T.T @ self.g)
-        beta = (0.5 * self.speed if self.push else 0.0) * (T @ P_inv_T)
-        alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
-        gap = 2 * (U.T @ P.apply(U))
-        moved = T @ (self.y.w - self.frame.w)
-        parts = [alpha, beta, alpha_P, gap, moved]
-        if not self.calculus.stateless:
-            beta_P = vmap(
-                lambda dnu: self.calculus.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
-                chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
-            )(self._nu_response)
-            parts.append(beta_P.T)
-        a, B, aP, G, m, *bP = host(*parts)
-        # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
-        B = B + 2 * index.weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
-        return smat(a) - (aP + aP.T), B, 0.5 * (G + G.T) - self.frame.M - smat(m)
-
-    @property
-    def alpha(self) -> Array:
-        """α [k, k]."""
-        return self._host[0]
-
-    @property
-    def beta(self) -> Array:
-        """β [n, n] in svec, n = k(k+1)/2."""
-        return self._host[1]
-
-    @property
-    def gap(self) -> Array:
-        """Uᵀ(2P − H)U [k, k], H extrapolated linearly from the anchor."""
-        return self._host[2]
-
-    def drift(self, X: Array | None) -> Rate:
-        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
-        free = Rate(-self.speed * self.preconditioner.solve(self.g), self._nu_rate)
-        if X is None or not X.any():
-            return free
-        pushed = self.kick(X)
-        return Rate(free.w + pushed.w, pytree.tree_map(torch.add, free.nu, pushed.nu))
-
-    def kick(self, Z: Array) -> Rate:
-        """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that is due to oscillations."""
-        z = like(svec(Z), self.g)
-        dnu = self.y.nu
-        if not self.calculus.stateless:
-            dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
-        push = 0.5 * self.speed * (z @ self.frame.T) if self.push else torch.zeros_like(self.g)
-        return Rate(-self.preconditioner.solve(push), dnu)
-
-
-@dataclass(frozen=True)
-class Linearisation:
-    """What the compiler made of a method and a loss at one (w, ν): see :meth:`dvi.CentralFlow.linearise`.
-
-    Attributes:
-        alpha: [k, k], host float64: −d/dt Uᵀ(2P − H)U without oscillation, per unit time.
-        beta: [n, n], host float64, svec: with oscillation X, d/dt Uᵀ(2P − H)U = β[X] − α.
-        gap: [k, k]: Uᵀ(2P − H)U.
-        eigenvalues: [k], of P⁻¹H on U.
-        U: [d, k].
-        T: [n, d], ∇_w uᵢᵀH uⱼ in svec order.
-        flow: the drift, see :meth:`drift`.
-    """
-
-    alpha: Tensor
-    beta: Tensor
-    gap: Tensor
-    eigenvalues: Tensor
-    U: Tensor
-    T: Tensor
-    flow: LinearisedFlow
-
-    def drift(self, X: Any = None) -> Rate:
-        """(dw/dt [d], dν/dt) with oscillation covariance Σ = UXUᵀ, X [k, k]; per unit time."""
-        return self.flow.drift(None if X is None else np.asarray(X, dtype=np.float64))

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compile import Covariance, EdgeHessian, LeftDomainError, Linearisation, LinearisedFlow, SpecCalculus
+from dvi.compile import Covariance, EdgeHessian, LeftDomainError, SpecCalculus
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
+from dvi.linearised import Linearisation, LinearisedFlow
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import DomainError, MemoryLimitError

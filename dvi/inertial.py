@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.methods import Nu, Preconditioner
@@ -131,13 +130,7 @@ class ImplicitStep:
         moved = frame.T @ (self.s.w + self._moved(P, m) - frame.w)
         parts = [-opened, gap, moved]
         if not calculus.stateless:
-            rows, columns = torch.triu_indices(k, k, device=frame.U.device)
-            parts.append(
-                vmap(
-                    lambda dnu: calculus.P_rate(nu_end, end_clock, dnu, frame.U, clock=False)[rows, columns],
-                    chunk_size=max(1, 64 // k),
-                )(self._responses[1]).T
-            )
+            parts.append(calculus.P_rates(nu_end, end_clock, self._responses[1], frame.U).T)
         B, G, v, *bP = host(*parts)
         B = B + 2 * triu(k).weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
         return 0.5 * (G + G.T) - frame.M - smat(v), B

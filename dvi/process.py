@@ -102,7 +102,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound")
+    _own_state: tuple[str, ...] = ("memory", "bound", "strained")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -110,6 +110,7 @@ class FlowProcess(Process):
         super().__init__(flow, start, grid, observer)
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
+        self.strained: list[tuple[float, float]] = []  # steps with too large an error estimate: when, and over tol
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
 
@@ -152,12 +153,27 @@ class FlowProcess(Process):
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
+        if result.strain:
+            self.strained.append((start.t - self.origin, result.strain))
         self.y, self.memory = result.y, result.memory
 
     def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
         """The weights at the grid points that a step has passed."""
         ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
         return ready | {len(self.grid) - 1: result.y.w} if finished else ready
+
+    def _strain(self) -> list[str]:
+        """What to tell of steps that were taken in spite of their error estimate."""
+        if not self.strained:
+            return []
+        (first, _), (last, _) = self.strained[0], self.strained[-1]
+        worst, ratio = max(self.strained, key=lambda pair: pair[1])
+        return [
+            f"{self.flow.name} flow: {len(self.strained)} of {len(self.counts)} steps, from t = {first:g} to {last:g}, "
+            f"were as short as allowed and still had an error estimate above what tol allows, the largest "
+            f"{ratio:.3g} tol at t = {worst:g}. From there on the result is less exact than asked for: lower h_min, "
+            "or loosen tol to say so."
+        ]
 
     @staticmethod
     def _require_feasible(sharpness: float) -> None:
@@ -195,7 +211,7 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=list(self.flow.notes),
+            notes=[*self.flow.notes, *self._strain()],
             about=about | {"integrator": repr(self.integrator)},
         )
 

@@ -116,8 +116,9 @@ def _hermite(t: Array, nodes: list[Observation], grid: Array) -> Array:
 
 
 def _eigenvalues(t: Array, rows: list[Array], grid: Array) -> Array:
-    """[len(grid), m], NaN where fewer were followed; linear where both neighbours have the value."""
-    table = padded(rows)
+    """[len(grid), m], NaN where fewer were followed; linear between neighbouring looks that both have the value."""
+    looked = np.array([len(row) > 0 for row in rows])
+    t, table = t[looked], padded(rows)[looked]
     out = np.full((len(grid), table.shape[1]), np.nan)
     for j in range(table.shape[1]):
         known = np.isfinite(table[:, j])

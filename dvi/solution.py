@@ -21,7 +21,7 @@ class Cost:
     """What a run cost, as counts that hold on every machine.
 
     Attributes:
-        t: recorded times [m]; ``counts``: the ledger at these times.
+        t: recorded times [m]; ``counts``: the ledger after the steps that begin at these times.
         ledger: totals.
     """
 
@@ -38,12 +38,21 @@ class Cost:
         return getattr(self.ledger, name)
 
     def per_unit_time(self, t0: float | None = None, t1: float | None = None) -> float:
-        """Gradient equivalents per unit time between two times (the whole run by default)."""
+        """Gradient equivalents per unit time between two times (the whole run by default).
+
+        A step's evaluations are spent between the times it leads from and to, the first search for eigenvectors
+        with the first step; what is looked at when the end is reached is in the totals only.
+
+        Raises:
+            ValueError: unless t1 > t0.
+        """
         t0 = self.t[0] if t0 is None else t0
         t1 = self.t[-1] if t1 is None else t1
         if not t1 > t0:
             raise ValueError(f"per_unit_time({t0}, {t1}): the second time must be later.")
-        spent = [Ledger(**counts, weights=self.ledger.weights).gradient_equivalents for counts in self.counts]
+        # the counts at t[i] are those after the step that begins there
+        after = [Ledger(**counts, weights=self.ledger.weights).gradient_equivalents for counts in self.counts]
+        spent = [0.0, *after[:-1]]
         return float((np.interp(t1, self.t, spent) - np.interp(t0, self.t, spent)) / (t1 - t0))
 
 

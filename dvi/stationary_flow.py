@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compile import LinearisedFlow
 from dvi.flows import CompiledFlow, MethodLike
+from dvi.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult

@@ -48,6 +48,10 @@ class Preconditioner(ABC):
             NotPositiveDefiniteError: naming the coordinates or the value.
         """
 
+    def scaled(self, factor: Tensor | float) -> Preconditioner:
+        """The multiple factor·P, factor > 0 a number or a tensor []."""
+        return Scaled(self, factor)
+
     def dead(self) -> Tensor | None:
         """A mask [d] of the coordinates that never move because P and the gradient are zero there, or None."""
         return None
@@ -114,6 +118,10 @@ class Scalar(Preconditioner):
         """P⁻¹ V."""
         return V / self.p
 
+    def scaled(self, factor: Tensor | float) -> Scalar:
+        """The multiple factor·P."""
+        return Scalar(self.p * factor)
+
     def inv_sqrt(self, V: Tensor) -> Tensor:
         """P^{−1/2} V."""
         return V / self.p**0.5
@@ -175,6 +183,10 @@ class Diagonal(Preconditioner):
     def solve(self, V: Tensor) -> Tensor:
         """P⁻¹ V, zero on dead coordinates."""
         return self._times(1.0 / self.p, V)
+
+    def scaled(self, factor: Tensor | float) -> Diagonal:
+        """The multiple factor·P."""
+        return Diagonal(self.p * factor)
 
     def inv_sqrt(self, V: Tensor) -> Tensor:
         """P^{−1/2} V, zero on dead coordinates."""

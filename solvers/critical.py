@@ -173,7 +173,7 @@ class CriticalSubspace:
                 X, AX = beside(X, fresh), beside(AX, A(fresh))
                 P = AP = None
                 # a new vector must be given the chance to show an eigenvalue above `want`
-                X, AX = self._settle(A, X, AX, count=8)
+                X, AX = self._settle(A, X, AX, tol, count=8)
                 continue
             if iteration == self.max_iterations:
                 break
@@ -188,15 +188,17 @@ class CriticalSubspace:
             "max_iterations, or compute in float64."
         )
 
-    def _settle(self, A: Operator, X: Tensor, AX: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """A few unconditional iterations, so that a random vector turns towards the top of the spectrum."""
+    def _settle(self, A: Operator, X: Tensor, AX: Tensor, tol: float, count: int) -> tuple[Tensor, Tensor]:
+        """A few iterations on the vectors that are not converged, so that a random one turns towards the top."""
         P = AP = None
         for _ in range(count):
             ritz, X, AX = _ritz(X, AX)
             R = torch.addcmul(AX, X, like(ritz, X), value=-1)
-            if float(R.norm()) < 1e-8:
+            (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
+            active = residuals > (min(tol, 1e-8) if P is None else tol)
+            if not active.any():
                 break
-            X, AX, P, AP = _improved(A, X, AX, R, P, AP)
+            X, AX, P, AP = _improved(A, X, AX, R[:, np.flatnonzero(active).tolist()], P, AP)
         return X, AX
 
 

@@ -13,20 +13,31 @@ from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like, mended
 from dvi.solvers.rkc import rkc, stages
+from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
 from dvi.solvers.watch import Sighting, Watch, empty_frame
 
+#: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
+SHARE = 0.5
+ORDER = 1 / (3 - SHARE)
+#: In units of tol: what a step may have before it is rejected.
+ALLOWED = 4.0
+
 _OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
+_UNSEEN = 2.01  # … or above this, where nothing was constrained because the eigenvalues were taken on trust
 
 
 @dataclass(frozen=True)
 class Here:
-    """All that is known at the start of a step."""
+    """All that is known at the start of a step; ``anchor``: the weights for which the frame's T speaks (default:
+    the frame's own).
+    """
 
     loss: float
     g: Tensor
     seen: Sighting
     frame: Frame
+    anchor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Accepted:
         y: the state at its end; here: what is known there, to start the next step from.
         X: the impulse of the step over its length, in ``X_frame``.
         rate, end_rate: dy/dt at both ends.
-        error: the larger of the embedded estimate and the trapezoid correction, in the norm of w.
+        error: the larger of the embedded estimate and the trapezoid correction, in the norm of w, over √h.
     """
 
     y: State
@@ -49,6 +60,24 @@ class Accepted:
     error: float
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """The end of a step after its corrections.
+
+    Attributes:
+        y: the state.
+        Z: the impulse of the whole step in the new frame.
+        bend: the size of the trapezoid correction in w, over √h.
+        T: third derivatives of the new frame, and anchor: the weights for which they speak.
+    """
+
+    y: State
+    Z: Array
+    bend: float
+    T: Tensor
+    anchor: Tensor
+
+
 @dataclass
 class Attempt:
     """One try of a macro step; ``run`` gives what was reached, or (a float) the step to try instead."""
@@ -56,7 +85,7 @@ class Attempt:
     flow: Flow
     watch: Watch
     tol: float
-    before: tuple[Frame, Tensor, float] | None  # frame, eigenvectors and length of the last step
+    before: tuple[Frame, Tensor, float] | None  # frame, eigenvectors and time of the last look but one
     here: Here
     y: State
     h: float
@@ -89,10 +118,10 @@ class Attempt:
         raw["nu"] = end.nu
         loss, g = flow.value_and_grad(end)
         last, X_end = rate({**raw, "t": end.t}, g)
-        error = self._embedded_error(start, raw, first, last, g)
+        error = self._embedded_error(start, raw, first, last, g) / h**SHARE
         if not np.isfinite(error):
             return self._retry(np.inf)
-        if error > 4 * tol and not self.final:
+        if error > ALLOWED * tol and not self.final:
             return self._retry(error)
 
         begin, finish = Rate(first["w"], first["nu"]), Rate(last["w"], last["nu"])
@@ -100,36 +129,46 @@ class Attempt:
             here = evaluate(flow, self.watch, end, self.here.seen, h, (float(loss), g))
             return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
-        seen = self.watch.look(flow, end, self.here.seen, h, extrapolated(self.here, self.before, self.h))
-        if seen.eigenvalues[0] > _OVERSHOOT and not self.final:
+        if not frame.k and end.t + h <= self.here.seen.until:  # far from 2, for another such step at least
+            here = replace(self.here, loss=float(loss), g=g)
+            return Accepted(end, here, np.zeros((0, 0)), frame, begin, finish, error)
+        seen = self.watch.look(flow, end, self.here.seen, h, extrapolated(self.here, self.before, end.t))
+        on_trust = self.here.seen.t < y.t
+        if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return 0.5 * h
-        new = critical_frame(flow, self.watch, end, seen, h)
+        new = critical_frame(flow, self.watch, end, seen, h, frame.k)
         corrected = self._correct(end, g, new, raw["z"], frame, X_end)
         if corrected is None:
             return self._retry(np.inf)
-        moved, Z, bend = corrected
-        if bend > 4 * tol and not self.final:
+        moved, Z, bend = corrected.y, corrected.Z, corrected.bend
+        if bend > ALLOWED * tol and not self.final:
             return self._retry(bend)
         if moved is not end:
             loss, g = flow.value_and_grad(moved)
             gap = flow.linearised(moved, g, new).gap
             new, seen = settled(flow, moved, new, gap, seen, h)
-        here = Here(float(loss), g, seen, new)
+        here = Here(float(loss), g, seen, replace(new, T=corrected.T), corrected.anchor)
         return Accepted(moved, here, Z / h, new, begin, finish, max(error, bend))
 
     def _radius(self) -> float:
-        """Spectral radius of the flow's Jacobian: λ ≤ 2 in w, and ν's own decay."""
-        top = float(self.here.seen.eigenvalues[0])
-        # without a constraint the sharpness rises as it likes, and is known to a few percent, up to a unit ago
-        top *= 1.05 if self.flow.constrained else 1.2
-        return max(2.1, top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
+        """Spectral radius of the flow's Jacobian: at most the effective sharpness in w, and ν's own decay."""
+        seen = self.here.seen
+        top = float(seen.eigenvalues[0])
+        if not self.flow.constrained:  # it rises as it likes, and is known to a few percent, up to a unit ago
+            top = max(2.1, 1.2 * top)
+        elif self.here.frame.k or self.y.t + self.h > seen.until:
+            top = max(2.1, 1.05 * top)
+        else:  # far from 2 until then; a Ritz value is below the eigenvalue by its residual at most
+            rise = self.watch.rise(seen, self.y.t + self.h)
+            top = min(2.1, 1.1 * (top + float(seen.block.residuals[0]) + rise) + 0.1)
+        return max(top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
 
     def _retry(self, error: float) -> float:
         if not np.isfinite(error):
             if self.final:
                 raise DomainError("the state is not finite.")
             return 0.5 * self.h
-        return float(self.h * np.clip(0.8 * (self.tol / error) ** (1 / 3), 0.2, 0.6))
+        return float(self.h * np.clip(0.8 * (self.tol / error) ** ORDER, 0.2, 0.6))
 
     def _embedded_error(
         self, start: dict[str, Any], raw: dict[str, Any], first: dict[str, Any], last: dict[str, Any], g: Tensor
@@ -158,32 +197,36 @@ class Attempt:
 
     # ---- the end of the step --------------------------------------------------------------------------
 
-    def _correct(
-        self, end: State, g: Tensor, new: Frame, z: Array, middle: Frame, X_end: Array
-    ) -> tuple[State, Array, float] | None:
+    def _correct(self, end: State, g: Tensor, new: Frame, z: Array, middle: Frame, X_end: Array) -> Corrected | None:
         """Trapezoid rule for the change of frame, then the signed correction of the impulse onto the constraint.
 
-        Returns the corrected state, the impulse of the whole step in the new frame, and the size of the trapezoid
-        correction in w; None if the correction leaves the domain of P.
+        None if the correction leaves the domain of P.
         """
         flow, old = self.flow, self.here.frame
         if not new.k:
-            return end, np.zeros((0, 0)), 0.0
+            return Corrected(end, np.zeros((0, 0)), 0.0, new.T, end.w)
         try:
             lin = flow.linearised(end, g, new)
             Z = Z_end = np.zeros((new.k, new.k))
-            moved, bend = end, 0.0
+            moved, bend, secant = end, 0.0, None
             if old.k:
                 R = transport(flow, end, new, old)
                 Z = R @ smat(z) @ R.T
                 Z_end = R @ (self.h * X_end) @ R.T
                 if z.any():
                     at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
-                    change = combine([(0.5, lin.kick(Z).parts), (0.5, at_start.parts), (-1.0, at_middle.parts)])
-                    bend = float(change[0].norm())
+                    bent = combine([(1.0, lin.kick(Z).parts), (-1.0, at_start.parts)])
+                    change = combine([(0.5, bent), (1.0, at_start.parts), (-1.0, at_middle.parts)])
+                    if old.k == new.k:
+                        Py = flow.precondition(end, bent[0][:, None])[:, 0]
+                        secant = Secant.of(
+                            end.w - (old.w if self.here.anchor is None else self.here.anchor), bent[0], Py
+                        )
+                        change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
+                    bend = float(change[0].norm()) / self.h**SHARE
                     moved = mended(flow, _displaced(end, change), self.y)
-                    if bend > 4 * self.tol and not self.final:
-                        return moved, Z, bend
+                    if bend > ALLOWED * self.tol and not self.final:
+                        return Corrected(moved, Z, bend, new.T, end.w)
                     lin = flow.linearised(moved, g, new)
             # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
             Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X
@@ -194,7 +237,12 @@ class Attempt:
                 flow.velocity(moved, g)  # still in the domain?
         except DomainError:
             return None
-        return moved, Z + y, bend
+        part = secant.part(moved.w - end.w) if secant else 0.0
+        if not part:
+            return Corrected(moved, Z + y, bend, new.T, end.w)
+        # T was made before the corrections; what they change of it is a part of what the step has changed
+        T = new.T + part * (new.T - like(skron(R), new.T) @ old.T)
+        return Corrected(moved, Z + y, bend, T, moved.w)
 
 
 def middle_frame(here: Here, before: tuple[Frame, Tensor, float] | None, h: float) -> Frame:
@@ -202,19 +250,22 @@ def middle_frame(here: Here, before: tuple[Frame, Tensor, float] | None, h: floa
     frame = here.frame
     if before is None or not frame.k or before[0].k != frame.k:
         return frame
-    old, V_old, h_old = before
+    old, V_old, t_old = before
     R = _polar(host(here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
     turned = like(skron(R), frame.T) @ old.T
-    return replace(frame, T=frame.T + min(2.0, h / h_old / 2) * (frame.T - turned))
+    return replace(frame, T=frame.T + min(2.0, h / (here.seen.t - t_old) / 2) * (frame.T - turned))
 
 
-def extrapolated(here: Here, before: tuple[Frame, Tensor, float] | None, h: float) -> Tensor | None:
-    """Eigenvectors extrapolated to the end of the step."""
-    V = here.seen.block.V
-    if before is None or before[1].shape != V.shape:
+def extrapolated(here: Here, before: tuple[Frame, Tensor, float] | None, t: float) -> Tensor | None:
+    """Eigenvectors extrapolated to the time t."""
+    if before is None:
         return None
-    R = _polar(host(before[1].T @ V)[0])
-    return V + min(2.0, h / before[2]) * (V - before[1] @ like(R, V))
+    seen, (_, V_old, t_old) = here.seen, before
+    V = seen.block.V
+    (overlap,) = host(V_old.T @ V)
+    known = np.linalg.norm(overlap, axis=0) > 0.9  # the others were not in the block then
+    change = (V - V_old @ like(_polar(overlap), V)) * like(known, V)
+    return V + min(2.0, (t - seen.t) / (seen.t - t_old)) * change
 
 
 def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
@@ -279,6 +330,6 @@ def evaluate(
     return Here(*known, seen, critical_frame(flow, watch, y, seen, h))
 
 
-def critical_frame(flow: Flow, watch: Watch, y: State, seen: Sighting, h: float) -> Frame:
+def critical_frame(flow: Flow, watch: Watch, y: State, seen: Sighting, h: float, held: int = 0) -> Frame:
     """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
-    return replace(watch.frame(flow, y, seen, h), on_edge=True)
+    return replace(watch.frame(flow, y, seen, h, held), on_edge=True)

@@ -13,21 +13,27 @@ and third derivatives, is made once per step; inside, the constraint is a model 
     5  X of the step is its impulse over h, stamped at the middle.
 
 The step is controlled by an embedded estimate and by the size of the trapezoid correction, and ends where an eigenvalue
-is predicted to arrive at 2.
+is predicted to arrive at 2.  Both may be tol·√h: with the same tol for every step, the many short ones of a first
+transient would make nearly all of the error, which the flow then carries along.  Far from 2 no eigenvectors are sought:
+while the eigenvalues cannot have come near it (``Sighting.until``), 1 and 3–5 fall away.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from dvi.solvers.critical import CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
-from dvi.solvers.macro_attempt import Accepted, Attempt, Here, baumgarte, evaluate, multiplier
+from dvi.solvers.macro_attempt import ALLOWED, ORDER, SHARE, Accepted, Attempt, Here, baumgarte, evaluate, multiplier
 from dvi.solvers.protocol import Flow, Frame, Node, State, StepResult
 from dvi.solvers.watch import Sighting, Watch, node
+
+#: In units of tol: an error estimate from which on a step that is no longer than its error makes no sense.
+SENSELESS = 100.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class MacroMemory:
     Attributes:
         h: the next step to try.
         here: the evaluations at the current state.
-        before: frame, eigenvectors and length of the last step, to extrapolate from.
+        before: frame, eigenvectors and time of the last look but one, to extrapolate from.
     """
 
     h: float
@@ -50,10 +56,11 @@ class MacroStep:
     """Adaptive macro steps with an RKC2 inside; the default integrator.
 
     Args:
-        tol: error allowed per step, in the norm of w; the error of a run falls about like tol^0.55.
+        tol: error allowed in a step of one unit time, in the norm of w (tol·√h in a step of h); the error of a run
+            falls about like tol^0.55.
         h_min, h_max: bounds on the step, unit times.
         h_start: first step; a random initialisation has a transient.
-        watch: how the critical eigenpairs are followed.
+        watch: how the critical eigenpairs are followed (default: as sharply as tol asks for).
         max_rejections: in a row, before giving up.
 
     Raises:
@@ -64,7 +71,7 @@ class MacroStep:
     h_min: float = 1 / 16
     h_max: float = 20.0
     h_start: float = 0.25
-    watch: Watch = field(default_factory=lambda: Watch(survey_every=100.0))
+    watch: Watch | None = None
     max_rejections: int = 25
 
     def __post_init__(self) -> None:
@@ -72,6 +79,14 @@ class MacroStep:
             raise ValueError(f"MacroStep(tol={self.tol}): tol must be positive; 1e-3 is the default.")
         if not 0 < self.h_min <= self.h_start <= self.h_max:
             raise ValueError("MacroStep: bounds on the step must satisfy 0 < h_min <= h_start <= h_max (unit times).")
+
+    @property
+    def following(self) -> Watch:
+        """How the critical eigenpairs are followed."""
+        if self.watch is not None:
+            return self.watch
+        sharp = 3e-3 * min(1.0, (self.tol / 1e-3) ** 0.5)
+        return Watch(CriticalSubspace(tol=sharp), survey_every=100.0)
 
     def init(self, flow: Flow, y: State) -> MacroMemory:
         """The first step is short."""
@@ -85,17 +100,19 @@ class MacroStep:
         """One accepted step of at most h unit times.
 
         Raises:
-            StepError: if a step of h_min still leaves the finite numbers or the domain of P.
+            StepError: if a step of h_min still leaves the finite numbers or the domain of P, or has an error estimate
+                above 100 tol that exceeds its own length.  With a smaller excess it is taken, and ``strain`` tells.
         """
-        here = memory.here or evaluate(flow, self.watch, y, None, memory.h)
+        watch = self.following
+        here = memory.here or evaluate(flow, watch, y, None, memory.h)
         size, landing = memory.h, True
         for _ in range(self.max_rejections):
             size = min(size, self.h_max)
-            length = self._land(here.seen, size) if landing and flow.constrained else size
+            length = self._land(here.seen, y.t, size) if landing and flow.constrained else size
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             try:
-                tried = Attempt(flow, self.watch, self.tol, memory.before, here, y, length, final).run()
+                tried = Attempt(flow, watch, self.tol, memory.before, here, y, length, final).run()
             except DomainError as error:
                 if final:
                     raise StepError(
@@ -105,41 +122,68 @@ class MacroStep:
                 size, landing = max(self.h_min, length / 2), False
                 continue
             if isinstance(tried, float):  # rejected: the step to try next
+                if flow.constrained and here.seen.t < y.t:  # what was taken on trust may be why: look
+                    here = evaluate(flow, watch, y, here.seen, tried, (here.loss, here.g))
                 size, landing = max(self.h_min, tried), False
                 continue
-            return self._accept(flow, here, y, length, size, tried)
+            self._require_sense(y, length, tried)
+            return self._accept(flow, memory.before, here, y, length, size, tried)
         raise StepError(
             f"MacroStep at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol, or use Euler(0.25) to "
             "see what happens there."
         )
 
     def observe(self, flow: Flow, memory: MacroMemory, y: State) -> Node:
-        """What is known at y; X is that of the last CCP of Baumgarte type."""
-        here = memory.here or evaluate(flow, self.watch, y, None, memory.h)
+        """What is known at y, eigenvalues after a look if need be; X is that of the last CCP of Baumgarte type."""
+        here = memory.here or evaluate(flow, self.following, y, None, memory.h)
+        if flow.constrained and here.seen.t < y.t:
+            here = evaluate(flow, self.following, y, here.seen, memory.h, (here.loss, here.g))
         lin = flow.linearised(y, here.g, here.frame)
         X = multiplier(flow, lin, baumgarte(memory.h), None)
         return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, lin.drift(X))
 
     # ---- inside ---------------------------------------------------------------------------------------
 
-    def _land(self, seen: Sighting, h: float) -> float:
+    def _land(self, seen: Sighting, t: float, h: float) -> float:
         """Shorten the step so that it ends where the next eigenvalue is predicted to arrive at 2."""
         for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
             if value < 2 - 1e-3 and rate > 1e-7:
-                arrival = (2 - value) / rate
+                arrival = (2 - value) / rate - (t - seen.t)
                 if arrival < h:
                     h = max(min(h, self.h_start), arrival)
                 elif arrival < 1.7 * h:
                     h = max(min(h, self.h_start), arrival / 2)
-        return h
+        return min(h, seen.until - t) if seen.t < t < seen.until else h
 
-    def _accept(self, flow: Flow, here: Here, y: State, length: float, tried: float, new: Accepted) -> StepResult:
-        grown = length * float(np.clip(0.85 * (self.tol / max(new.error, 1e-300)) ** (1 / 3), 0.3, 2.0))
+    def _accept(
+        self,
+        flow: Flow,
+        before: tuple[Frame, Tensor, float] | None,
+        here: Here,
+        y: State,
+        length: float,
+        tried: float,
+        new: Accepted,
+    ) -> StepResult:
+        grown = length * float(np.clip(0.85 * (self.tol / max(new.error, 1e-300)) ** ORDER, 0.3, 2.0))
         # A step that was cut to land says little about the next one.
         cut = length < 0.7 * tried
         h = max(0.9 * tried, length) if cut and new.error <= 0.2 * self.tol else grown
         h = float(np.clip(h, self.h_min, self.h_max))
-        before = (here.frame, here.seen.block.V, length)
+        if new.here.seen.t > here.seen.t:
+            before = (here.frame, here.seen.block.V, here.seen.t)
         middle = y.t + 0.5 * length
+        strain = new.error / self.tol if new.error > ALLOWED * self.tol else 0.0
         begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate)
-        return StepResult(new.y, MacroMemory(h, new.here, before), begin, hermite(y, new.y, new.rate, new.end_rate))
+        inside = hermite(y, new.y, new.rate, new.end_rate)
+        return StepResult(new.y, MacroMemory(h, new.here, before), begin, inside, strain)
+
+    def _require_sense(self, y: State, length: float, new: Accepted) -> None:
+        """Refuse a step, as short as allowed, whose error estimate is both far above tol and longer than the step."""
+        error, moved = new.error * length**SHARE, float((new.y.w - y.w).norm())
+        if new.error > SENSELESS * self.tol and error > moved:
+            raise StepError(
+                f"MacroStep at t = {y.t:g}: a step of {length:g} moves w by {moved:.2g} with an error estimate of "
+                f"{error:.2g}, {new.error / self.tol:.0f} times what tol allows. Lower h_min, lower lr, or use "
+                "Euler(0.25) to see what happens there."
+            )

@@ -250,7 +250,13 @@ def mended(flow: Flow, y: State, start: State) -> State:
     what mere forgetting would have left of them, start · exp(−decay · h), which the exact flow of an average of squares
     cannot fall below.  This is done where, and only where, P(ν) would not be positive definite otherwise.
     """
-    if flow.in_domain(y):
+    nothing = torch.zeros((), dtype=torch.bool, device=y.w.device)
+    left_behind = [
+        ((before > 0) & ~(now > 0)).any()
+        for now, before in zip(pytree.tree_leaves(y.nu), pytree.tree_leaves(start.nu), strict=True)
+    ]
+    # Nothing to set back is the usual case; then P need not be made only to be looked at.
+    if not bool(torch.stack([nothing, *left_behind]).any()) or flow.in_domain(y):
         return y
     left = float(np.exp(-flow.nu_decay(start, torch.zeros_like(start.w)) * max(y.t - start.t, 0.0)))
 
@@ -268,7 +274,7 @@ class Node:
         t: unit times.
         loss: L(w).
         grad_sq: ‖∇L(w)‖².
-        eigenvalues: of P⁻¹H, descending; the leading ones that were followed.
+        eigenvalues: of P⁻¹H, descending; the leading ones that were followed (none where there was no need to look).
         U, HU: the frame's basis and H times it, [d, k].
         X: oscillation covariance in that basis, [k, k].
         X_time: the moment for which X speaks (the middle of a step for integrators that average over it).
@@ -302,12 +308,15 @@ class StepResult:
         memory: what the integrator wants to be given back at the next step.
         node: what was seen at the beginning, with the X of this step.
         interpolate: t ↦ state inside the step, to the integrator's order.
+        strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed
+            (no shorter one may be tried); else 0.
     """
 
     y: State
     memory: Any
     node: Node
     interpolate: Callable[[float], State]
+    strain: float = 0.0
 
 
 class Integrator(Protocol):

@@ -38,7 +38,7 @@ class SemiImplicitMemory:
         s: momentum and ν at half-steps (None: not started).
         dt: the substep they are staggered by.
         here: the evaluations at the current state.
-        before: frame, eigenvectors and length of the last block, to extrapolate from.
+        before: frame, eigenvectors and time of the last look but one, to extrapolate from.
     """
 
     h: float
@@ -157,7 +157,7 @@ class SemiImplicit:
         if length < 0.7 * wanted and new.bend <= 0.2 * self.tol:  # cut to land: says little about the next one
             h = max(0.9 * wanted, length)
         memory = SemiImplicitMemory(
-            float(np.clip(h, self.dt, self.h_max)), new.s, step, new.here, (here.frame, here.seen.block.V, length)
+            float(np.clip(h, self.dt, self.h_max)), new.s, step, new.here, (here.frame, here.seen.block.V, here.seen.t)
         )
         begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
         return StepResult(new.s.state, memory, begin, _linear(new.path, new.s))
@@ -214,7 +214,7 @@ class _Block:
         if not flow.constrained:
             after = evaluate(flow, self.watch, s.state, here.seen, length, (float(loss), g))
             return _Taken(s, after, np.zeros((0, 0)), after.frame, rate, 0.0, path)
-        seen = self.watch.look(flow, s.state, here.seen, length, extrapolated(here, self.before, length))
+        seen = self.watch.look(flow, s.state, here.seen, length, extrapolated(here, self.before, s.t))
         if seen.eigenvalues[0] > _OVERSHOOT and not single:
             return 0.5 * length
         new = critical_frame(flow, self.watch, s.state, seen, length)

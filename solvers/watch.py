@@ -23,12 +23,16 @@ class Sighting:
         rates: dλ/dt [m] per unit time.
         t: when.
         surveyed: when a random look-around was last made.
+        until: the moment until which none can have come near 2, by how fast they were: no need to look before.
+        speed: how fast the fastest was, rising or falling.
     """
 
     block: Eigenblock
     rates: Array
     t: float
     surveyed: float
+    until: float = -np.inf
+    speed: float = _UNKNOWN_RATE
 
     @property
     def eigenvalues(self) -> Array:
@@ -51,12 +55,14 @@ class Watch:
             until it reaches 2).
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
         survey_every: unit times between random look-arounds for an eigenvalue the block is blind to.
+        patience: unit times for which a sighting far from 2 is believed, at most.
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
     band: float = 0.05
     lookahead: float = 1.5
     survey_every: float = 20.0
+    patience: float = 20.0
 
     def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
         """The eigenpairs at y, down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
@@ -74,7 +80,9 @@ class Watch:
         surveyed = last.surveyed
         if y.t - surveyed >= self.survey_every:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
-        return Sighting(block, self._rates(last, block, y.t), y.t, surveyed)
+        rates, doubt = self._rates(last, block, y.t)
+        until, speed = self._until(block, doubt, y.t, last), float(doubt.max())
+        return Sighting(block, rates, y.t, surveyed, until, speed)
 
     def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
@@ -97,29 +105,62 @@ class Watch:
             block, surveyed = self.subspace.survey(A, block, only, tol), y.t
         return Sighting(block, np.zeros(block.size), y.t, surveyed)
 
-    def critical(self, seen: Sighting, h: float) -> int:
-        """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only."""
-        reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
-        return min(leading(reach >= CRITICAL), leading(seen.block.residuals <= 20 * self.subspace.tol))
+    def rise(self, seen: Sighting, t: float) -> float:
+        """By how much an eigenvalue may have risen by t, if it comes near 2 at ``seen.until`` at the earliest."""
+        room = CRITICAL - self.band - float(seen.eigenvalues[0])
+        return room * float(np.clip((t - seen.t) / max(seen.until - seen.t, 1e-9), 0.0, 1.0))
 
-    def frame(self, flow: Flow, y: State, seen: Sighting, h: float) -> Frame:
-        """The frame of the critical eigenvectors at y."""
-        k = self.critical(seen, h)
+    def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting) -> float:
+        """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
+
+        Speeds are believed with the reserve of ``lookahead``, rising or falling, and for three times as long as it
+        took to measure them: the intervals between looks grow as fast as the flow calms down.  What has become faster
+        since the last look is expected to do so twice over: a speed is that of the middle of an interval.
+        """
+        speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
+        room = CRITICAL - self.band - block.eigenvalues - block.residuals
+        time = float(np.min(room / np.maximum(self.lookahead * speeds, 1e-12)))
+        return t + max(0.0, min(time, 3 * (t - last.t), self.patience))
+
+    def critical(self, seen: Sighting, h: float, held: int = 0) -> int:
+        """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only.
+
+        Of those ``held`` now one is let go only when it has fallen half as far again below 2 as it takes to be held,
+        so that an eigenvalue that lingers there does not make k change at every step.
+        """
+        reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
+        reach[:held] += 0.5 * self.band
+        return min(leading(reach >= CRITICAL), leading(seen.block.residuals <= self._rough))
+
+    @property
+    def _rough(self) -> float:
+        """A residual up to which a vector serves as an eigenvector for a while."""
+        return min(20 * self.subspace.tol, max(0.02, self.subspace.tol))
+
+    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, held: int = 0) -> Frame:
+        """The frame of the critical eigenvectors at y, ``held`` of which are held already."""
+        k = self.critical(seen, h, held)
         return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k])
 
-    def _rates(self, last: Sighting, block: Eigenblock, t: float) -> Array:
-        """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest."""
+    def _rates(self, last: Sighting, block: Eigenblock, t: float) -> tuple[Array, Array]:
+        """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest.
+
+        Also what |dλ/dt| may have been at most, which for an unknown one is more.
+        """
         elapsed = t - last.t
         if elapsed <= 0:
-            return np.resize(last.rates, block.size)
+            rates = np.resize(last.rates, block.size)
+            return rates, np.maximum(np.abs(rates), _UNKNOWN_RATE)
         overlap = np.abs(host(last.block.V.T @ block.V)[0])
         match = overlap.argmax(axis=0)
-        rates = (block.eigenvalues - last.eigenvalues[match]) / elapsed
+        change = block.eigenvalues - last.eigenvalues[match]
+        rates = change / elapsed
         # a Ritz value is off by about residual²/gap, at most the residual: of no use as a rate if that is large
-        limit = 0.05 * np.maximum(0.02, CRITICAL - block.eigenvalues) + 20 * self.subspace.tol
+        limit = 0.05 * np.maximum(0.02, CRITICAL - block.eigenvalues) + self._rough
+        rough = block.residuals + last.block.residuals[match]
         known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
-        return np.where(known, rates, fastest)
+        return np.where(known, rates, fastest), np.abs(rates) + np.where(known, 0.0, rough / elapsed)
 
 
 def leading(holds: NDArray[np.bool_]) -> int:
@@ -130,12 +171,14 @@ def leading(holds: NDArray[np.bool_]) -> int:
 def node(
     flow: Flow, t: float, loss: float, g: Tensor, seen: Sighting, frame: Frame, X: Array, X_time: float, rate: Rate
 ) -> Node:
-    """What a run records of a moment at which ``seen`` was seen."""
+    """What a run records of a moment t; eigenvalues only if they were looked at then."""
+    looked = seen.t >= t - 1e-9 * max(1.0, abs(t)) or not flow.constrained
+    shown = seen.shown if flow.constrained else seen.eigenvalues[:1]
     return Node(
         t=t,
         loss=loss,
         grad_sq=float(g @ g),
-        eigenvalues=seen.shown if flow.constrained else seen.eigenvalues[:1],
+        eigenvalues=shown if looked else shown[:0],
         U=frame.U,
         HU=frame.HU,
         X=X,

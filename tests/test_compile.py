@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import dvi
 from dvi import compile as compiler
+from dvi import coupled
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers import ccp
 from dvi.solvers.protocol import State
@@ -359,7 +360,7 @@ def test_the_matrix_free_solve_is_the_dense_one(case):
     compiled = Case((*case[:3], True, *case[4:]))
     dense = compiled.lin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "_DENSE_LIMIT", 0)
+        patch.setattr(coupled, "DENSE_LIMIT", 0)
         free = compiled.lin
     # gmres stops at a relative residual of 1e-10, times the condition number of I + ∂f/∂ν and of α as a difference
     close(free.alpha, dense.alpha, 1e-7)

@@ -353,7 +353,9 @@ def test_float32_end_to_end():
     ends = []
     for dtype in (torch.float64, torch.float32):
         flow = dvi.central_flow(dvi.problems.digits(**settings, dtype=dtype), dvi.methods.GradientDescent(0.3))
-        solution = run(flow, dvi.MacroStep(tol=1e-3), 60, warm_start=10)
+        # eigenvectors sharper than tol asks for: they are found from random ones, and differ by what they are good to
+        sharp = dvi.solvers.Watch(dvi.solvers.CriticalSubspace(tol=1e-3), survey_every=100.0)
+        solution = run(flow, dvi.MacroStep(tol=1e-3, watch=sharp), 60, warm_start=10)
         assert solution.w.dtype == dtype
         assert len(solution.breakpoints) >= 1
         ends.append(solution.series["w"].astype(np.float64))
@@ -385,11 +387,12 @@ def test_a_second_moment_near_zero_is_no_obstacle(monkeypatch):
     problem = dvi.problems.sorting("transformer", "ce", n=20, width=6, depth=2)
     method = dvi.methods.RMSProp(lr=5e-4, beta2=0.99, eps=1e-8, bias_correction=True)
     flow = dvi.central_flow(problem, method)
-    solution = run(flow, dvi.MacroStep(), 3, warm_start="auto")
+    loose = dvi.MacroStep(1e-2)  # lets the first step be as long as it is tried
+    solution = run(flow, loose, 3, warm_start="auto")
     assert bool((solution.nu["v"] >= 0).all())
     # without the repair the run ends at once: the test looks at the right place
     monkeypatch.setattr("dvi.solvers.macro_attempt.mended", lambda flow, y, start: y)
-    assert run(flow, dvi.MacroStep(), 3, warm_start="auto", throw=False).status is dvi.Status.DIVERGED
+    assert run(flow, loose, 3, warm_start="auto", throw=False).status is dvi.Status.DIVERGED
 
 
 def test_states_outside_the_domain_are_mended_there_only():

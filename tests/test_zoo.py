@@ -382,7 +382,7 @@ def test_the_central_flow_goes_through_the_edge(kind):
     # 2P − H ⪰ 0 on the critical directions, which are looked for anew
     lin = dvi.central_flow(problem, method, check=False).linearise(central.w, central.nu, t=warm + 12)
     assert len(lin.gap) >= 1
-    assert np.linalg.eigvalsh(lin.gap.numpy())[0] > -1e-3
+    assert np.linalg.eigvalsh(lin.gap.numpy())[0] > -5e-3
     # and the CCP there, its β symmetric or not, has a solution that oscillates
     solved = ccp.solve(lin.alpha - lin.gap, lin.beta)
     assert np.trace(solved.X) > 0

@@ -1,0 +1,132 @@
+"""The constraint and the drift of a compiled flow at one state, linear in X: α, β, the gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.compile import SpecCalculus
+from dvi.methods import Nu, Preconditioner
+from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
+from dvi.solvers.svec import smat, svec, triu
+
+
+@dataclass(frozen=True)
+class LinearisedFlow:
+    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame.
+
+    With ``push`` off, oscillations act on ν alone: ½∇³L[Σ] is left out of dw/dt and of β (an ablated flow).
+    """
+
+    calculus: SpecCalculus
+    y: State
+    g: Tensor
+    frame: Frame
+    push: bool = True
+
+    @cached_property
+    def preconditioner(self) -> Preconditioner:
+        """P(ν), checked."""
+        return self.calculus.checked_P(self.y.nu, self.y.t, self.g)
+
+    @property
+    def speed(self) -> float:
+        """κ, see :meth:`SpecCalculus.speed`."""
+        return self.calculus.speed(self.y.t)
+
+    @cached_property
+    def _nu_rate(self) -> Nu:
+        return self.calculus.nu_rate(self.y.nu, self.y.t, self.g)
+
+    @cached_property
+    def _nu_response(self) -> Nu:
+        frame = self.frame
+        HU = 2 * self.preconditioner.apply(frame.U) if frame.on_edge else frame.HU
+        return self.calculus.nu_response(self.y.nu, self.y.t, self.g, HU, frame.T)
+
+    @cached_property
+    def _host(self) -> tuple[Array, Array, Array]:
+        """α [k, k], β [n, n] and the gap [k, k], moved to the host together."""
+        U, T, k, nu, t = self.frame.U, self.frame.T, self.frame.k, self.y.nu, self.y.t
+        if not k:
+            return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
+        index = triu(k)
+        P = self.preconditioner
+        P_inv_T = P.solve(T.T)  # [d, n]
+        alpha = -self.speed * (P_inv_T.T @ self.g)
+        beta = (0.5 * self.speed if self.push else 0.0) * (T @ P_inv_T)
+        alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
+        gap = 2 * (U.T @ P.apply(U))
+        moved = T @ (self.y.w - self.frame.w)
+        parts = [alpha, beta, alpha_P, gap, moved]
+        if not self.calculus.stateless:
+            parts.append(self.calculus.P_rates(nu, t, self._nu_response, U).T)
+        a, B, aP, G, m, *bP = host(*parts)
+        # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
+        B = B + 2 * index.weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
+        return smat(a) - (aP + aP.T), B, 0.5 * (G + G.T) - self.frame.M - smat(m)
+
+    @property
+    def alpha(self) -> Array:
+        """α [k, k]."""
+        return self._host[0]
+
+    @property
+    def beta(self) -> Array:
+        """β [n, n] in svec, n = k(k+1)/2."""
+        return self._host[1]
+
+    @property
+    def gap(self) -> Array:
+        """Uᵀ(2P − H)U [k, k], H extrapolated linearly from the anchor."""
+        return self._host[2]
+
+    def drift(self, X: Array | None) -> Rate:
+        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
+        free = Rate(-self.speed * self.preconditioner.solve(self.g), self._nu_rate)
+        if X is None or not X.any():
+            return free
+        pushed = self.kick(X)
+        return Rate(free.w + pushed.w, pytree.tree_map(torch.add, free.nu, pushed.nu))
+
+    def kick(self, Z: Array) -> Rate:
+        """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that is due to oscillations."""
+        z = like(svec(Z), self.g)
+        dnu = self.y.nu
+        if not self.calculus.stateless:
+            dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
+        push = 0.5 * self.speed * (z @ self.frame.T) if self.push else torch.zeros_like(self.g)
+        return Rate(-self.preconditioner.solve(push), dnu)
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """What the compiler made of a method and a loss at one (w, ν): see :meth:`dvi.CentralFlow.linearise`.
+
+    Attributes:
+        alpha: [k, k], host float64: −d/dt Uᵀ(2P − H)U without oscillation, per unit time.
+        beta: [n, n], host float64, svec: with oscillation X, d/dt Uᵀ(2P − H)U = β[X] − α.
+        gap: [k, k]: Uᵀ(2P − H)U.
+        eigenvalues: [k], of P⁻¹H on U.
+        U: [d, k].
+        T: [n, d], ∇_w uᵢᵀH uⱼ in svec order.
+        flow: the drift, see :meth:`drift`.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    gap: Tensor
+    eigenvalues: Tensor
+    U: Tensor
+    T: Tensor
+    flow: LinearisedFlow
+
+    def drift(self, X: Any = None) -> Rate:
+        """(dw/dt [d], dν/dt) with oscillation covariance Σ = UXUᵀ, X [k, k]; per unit time."""
+        return self.flow.drift(None if X is None else np.asarray(X, dtype=np.float64))

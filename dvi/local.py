@@ -1,0 +1,61 @@
+"""How f bends in the gradient: ∂²f/∂g², and whether it can be had from one evaluation.
+
+For most optimizers entry i of ν is moved by gᵢ alone.  Then ∂²f/∂g² is diagonal, and what it makes of all pairs of
+directions follows from its diagonal by products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.utils import _pytree as pytree
+
+from dvi.methods import Method, Nu
+
+
+def curvature(method: Method, nu: Nu, g: Tensor, h: Tensor, other: Tensor) -> Nu:
+    """∂²f/∂g²[h, other] at (ν, g), a pytree like ν; h, other [d]."""
+
+    def slope(g: Tensor) -> Nu:
+        return jvp(lambda g: method.f(nu, g), (g,), (h,))[1]
+
+    return jvp(slope, (g,), (other,))[1]
+
+
+def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
+    """Is ∂²f/∂g² diagonal, entry i of every leaf like g bending with gᵢ alone and other leaves not at all?
+
+    A curvature with ones shows the diagonal, and random probes must agree with it, at gradients of three sizes: a norm
+    that is clipped couples all entries at some of them only.
+
+    Args:
+        method: the declaration.
+        nu: an example of ν, after a first update.
+        g: the gradient [d] there.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def random(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+
+    # Away from the given point, too: a coupling may vanish at a special ν.
+    nu = pytree.tree_map(lambda x: x * (1 + 0.1 * random(x).tanh()), nu)
+    method = method.at(0.0)
+    size = float(torch.linalg.vector_norm(g)) / len(g) ** 0.5 or 1.0
+    ones = torch.ones_like(g)
+    for scale in (1e-3, 1.0, 1e3):
+        at, h, other = scale * size * random(g), random(g), random(g)
+        shown = pytree.tree_leaves(curvature(method, nu, at, ones, ones))
+        seen = pytree.tree_leaves(curvature(method, nu, at, h, other))
+        for c, s in zip(shown, seen, strict=True):
+            if c.shape != g.shape:
+                if bool((c != 0).any()) or bool((s != 0).any()):
+                    return False
+                continue
+            expected = c * h * other
+            # Both sides are products and sums of few numbers: some hundred eps, relative to the largest entry.
+            largest = float(torch.maximum(expected.abs().max(), s.abs().max()))
+            if not float((s - expected).abs().max()) <= 1e3 * torch.finfo(g.dtype).eps * largest:
+                return False
+    return True

@@ -1,0 +1,155 @@
+"""What the macro step promises: looks when they are needed, stiff forces, error estimates that are told."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dvi
+from dvi.methods import GradientDescent
+from dvi.problems.edge import MatrixSweep
+from dvi.solvers import secant
+from dvi.solvers.errors import StepError
+from dvi.solvers.macro_attempt import Accepted
+from dvi.solvers.protocol import State
+from dvi.solvers.secant import Secant
+
+LR = 0.5
+
+
+def run(flow, integrator, steps, **options):
+    return dvi.solve(flow, steps, integrator=integrator, progress=False, save=("w",), **options)
+
+
+# ---- eigenvectors are sought only where one may come near 2 ---------------------------------------------------
+
+
+def test_far_from_the_edge_few_looks_are_enough_and_the_entry_is_seen():
+    """The effective sharpness rises linearly from 0.12 to 2 in 130 units."""
+    problem = MatrixSweep([0.36, 0.1], [9.4, 9.0], lr=0.2, seed=3)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    solution = run(flow, dvi.MacroStep(), 160)
+    first = problem.entry_times[0]
+    assert 100 < first < 150
+    entered = [t for t, kind, _ in solution.breakpoints if kind == "enter"]
+    assert len(entered) == 1
+    assert abs(entered[0] - first) < 1.0  # the step that ends at the entry begins at most this before it
+    exact = np.stack([problem.weights(float(t)).numpy() for t in solution.t])
+    # linear between breakpoints: what is left is the landing, at most what one step may be off, tol √h_max
+    assert np.abs(solution.series["w"] - exact).max() < 1e-3 * 20**0.5
+    assert np.nanmax(solution.eigenvalues) < 2 + 1e-3
+    until = next(i for i, t in enumerate(solution.ledger.t) if t > 50)
+    spent = solution.ledger.counts[until]
+    # two searches with a survey each (about 15 products for 5 dimensions), and some two products in 15 units
+    assert spent["hvps"] < 60
+    assert spent["third_derivatives"] == 0
+    # eigenvalues are recorded where they were looked at, and joined in between
+    assert np.isfinite(solution.eigenvalues[:, 0]).all()
+    # (the largest eigenvalue rises linearly: two of its values give a third)
+    values = solution.eigenvalues[[20, 50, 80], 0]
+    assert values[1] == pytest.approx((values[0] + values[2]) / 2, abs=1e-3)
+
+
+def test_an_eigenvalue_that_speeds_up_is_not_missed():
+    """η = 0.05/(1 − t/90): the effective sharpness rises ever faster, from 0.09 to beyond 2."""
+    problem = MatrixSweep([0.01, 0.01], [8.2, 7.0], lr=0.2, seed=1)
+    flow = dvi.central_flow(problem.problem, GradientDescent(lambda t: 0.05 / (1 - t / 90)), check=False)
+    solution = run(flow, dvi.MacroStep(), 85)
+    fine = run(flow, dvi.Euler(1 / 4), 85)
+    assert fine.breakpoints[0][1] == solution.breakpoints[0][1] == "enter"
+    assert solution.breakpoints[0][0] == pytest.approx(fine.breakpoints[0][0], abs=1.0)
+    assert np.nanmax(solution.eigenvalues) < 2 + 1e-3
+    assert np.linalg.norm(solution.series["w"] - fine.series["w"], axis=1).max() < 5e-3
+
+
+# ---- where the force of oscillations is stiff -----------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6))
+@examples(20)
+def test_the_secant_is_the_implicit_trapezoid_rule_for_a_force_of_rank_one(seed, d):
+    """J = −a v⟨v, ·⟩_P: then y = Js, and δ = c + ½Jδ has the solution of a dense linear system."""
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(d, d))
+    P = root @ root.T + np.eye(d)
+    v, s, c = rng.normal(size=(3, d))
+    v /= np.sqrt(v @ P @ v)
+    J = -rng.uniform(1, 50) * np.outer(v, P @ v)
+    y = J @ s
+    found = Secant.of(torch.tensor(s), torch.tensor(y), torch.tensor(P @ y))
+    exact = np.linalg.solve(np.eye(d) - 0.5 * J, c)
+    share = (exact @ P @ v) / (s @ P @ v)
+    if abs(share) < 1:  # a secant is not extrapolated beyond the step it was learned from
+        # the condition number of the system is at most 1 + a/2 = 26, that of P some thousand
+        np.testing.assert_allclose(c + 0.5 * found.implicit(torch.tensor(c)) * y, exact, rtol=1e-8, atol=1e-9)
+        assert found.part(torch.tensor(exact)) == pytest.approx(share, rel=1e-8)
+    # a force that pushes along, or pulls back gently, is left alone
+    for other in (-y, 1e-3 * y):
+        gentle = Secant.of(torch.tensor(s), torch.tensor(other), torch.tensor(P @ other))
+        assert not gentle.stiff
+        assert gentle.implicit(torch.tensor(c)) == gentle.part(torch.tensor(c)) == 0.0
+
+
+def stiff_problem(q=40.0, a=1.0, b=2.0):
+    """L = −a y + ½(y + q z²)x² − b z: at the edge σ² = 2a, and z relaxes at the rate ηqσ² = 40 to b/(qσ²)."""
+
+    def loss(w):
+        x, y, z = w
+        return -a * y + 0.5 * (y + q * z**2) * x**2 - b * z
+
+    start = torch.tensor([0.0, 3.0, 0.5 * b / (2 * a * q)], dtype=torch.float64)
+    return dvi.Problem(loss, start), b / (2 * a * q)
+
+
+def test_a_stiff_force_of_oscillations_does_not_force_tiny_steps(monkeypatch):
+    problem, z = stiff_problem()
+    flow = dvi.central_flow(problem, GradientDescent(LR), check=False)
+    solution = run(flow, dvi.MacroStep(), 30)
+    assert [kind for _, kind, _ in solution.breakpoints] == ["enter"]
+    assert float(solution.w[2]) == pytest.approx(z, abs=1e-3)
+    assert np.trace(solution.X[-1]) * LR == pytest.approx(2.0, rel=1e-2)  # Σ = UXUᵀ with UᵀU = η
+    monkeypatch.setattr(secant, "_STIFF", np.inf)  # without it: the shortest steps, and what they cost
+    assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 3 * len(solution.ledger.t)
+
+
+# ---- error estimates that cannot be met ---------------------------------------------------------------------
+
+
+def test_steps_that_could_not_be_short_enough_are_told():
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    flow = dvi.central_flow(problem, GradientDescent(0.1), check=False)
+    solution = run(flow, dvi.MacroStep(1e-7, h_min=0.25), 3, warm_start=3)
+    (note,) = [note for note in solution.notes if "as short as allowed" in note]
+    assert "central flow: 12 of " in note
+    assert "lower h_min, or loosen tol" in note
+    assert not any("as short as allowed" in note for note in run(flow, dvi.MacroStep(1e-3), 3, warm_start=3).notes)
+
+
+def test_a_step_that_is_less_than_its_error_is_refused():
+    integrator = dvi.MacroStep(1e-3)
+    y = State(torch.zeros(3, dtype=torch.float64), {}, 2.0)
+
+    def accepted(moved, error):
+        end = State(y.w + moved / 3**0.5, {}, 2.0625)
+        return Accepted(end, None, np.zeros((0, 0)), None, None, None, error)
+
+    integrator._require_sense(y, 1 / 16, accepted(0.2, 0.3))  # 0.3·√h = 0.075, large but less than the step
+    integrator._require_sense(y, 1 / 16, accepted(0.001, 0.09))  # 90 tol: told, not refused
+    words = r"t = 2: a step of 0.0625 moves w by 0.05 .* 300 times what tol allows. Lower h_min"
+    with pytest.raises(StepError, match=words):
+        integrator._require_sense(y, 1 / 16, accepted(0.05, 0.3))
+
+
+def test_a_cost_per_unit_time_holds_the_first_step_and_all_later_ones():
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=60, width=8)
+    solution = run(dvi.central_flow(problem, GradientDescent(0.1), check=False), dvi.Euler(0.5), 4)
+    cost = solution.ledger
+    total = cost.counts[-2]  # the last entry is the look at the end
+    expected = sum(cost.ledger.weights[kind] * count for kind, count in total.items()) / 4
+    assert cost.per_unit_time() == pytest.approx(expected)
+    # the first step holds the search for eigenvectors, which is most of it
+    assert cost.per_unit_time(0, 0.5) > 2 * cost.per_unit_time(0.5, 4)
+    halves = 0.5 * (cost.per_unit_time(0, 2) + cost.per_unit_time(2, 4))
+    assert halves == pytest.approx(expected)
