@@ -29,9 +29,7 @@ _UNSEEN = 2.01  # … or above this, where nothing was constrained because the e
 
 @dataclass(frozen=True)
 class Here:
-    """All that is known at the start of a step; ``anchor``: the weights for which the frame's T speaks (default:
-    the frame's own).
-    """
+    """All that is known at the start of a step; ``anchor``: the weights for which T speaks (default: the frame's)."""
 
     loss: float
     g: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
+_SUDDEN = 4.0  # by how much an eigenvalue may speed up between two looks
 _UNKNOWN_RATE = 0.2  # per unit time, while nothing is known: early sharpening is rarely faster
 
 
@@ -62,7 +63,7 @@ class Watch:
     band: float = 0.05
     lookahead: float = 1.5
     survey_every: float = 20.0
-    patience: float = 20.0
+    patience: float = 10.0
 
     def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
         """The eigenpairs at y, down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
@@ -74,7 +75,8 @@ class Watch:
         want = CRITICAL - float(np.clip(2 * fastest * h, max(0.1, 1.5 * self.band), 1.2))
         # Far from 2 the eigenvectors only serve to see it coming: no need for them to be sharp.
         distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
-        tol = max(self.subspace.tol, min(0.2, 0.15 * distance))
+        # But sharp beside their eigenvalue: any vector has a small residual where most eigenvalues are small.
+        tol = max(self.subspace.tol, min(0.2, 0.15 * distance, 0.05 * abs(float(last.eigenvalues[0]))))
         block = last.block if guess is None else replace(last.block, V=guess)
         block = self.subspace.follow(A, block, want, tol)
         surveyed = last.surveyed
@@ -113,13 +115,13 @@ class Watch:
     def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting) -> float:
         """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
 
-        Speeds are believed with the reserve of ``lookahead``, rising or falling, and for three times as long as it
+        Speeds are believed up to a factor of four, rising or falling (the CNN on digits does it in ten units), and for three times as long as it
         took to measure them: the intervals between looks grow as fast as the flow calms down.  What has become faster
         since the last look is expected to do so twice over: a speed is that of the middle of an interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
-        time = float(np.min(room / np.maximum(self.lookahead * speeds, 1e-12)))
+        time = float(np.min(room / np.maximum(_SUDDEN * speeds, 1e-12)))
         return t + max(0.0, min(time, 3 * (t - last.t), self.patience))
 
     def critical(self, seen: Sighting, h: float, held: int = 0) -> int:
