@@ -115,9 +115,10 @@ class Watch:
     def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting) -> float:
         """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
 
-        Speeds are believed up to a factor of four, rising or falling (the CNN on digits does it in ten units), and for three times as long as it
-        took to measure them: the intervals between looks grow as fast as the flow calms down.  What has become faster
-        since the last look is expected to do so twice over: a speed is that of the middle of an interval.
+        Speeds are believed up to a factor of four, rising or falling (the CNN on digits does it in ten units), and for
+        three times as long as it took to measure them: the intervals between looks grow as fast as the flow calms
+        down.  What has become faster since the last look is expected to do so twice over: a speed is that of the middle
+        of an interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals

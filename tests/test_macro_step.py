@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import examples
+from conftest import examples, orthogonal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,10 +11,12 @@ import dvi
 from dvi.methods import GradientDescent
 from dvi.problems.edge import MatrixSweep
 from dvi.solvers import secant
+from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro_attempt import Accepted
 from dvi.solvers.protocol import State
 from dvi.solvers.secant import Secant
+from dvi.solvers.watch import Sighting, Watch
 
 LR = 0.5
 
@@ -62,6 +64,25 @@ def test_an_eigenvalue_that_speeds_up_is_not_missed():
     assert solution.breakpoints[0][0] == pytest.approx(fine.breakpoints[0][0], abs=1.0)
     assert np.nanmax(solution.eigenvalues) < 2 + 1e-3
     assert np.linalg.norm(solution.series["w"] - fine.series["w"], axis=1).max() < 5e-3
+
+
+def test_a_look_far_from_the_edge_is_not_content_with_any_vector():
+    """Where most eigenvalues are small a lost vector has a small residual; the leading eigenvalue is 1, and is found."""
+    d = 200
+    rng = np.random.default_rng(0)
+    Q = torch.tensor(orthogonal(rng, d))
+    A = Q @ torch.diag(torch.tensor(np.r_[1.0, rng.uniform(0, 0.05, d - 1)])) @ Q.T
+    lost = Q[:, 1:3].clone()
+    values = (lost * (A @ lost)).sum(0).numpy()
+    block = Eigenblock(lost + 0.01 * Q[:, :1], A @ lost, values, np.full(2, 0.01), draws=1)
+    seen = Sighting(block, np.zeros(2), 0.0, 0.0)
+
+    class Moved:
+        def effective_hessian(self, y):
+            return lambda V: A @ V
+
+    found = Watch().look(Moved(), State(Q[0], {}, 1.0), seen, 1.0)
+    assert found.eigenvalues[0] == pytest.approx(1.0, abs=0.05)
 
 
 # ---- where the force of oscillations is stiff -----------------------------------------------------------------
