@@ -67,7 +67,7 @@ def test_an_eigenvalue_that_speeds_up_is_not_missed():
 
 
 def test_a_look_far_from_the_edge_is_not_content_with_any_vector():
-    """Where most eigenvalues are small a lost vector has a small residual; the leading one, 1, is found all the same."""
+    """Where most eigenvalues are small a lost vector has a small residual; the leading one is found all the same."""
     d = 200
     rng = np.random.default_rng(0)
     Q = torch.tensor(orthogonal(rng, d))
