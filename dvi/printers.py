@@ -8,7 +8,7 @@ import sympy
 from sympy import Add, Expr, Integer, Mul, Pow, Rational, Symbol
 from sympy.printing.latex import LatexPrinter
 from sympy.printing.precedence import precedence
-from sympy.printing.pretty.pretty_symbology import pretty_symbol
+from sympy.printing.pretty.pretty_symbology import pretty_symbol, pretty_use_unicode
 from sympy.printing.str import StrPrinter
 
 from dvi.symbols import Entry, Total, changes, entry, is_vector, letters
@@ -49,6 +49,15 @@ def latex(e: Expr) -> str:
 def text(e: Expr) -> str:
     """An expression in a line of text."""
     return str(_Text().doprint(_downhill(e)))
+
+
+def _letter(name: str) -> str:
+    """``eta`` as η, whatever stdout was when sympy was first loaded (it then decides whether there is Unicode)."""
+    before = pretty_use_unicode(True)
+    try:
+        return str(pretty_symbol(name))
+    finally:
+        pretty_use_unicode(before)
 
 
 def _downhill(e: Expr) -> Expr:
@@ -216,7 +225,7 @@ class _Text(StrPrinter):  # type: ignore[misc]
     """The same in one line of plain text."""
 
     def _print_Symbol(self, e: Symbol) -> str:
-        return _printed(e, 1) or pretty_symbol(e.name)
+        return _printed(e, 1) or _letter(e.name)
 
     _print_Entry = _print_Level = _print_Symbol
 
@@ -267,7 +276,7 @@ class _Text(StrPrinter):  # type: ignore[misc]
         return f"{M}[{b}]"
 
     def _print_Function(self, e: Expr) -> str:
-        return f"{pretty_symbol(str(e.func))}({', '.join(map(self._print, e.args))})"
+        return f"{_letter(str(e.func))}({', '.join(map(self._print, e.args))})"
 
     def _print_Derivative(self, e: Expr) -> str:
-        return f"{pretty_symbol(str(e.expr.func))}'(t)"
+        return f"{_letter(str(e.expr.func))}'(t)"
