@@ -127,7 +127,7 @@ class Attempt:
             here = evaluate(flow, self.watch, end, self.here.seen, h, (float(loss), g))
             return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
-        if not frame.k and end.t + h <= self.here.seen.until:  # far from 2, for another such step at least
+        if not frame.k and self.watch.trusted(flow, end, self.here.seen, end.t + h):  # far from 2, for one more step
             here = replace(self.here, loss=float(loss), g=g)
             return Accepted(end, here, np.zeros((0, 0)), frame, begin, finish, error)
         seen = self.watch.look(flow, end, self.here.seen, h, extrapolated(self.here, self.before, end.t))

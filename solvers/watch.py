@@ -26,6 +26,7 @@ class Sighting:
         surveyed: when a random look-around was last made.
         until: the moment until which none can have come near 2, by how fast they were: no need to look before.
         speed: how fast the fastest was, rising or falling.
+        U: the eigenvectors in the metric of P, UᵀPU = I [d, m], where there is a time until which to believe them.
     """
 
     block: Eigenblock
@@ -34,6 +35,7 @@ class Sighting:
     surveyed: float
     until: float = -np.inf
     speed: float = _UNKNOWN_RATE
+    U: Tensor | None = None
 
     @property
     def eigenvalues(self) -> Array:
@@ -83,8 +85,22 @@ class Watch:
         if y.t - surveyed >= self.survey_every:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
         rates, doubt = self._rates(last, block, y.t)
-        until, speed = self._until(block, doubt, y.t, last), float(doubt.max())
-        return Sighting(block, rates, y.t, surveyed, until, speed)
+        until, speed = self._until(block, doubt, y.t, last, h), float(doubt.max())
+        U = flow.frame(y, block.V, block.AV, third=False).U if until > y.t else None
+        return Sighting(block, rates, y.t, surveyed, until, speed, U)
+
+    def trusted(self, flow: Flow, y: State, seen: Sighting, until: float) -> bool:
+        """May the eigenvalues be taken as far from 2 at y, and until then, without a look?
+
+        Their rates say so, and so does P as it is now: an eigenvalue of P⁻¹H that rises because P falls shows in
+        λ/uᵀPu, at no product with H.
+        """
+        if until > seen.until or seen.U is None:
+            return False
+        (length,) = host((seen.U * flow.precondition(y, seen.U)).sum(dim=0))
+        rise = seen.eigenvalues * (1 / np.maximum(length, 1e-12) - 1)
+        room = CRITICAL - self.band - seen.eigenvalues - seen.block.residuals
+        return bool(np.all(rise < 0.5 * room))
 
     def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
@@ -112,18 +128,18 @@ class Watch:
         room = CRITICAL - self.band - float(seen.eigenvalues[0])
         return room * float(np.clip((t - seen.t) / max(seen.until - seen.t, 1e-9), 0.0, 1.0))
 
-    def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting) -> float:
+    def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting, h: float) -> float:
         """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
 
         Speeds are believed up to a factor of four, rising or falling (the CNN on digits does it in ten units), and for
         three times as long as it took to measure them: the intervals between looks grow as fast as the flow calms
-        down.  What has become faster since the last look is expected to do so twice over: a speed is that of the middle
-        of an interval.
+        down; and not for more than six steps like this one, h, which are short where something moves fast.  What has
+        become faster since the last look is expected to do so twice over: a speed is that of the middle of an interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
         time = float(np.min(room / np.maximum(_SUDDEN * speeds, 1e-12)))
-        return t + max(0.0, min(time, 3 * (t - last.t), self.patience))
+        return t + max(0.0, min(time, 3 * (t - last.t), 6 * h, self.patience))
 
     def critical(self, seen: Sighting, h: float, held: int = 0) -> int:
         """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only.
