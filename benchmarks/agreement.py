@@ -22,7 +22,21 @@ import numpy as np
 import torch
 
 import dvi
-from dvi.methods import Adam, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
+from dvi.methods import (
+    Adafactor,
+    AdaGrad,
+    AdaGradNorm,
+    Adam,
+    CentredRMSProp,
+    GradientDescent,
+    HeavyBall,
+    NAdam,
+    Nesterov,
+    NormalizedGD,
+    QuasiHyperbolic,
+    RMSProp,
+    RMSPropNorm,
+)
 from dvi.plot import time_average
 from dvi.problems import digits, sorting
 
@@ -68,9 +82,15 @@ METHODS: dict[str, Case] = {
     "GD 0.2": (digits_mlp, GradientDescent(0.2), 600),
     "RMSProp-Norm 0.1": (digits_mlp, RMSPropNorm(0.1, 0.99, **ADAM_LIKE), 400),
     "RMSProp 1e-3": (digits_mlp, RMSProp(1e-3, 0.99, **ADAM_LIKE), 400),
+    "AdaGrad 0.01": (digits_mlp, AdaGrad(0.01), 300),
+    "AdaGrad-Norm 1": (digits_mlp, AdaGradNorm(1.0), 400),
+    "centred RMSProp 1e-3": (digits_mlp, CentredRMSProp(1e-3, 0.99, eps=1e-8), 200),
+    "Adafactor 1e-3": (digits_mlp, Adafactor(1e-3, digits_mlp().shapes), 200),
+    "normalised GD 0.05": (digits_mlp, NormalizedGD(0.05), 200),
     "heavy ball 0.25, β = 0.5": (digits_mlp, HeavyBall(0.25, 0.5), 400),
     "heavy ball 0.3, β = 0.9": (digits_mlp, HeavyBall(0.3, 0.9), 300),
     "Nesterov 0.1, β = 0.9": (digits_mlp, Nesterov(0.1, 0.9), 300),
+    "quasi-hyperbolic 0.3, β = 0.9, n = 0.5": (digits_mlp, QuasiHyperbolic(0.3, 0.9, 0.5), 300),
     "Adam 3e-3, β₁ = 0.5": (digits_mlp, Adam(3e-3, 0.5, 0.99), 300),
     "Adam 1e-2, β₁ = 0.9": (digits_mlp, Adam(1e-2, 0.9, 0.99), 300),
     "NAdam 4e-3, β₁ = 0.9": (digits_mlp, NAdam(4e-3, 0.9, 0.99), 300),

@@ -107,7 +107,8 @@ class Entry:
 
 def macro(tol: float, derivatives: Backend = "autodiff", core: bool = False, whole: int = 0) -> Entry:
     """The macro step at a tolerance."""
-    family = "macro step" if derivatives == "autodiff" else "macro step, differences"
+    suffix = {"autodiff": "", "mixed": ", mixed", "finite-difference": ", differences"}[derivatives]
+    family = f"macro step{suffix}"
     return Entry(f"{family}, tol {tol:.0e}", family, tol, dvi.MacroStep(tol), derivatives, core=core, whole=whole)
 
 
@@ -130,6 +131,7 @@ ENTRIES: tuple[Entry, ...] = (
     macro(3e-4, core=True, whole=1000),
     macro(1e-4, core=True, whole=1000),
     macro(1e-5),
+    macro(1e-3, "mixed", core=True, whole=1000),
     macro(3e-3, "finite-difference", whole=1000),
     macro(1e-3, "finite-difference", core=True, whole=1000),
     macro(3e-4, "finite-difference", core=True, whole=1000),

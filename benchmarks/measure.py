@@ -22,6 +22,7 @@ from dvi.solvers.protocol import Array, Flow, Integrator, Node, State, StepResul
 CANONICAL = {"gradients": 1.0, "hvps": 2.5, "third_derivatives": 9.0, "values": 1 / 3, "ccp_solves": 0.0}
 #: With differences of gradients the number is plain gradients.
 DIFFERENCES = CANONICAL | {"hvps": 2.0, "third_derivatives": 2.0}
+MIXED = CANONICAL | {"third_derivatives": 2.0}
 
 TRANSIENT = 20.0  # unit times after a random initialisation that count as the first transient
 SETTLED = 20.0  # unit times without a breakpoint after which a run counts as settled
@@ -151,6 +152,8 @@ def run(case: Case, entry: Entry, start: State, reference: Reference, weights: M
     measured = {name: value for name, value in weights.items() if name in CANONICAL}
     if entry.derivatives == "finite-difference":
         kinds = {"canonical": DIFFERENCES, "measured": DIFFERENCES}
+    elif entry.derivatives == "mixed":
+        kinds = {"canonical": MIXED, "measured": measured | {"third_derivatives": 2.0}}
     elif entry.pairwise:
         kinds = {"canonical": CANONICAL, "measured": measured | {"third_derivatives": weights["pairwise"]}}
     else:

@@ -55,7 +55,7 @@ def digits(
         dtype: of the weights and whatever meets them.
         device: of everything.
         chunk_size: how many examples to take at a time, as in :class:`ModuleProblem`.
-        derivatives: "autodiff" or "finite-difference", as in :class:`Problem`.
+        derivatives: "autodiff", "mixed" or "finite-difference", as in :class:`Problem`.
 
     Raises:
         ImportError: if scikit-learn is missing.
@@ -107,7 +107,7 @@ def sorting(
         dtype: of the weights and whatever meets them.
         device: of everything.
         chunk_size: how many examples to take at a time, as in :class:`ModuleProblem`.
-        derivatives: "autodiff" or "finite-difference", as in :class:`Problem`.
+        derivatives: "autodiff", "mixed" or "finite-difference", as in :class:`Problem`.
 
     Raises:
         ProblemError: if a name or a size is not known.

@@ -15,6 +15,7 @@ from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
 from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.ledger import Ledger
+from dvi.problems.mixed import Mixed
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
 
-Backend = Literal["autodiff", "finite-difference"]
+Backend = Literal["autodiff", "mixed", "finite-difference"]
 
 
 class Problem:
@@ -35,8 +36,9 @@ class Problem:
         loss: the function w [d] -> L []; or a sequence of such functions, whose sum is the loss.  The parts of a sum
             are differentiated one at a time, so memory is that of the largest one.
         w0: initial weights [d], float32 or float64.  Copied.
-        derivatives: "autodiff" (exact) or "finite-difference" (differences of gradients: fewer demands on the loss
-            and cheaper; on small networks H is good to about 1e-10 and T to 1e-7, in float32 to 1e-4 and 1e-3).
+        derivatives: "autodiff" (exact), "finite-difference" (differences of gradients: fewer demands on the loss and
+            cheaper; on small networks H is good to about 1e-10 and T to 1e-7, in float32 to 1e-4 and 1e-3), or "mixed"
+            (H exact, T by differences, which is where most of the cost is).
         max_directions: how many directions automatic differentiation takes at once.  1 needs the least memory and is
             fastest on a CPU; more helps a GPU whose kernels are small, if every operation has a batching rule.
         name: what the problem is called in results.
@@ -70,10 +72,12 @@ class Problem:
         self._derivatives: Derivatives
         if derivatives == "autodiff":
             self._derivatives = Autodiff(self._parts, self.ledger, max_directions)
+        elif derivatives == "mixed":
+            self._derivatives = Mixed(self._parts, self.ledger, max_directions)
         elif derivatives == "finite-difference":
             self._derivatives = FiniteDifference(self._parts, self.ledger)
         else:
-            raise ProblemError(f'derivatives is "autodiff" or "finite-difference", not {derivatives!r}')
+            raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
         self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self.derivatives: Backend = derivatives
         self._measured = False

@@ -171,7 +171,12 @@ def foreign_defaults(request):
 def test_nothing_depends_on_the_default_device_and_dtype(name, foreign_defaults):
     dtype = foreign_defaults
     makers = {**SMALL, **TOYS}
-    options = [{"derivatives": "autodiff"}, {"derivatives": "finite-difference"}, {"chunk_size": 4}]
+    options = [
+        {"derivatives": "autodiff"},
+        {"derivatives": "mixed"},
+        {"derivatives": "finite-difference"},
+        {"chunk_size": 4},
+    ]
     for extra in options if name in SMALL else [{}]:
         problem = makers[name](dtype=dtype, device="cpu", **extra)
         w = problem.w0 + 0.01

@@ -270,7 +270,7 @@ def test_macro_step_is_cheap_once_settled():
     assert after["third_derivatives"] - before["third_derivatives"] < 3 * 12
 
 
-@pytest.mark.parametrize("derivatives", ["autodiff", "finite-difference"])
+@pytest.mark.parametrize("derivatives", ["autodiff", "mixed", "finite-difference"])
 def test_macro_step_with_either_backend(derivatives):
     """Differences of gradients give the same flow: relative error of T about 1e-7 in float64, far below tol."""
     settings = {"network": "mlp", "loss": "mse", "n": 100, "width": 12}

@@ -135,7 +135,7 @@ def test_dead_weights_have_zero_derivatives():
 
 def test_new_weights_are_never_mistaken_for_the_last():
     """The graph kept for the same w must not outlive a change of it, even one that autograd cannot see."""
-    for backend in ("autodiff", "finite-difference"):
+    for backend in ("autodiff", "mixed", "finite-difference"):
         problem = Problem(quartic, normal(5), derivatives=backend)
         w, u = normal(5), normal(5, 1, seed=1)
         problem.hvp(w, u), problem.hessian_gradient(w, u)
@@ -265,7 +265,7 @@ class TestRefusals:
             Problem(loss, w0)
 
     def test_bad_options(self):
-        with pytest.raises(ProblemError, match='"autodiff" or "finite-difference", not \'magic\''):
+        with pytest.raises(ProblemError, match='"autodiff", "mixed" or "finite-difference", not \'magic\''):
             Problem(quartic, normal(3), derivatives="magic")
         with pytest.raises(ProblemError, match="at least 1"):
             Problem(quartic, normal(3), max_directions=0)

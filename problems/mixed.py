@@ -1,0 +1,31 @@
+"""Exact second derivatives, third ones from differences of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dvi.problems.autodiff import Autodiff
+from dvi.problems.derivatives import Part
+from dvi.problems.finite_difference import FiniteDifference
+from dvi.problems.ledger import Ledger
+
+
+class Mixed:
+    """Derivatives of a sum of parts: H by automatic differentiation, T by differences.
+
+    Where several directions are critical, third derivatives are most of a central flow's cost.  By differences a
+    contraction is two gradients, and needs no third backward pass; eigenvectors keep products without noise.
+    """
+
+    def __init__(self, parts: Sequence[Part], ledger: Ledger, max_directions: int = 1) -> None:
+        self._second = Autodiff(parts, ledger, max_directions)
+        self._third = FiniteDifference(parts, ledger)
+        self.hvp = self._second.hvp
+        self.pairs = self._third.pairs
+        self.weighted_squares = self._third.weighted_squares
+        self.along = self._third.along
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of a product as by automatic differentiation; two gradients a contraction."""
+        return {**self._second.weights, "third_derivatives": self._third.weights["third_derivatives"]}
