@@ -285,7 +285,7 @@ class SpecCalculus:
         if abs(lowest) <= _FORGOTTEN:
             raise SpecError(
                 f"{self.method}: 1 + ∂f/∂ν = {lowest:.1g}, so ν follows the gradient at once (β₂ = 0) and has no "
-                "differential equation. Give it some memory (β₂ ≥ 1e-3), which the flow tracks as closely."
+                "differential equation. Give it some memory (a larger β₂; the smaller, the stiffer the flow)."
             )
         if lowest < 0:
             raise SpecError(
