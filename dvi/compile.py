@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from dvi import forgetting
 from dvi.coupled import Flat, smallest_singular_value, solve_coupled
 from dvi.forgetting import Accuracy
-from dvi.local import curvature, is_local
+from dvi.local import curvature, diagonal_curvature, diagonal_slope, is_local
 from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import host, like
@@ -204,11 +204,10 @@ class SpecCalculus:
         rows, columns = torch.triu_indices(k, k, device=g.device)
         H_rows = HU.T
         if self.local:
-            ones = torch.ones_like(g)
             products = H_rows[rows] * H_rows[columns]
             second = pytree.tree_map(
                 lambda c: c * products if c.shape == g.shape else c.expand(len(products), *c.shape),
-                curvature(method, nu, g, ones, ones),
+                diagonal_curvature(method, nu, g),
             )
         else:
             second = vmap(lambda h, other: curvature(method, nu, g, h, other))(H_rows[rows], H_rows[columns])
@@ -232,7 +231,7 @@ class SpecCalculus:
 
         paper = paper or (self.accuracy == "paper" and h is None)
         if self.elementwise:
-            J = slope(pytree.tree_map(torch.ones_like, nu))
+            J = diagonal_slope(method, nu, g)
             if self.memory:
                 J = pytree.tree_map(lambda x: x.clamp(min=self.memory - 1), J)
             if paper:
