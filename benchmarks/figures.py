@@ -12,6 +12,7 @@ STYLES = {  # told apart by marker and line alone
     "macro step": ("o", "-", "black"),
     "macro step, differences": ("s", "--", "black"),
     "Euler": ("^", ":", "0.35"),
+    "macro step, mixed": ("v", "", "#35978f"),
     "Runge–Kutta 4": ("D", "-.", "0.35"),
     "paper's scheme": ("*", "", "0.0"),
 }
