@@ -4,6 +4,8 @@
     dν/dt = K J⁻¹ (f(ν, g) + ½∇²_g f[HΣH]),      K = log(I+J), J = ∂f/∂ν,
     0 ⪯ Σ  ⟂  cP(ν) − H(w) ⪰ 0.
 
+Where a schedule changes Q₁, it is Q₁m that obeys the second equation (times Q₁).
+
 An optimizer's step from w_t to w_{t+1} uses m_t and ν_t, made with the gradient at w_t: they belong to the middle of
 that step, t + ½.  This is where the ½ in τ′ comes from, and why ν's and the schedules' clocks run half a step behind.
 
@@ -54,13 +56,14 @@ def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
     lag = calculus.lag(y.t)
     last = calculus.last_update(y.nu, y.t, g)
     if isinstance(y.m, Tensor):
-        m = y.m - 0.5 * h / lag * (g - y.m)
+        m = regained(calculus, y.m - 0.5 * h / lag * (g - y.m), y.t, y.t - 0.5 * h)
         return Staggered(y.w, m, _shifted(y.nu, last, -0.5 * h), y.nu, y.t)
     if y.m is None:
         m = g
     else:
         Q = calculus.method.at(y.t).Q()
-        before, now = y.m[-1] / Q.gain, Q.step(g, y.m)[0] / Q.gain  # the flow's m at −½ and ½
+        now = Q.step(g, y.m)[0] / Q.gain  # the flow's m at ½, and at −½
+        before = y.m[-1] / calculus.method.at(clock(y.t - 0.5)).Q().gain
         m = before + (0.5 - 0.5 * h) * (now - before)
     return Staggered(y.w, m, _shifted(y.nu, last, -0.5 - 0.5 * h), _shifted(y.nu, last, -0.5), y.t)
 
@@ -69,7 +72,16 @@ def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h:
     """Momentum and ν half a step h behind w, from half a step ``before``: along their rates, without oscillation."""
     by = 0.5 * (before - h)
     m = s.m + by / calculus.lag(s.t) * (g - s.m)
+    m = regained(calculus, m, s.t - 0.5 * before, s.t - 0.5 * h)
     return replace(s, m=m, nu=pytree.tree_map(torch.add, s.nu, calculus.nu_change(s.nu, s.t, g, by)))
+
+
+def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Tensor:
+    """The momentum m [d] of one time in the units of another: Q₁m is what lasts, and a schedule may change Q₁."""
+    if not calculus.momentum or not calculus.method.scheduled:
+        return m
+    old, new = (float(calculus.method.at(clock(t)).Q().gain) for t in (before, now))
+    return m if old == new else (old / new) * m
 
 
 def _shifted(nu: Nu, change: Nu, by: float) -> Nu:
@@ -96,7 +108,8 @@ class ImplicitStep:
     def _free(self) -> tuple[Tensor, Nu, Nu]:
         """(m, ν) at t + h/2 and ν at t + h, without oscillation."""
         s, e = self.s, self.decay
-        m = e * s.m + (1 - e) * self.g
+        kept = regained(self.calculus, s.m, s.t - 0.5 * self.h, s.t + 0.5 * self.h)
+        m = e * kept + (1 - e) * self.g
         middle, end = (
             pytree.tree_map(torch.add, s.nu, self.calculus.nu_change(s.nu, s.t, self.g, x * self.h)) for x in (1.0, 1.5)
         )

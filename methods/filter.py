@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dvi.methods.errors import SpecError
 
-Memory = tuple[Tensor, ...]  # delay buffers [d], as many as the filter's order, and the last output [d]
+Memory = tuple[Tensor, ...]  # past gradients and past outputs [d], the latest last of each
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,29 @@ class Filter:
 
     def initial(self, w: Tensor) -> Memory:
         """An empty memory for gradients like w [d]."""
-        return tuple(torch.zeros_like(w) for _ in range(self.order + 1))
+        return tuple(torch.zeros_like(w) for _ in range(self._inputs + self._outputs))
 
     def step(self, g: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """m_t [d] from g_t [d], and the memory after it (direct form II, transposed)."""
-        n, d = self._padded
-        *buffers, _ = memory
-        shifted = [*buffers[1:], torch.zeros_like(g)]
-        m = n[0] * g + buffers[0] if buffers else n[0] * g
-        kept = [n[i + 1] * g - d[i + 1] * m + shifted[i] for i in range(self.order)]
-        return m, (*kept, m)
+        """m_t [d] from g_t [d], and the memory after it, whose last is m_t.
+
+        Gradients and outputs themselves are kept (direct form I), so that where coefficients are scheduled the present
+        ones act on them: m_t = β_t m_{t−1} + g_t.
+        """
+        first, inputs = self.denominator[0], (*memory[: self._inputs], g)
+        outputs = memory[self._inputs :]
+        m = sum(n * x for n, x in zip(self.numerator, reversed(inputs), strict=False)) / first
+        m = m - sum(d * y for d, y in zip(self.denominator[1:], reversed(outputs), strict=False)) / first
+        return m, (*inputs[1:], *(*outputs, m)[1:])
 
     @property
-    def _padded(self) -> tuple[list[Any], list[Any]]:
-        """Coefficients of equal length, the denominator's first scaled to 1."""
-        size, first = self.order + 1, self.denominator[0]
-        return tuple([x / first for x in c] + [0.0] * (size - len(c)) for c in (self.numerator, self.denominator))  # type: ignore[return-value]
+    def _inputs(self) -> int:
+        """How many past gradients are kept."""
+        return len(self.numerator) - 1
+
+    @property
+    def _outputs(self) -> int:
+        """How many past outputs are kept, the last one always."""
+        return max(1, len(self.denominator) - 1)
 
     # ---- what does not fit ----------------------------------------------------------------------------
 

@@ -161,6 +161,18 @@ def test_any_filter_equals_its_impulse_response(seed, b):
     assert torch.equal(memory[-1], m)
 
 
+def test_a_scheduled_momentum_acts_on_what_was_kept():
+    """m_t = β_t m_{t−1} + g_t, and (1−β_t) g_t for an average: the β of now, not of when m was made."""
+    g = torch.tensor([[1.0], [2.0], [-3.0], [0.5]], dtype=torch.float64)
+    betas = [0.0, 0.5, 0.9, 0.3]
+    for n in (lambda b: 1.0, lambda b: 1 - b):
+        memory, m = Filter([1.0], [1.0, -0.5]).initial(g[0]), torch.zeros(1, dtype=torch.float64)
+        for b, now in zip(betas, g, strict=True):
+            m = b * m + n(b) * now
+            out, memory = Filter([n(b)], [1.0, -b]).step(now, memory)
+            torch.testing.assert_close(out, m, rtol=4 * EPS, atol=0)
+
+
 @given(seed=seeds, b=st.floats(0.1, 0.95))
 def test_heavy_ball_and_nesterov_are_torchs(seed, b):
     cubic, w = bowl(seed)

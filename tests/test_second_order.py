@@ -28,6 +28,8 @@ SAME = {
     "adam": lambda lr: Adam(lr, 0.8, 0.9),
     "adagrad": lambda lr: AdaGrad(lr),
     "scheduled": lambda lr: HeavyBall(lambda t: lr / (4 + 0.1 * t), 0.5),
+    "scheduled momentum": lambda lr: HeavyBall(lr / 4, lambda t: 0.8 - 0.5 * 0.9**t),
+    "scheduled averages": lambda lr: Adam(lr, lambda t: 0.8 - 0.5 * 0.9**t, lambda t: 0.9 - 0.2 * 0.9**t, 1e-8, False),
 }
 
 
