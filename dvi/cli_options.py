@@ -112,24 +112,25 @@ class Options:
     """Momentum of the average of gradients, 0 to 1 (adam, nadam)."""
     beta2: Annotated[float | None, shown("β₂", "0.99; adam, nadam: 0.999")] = None
     """Decay β₂ of the average of squared gradients per step, 0 < β₂ < 1 (rmsprop, rmsprop-norm, rmsprop-centred)."""
-    eps: Annotated[float | None, shown("ε", "0; 1e-8 for rmsprop-centred, 1e-10 for adagrad")] = None
+    eps: Annotated[float | None, shown("ε", "0; 1e-8 for rmsprop-centred, adam and nadam, 1e-10 for adagrad")] = None
     """ε ≥ 0, added to the root of that average or sum, in units of the gradient (all but gd and adagrad-norm)."""
-    bias_correction: bool = False
-    """Divide the average by 1 − β₂ᵗ, as Adam does, so that early steps are not too long (rmsprop, rmsprop-norm)."""
+    bias_correction: Annotated[bool | None, shown("True|False", "False; adam: True")] = None
+    """Divide the averages by 1 − βᵗ, so that early steps are not too long (rmsprop, rmsprop-norm), or not (adam)."""
 
     steps: int = 1000
     """How long to run, in steps of the optimizer (= unit times of the flows), after the warm start."""
     runs: tuple[str, ...] = ("discrete", "central", "stable")
-    """Which processes: discrete (the optimizer itself), central, map (the central map), stable."""
+    """Which processes: discrete (the optimizer itself), central, map (the central map), stable, ablated (the central
+    flow without its curvature penalty)."""
     accuracy: Annotated[str | None, shown("NAME", "paper; with momentum second-order")] = None
     """Of the flows: paper, or second-order (momentum kept as a state), closer to the optimizer where it is stable."""
-    integrator: Annotated[str | None, shown("NAME", "macro-step")] = None
+    integrator: Annotated[str | None, shown("NAME", "macro-step; of second order semi-implicit")] = None
     """How the central flow is integrated: macro-step (cheap), rk (accurate), torchdiffeq, or euler (the paper’s); those
     of second order by semi-implicit."""
-    tol: Annotated[float | None, shown("TOL", "0.001 for macro-step, 1e-6 for rk")] = None
-    """Error allowed in a step of --integrator macro-step or rk, in the norm of the weights."""
-    dt: Annotated[float | None, shown("TIME", "0.25, the paper’s")] = None
-    """Length of a substep of --integrator euler, in optimizer steps."""
+    tol: Annotated[float | None, shown("TOL", "0.001; 1e-6 for rk")] = None
+    """Error allowed in a step of --integrator macro-step, semi-implicit or rk, in the norm of the weights."""
+    dt: Annotated[float | None, shown("TIME", "0.25, the paper’s; 0.5 for semi-implicit")] = None
+    """Length of a substep of --integrator euler or semi-implicit, in optimizer steps."""
     order: Annotated[int | None, shown("ORDER", "4")] = None
     """Order of --integrator rk, 2 or 4; breakpoints are located, eigenvectors made anew at every stage."""
     ode_method: Annotated[str | None, shown("NAME", "dopri5")] = None
@@ -144,7 +145,7 @@ class Options:
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the flags that were given."""
         flags = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in flags.items() if value is not None and value is not False}
+        return {name: value for name, value in flags.items() if value is not None}
 
     def _problem(self) -> dvi.Problem:
         recipe = chosen("--problem", self.problem, PROBLEMS)
@@ -165,6 +166,8 @@ class Options:
             if not given:
                 return None
             fitting = [name for name, recipe in INTEGRATORS.items() if not _foreign(recipe, given)]
+            if self._second_order() and "semi-implicit" in fitting:
+                fitting = ["semi-implicit"]
             if not fitting:
                 raise UsageError(f"No integrator listens to all of {', '.join(map(_flag, given))}: give one of them.")
             name = fitting[0]
@@ -172,6 +175,11 @@ class Options:
 
     def _accuracy(self) -> Accuracy | None:
         return None if self.accuracy is None else chosen("--accuracy", self.accuracy, ACCURACIES)
+
+    def _second_order(self) -> bool:
+        """Is the central flow of second order, for which there is one integrator only?"""
+        accuracy = self._accuracy()
+        return accuracy == "second-order" or (accuracy is None and not self._method().at(0.0).Q().trivial)
 
     def _warm_start(self) -> WarmStart:
         if self.warm_start == "auto":

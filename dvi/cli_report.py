@@ -39,7 +39,7 @@ def _row(name: str, run: dvi.Solution) -> str:
         return f"{name:10}{'nothing recorded':>24}"
     t, loss, predicted = run.t[-1], run.loss[-1], run.predicted_loss[-1]
     shown = "–" if np.isnan(predicted) or predicted == loss else f"{predicted:.4g}"
-    oscillating = str(run.k[-1]) if name == "central" else "–"
+    oscillating = str(run.k[-1]) if name not in ("discrete", "stable") else "–"
     cost = run.ledger.per_unit_time() if len(run.ledger.t) > 1 else np.nan
     return f"{name:10}{t:>12g}{loss:>12.4g}{shown:>12}{oscillating:>13}{cost:>9.3g}"
 

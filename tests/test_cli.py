@@ -103,6 +103,17 @@ def test_hyperparameters_reach_the_method():
     assert cli.Compare(method="gd", lr=0.5)._method() == dvi.methods.GradientDescent(lr=0.5)
 
 
+def test_bias_correction_can_be_left_out_where_it_is_the_default():
+    assert cli.Compare(method="adam")._method().bias_correction
+    assert not cli.Compare(method="adam", bias_correction=False)._method().bias_correction
+
+
+def test_a_flag_alone_means_an_integrator_that_fits_the_flow():
+    assert cli.Compare(method="adam", tol=1e-4)._integrator() == dvi.SemiImplicit(tol=1e-4)
+    assert cli.Compare(method="gd", accuracy="second-order", dt=0.25)._integrator() == dvi.SemiImplicit(dt=0.25)
+    assert cli.Compare(method="adam", accuracy="paper", dt=0.25)._integrator() == dvi.Euler(0.25)
+
+
 def test_integrators():
     assert cli.Compare()._integrator() is None
     assert cli.Compare(dt=0.5)._integrator() == dvi.Euler(0.5)
