@@ -8,9 +8,21 @@ from dvi.compare import Comparison
 from dvi.curves import duration
 from dvi.status import Status
 
-_LETTERS = {"lr": "η", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε"}
+_LETTERS = {"lr": "η", "momentum": "β", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε"}
 _SPOKEN = {"bias_correction=True": "bias-corrected", "bias_correction=False": "", "eps=0.0": "", "eps=0": ""}
-_NAMES = {"GradientDescent": "Gradient descent", "RMSPropNorm": "RMSProp-Norm"}
+_SPOKEN |= {"one_sided=True": "one-sided", "one_sided=False": ""}
+_UNTOLD = ("shapes", "memory")
+_NAMES = {
+    "GradientDescent": "Gradient descent",
+    "RMSPropNorm": "RMSProp-Norm",
+    "AdaGrad": "AdaGrad",
+    "AdaGradNorm": "AdaGrad-Norm",
+    "CentredRMSProp": "Centred RMSProp",
+    "HeavyBall": "Heavy ball",
+    "NormalizedGD": "Normalised gradient descent",
+    "QuasiHyperbolic": "Quasi-hyperbolic momentum",
+}
+_BETWEEN = re.compile(r", (?=[A-Za-z_]\w*=)")  # between settings: a value may have commas of its own
 
 
 def caption(race: Comparison) -> str:
@@ -32,13 +44,17 @@ def method_in_words(method: str) -> str:
     """``RMSProp(lr=0.002, beta2=0.99, bias_correction=True)`` as RMSProp (η = 0.002, β₂ = 0.99, bias-corrected)."""
     name, _, inside = method.partition("(")
     words = _NAMES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
-    settings = [_setting(setting) for setting in inside.removesuffix(")").split(", ")]
+    settings = [_setting(setting) for setting in _BETWEEN.split(inside.removesuffix(")"))]
     told = ", ".join(filter(None, settings))
     return f"{words} ({told})" if told else words
 
 
 def _setting(setting: str) -> str:
     name, _, value = setting.partition("=")
+    if name in _UNTOLD:
+        return ""
+    if value.startswith("<"):  # a function; its address says nothing
+        return f"{_LETTERS.get(name, name)} scheduled"
     return _SPOKEN.get(setting, f"{_LETTERS[name]} = {value}" if name in _LETTERS else setting)
 
 

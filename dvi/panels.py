@@ -154,10 +154,12 @@ class Eigenvalues(Panel):
         if "stable" in self.race.runs:
             self._beyond(axes, *leading(self.race.runs["stable"], 1))
         across = axes.get_xaxis_transform()
-        for kind, length, colour in (("enter", 0.055, "black"), ("leave", 0.028, "0.35")):
-            times = [b[0] for _, run in self.layers for b in run.breakpoints if b[1] == kind]
-            if times:
-                axes.vlines(times, 1 - length, 1, colors=colour, lw=0.8, transform=across, label="_" + kind)
+        for name, run in self.layers:
+            colour = of_flow(name)[1]["color"]
+            for kind, length in (("enter", 0.055), ("leave", 0.028)):
+                times = [b[0] for b in run.breakpoints if b[1] == kind]
+                if times:
+                    axes.vlines(times, 1 - length, 1, colors=colour, lw=0.8, transform=across, label="_" + kind)
 
     def _beyond(self, axes: Axes, t: Array, table: Array) -> None:
         """Say how far the stable flow's sharpness goes where it leaves the panel."""

@@ -130,7 +130,8 @@ def _draw(race: Comparison, style: Style, width: float, title: str) -> Figure:
     FigureCanvasAgg(figure)
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=0.05, h_pad=0.05, wspace=0.05, hspace=0.05)
-    onset = next((b[0] for run in race.runs.values() for b in run.breakpoints if b[1] == "enter"), None)
+    by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow's edge, if it is there
+    onset = next((b[0] for name in by_rank for b in race.runs[name].breakpoints if b[1] == "enter"), None)
     first: Axes | None = None
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1, sharex=first)

@@ -133,8 +133,11 @@ def test_title_tells_the_warm_start(about, line):
             "RMSPropNorm(lr=0.1, beta2=0.9, eps=1e-08, bias_correction=False)",
             "RMSProp-Norm (η = 0.1, β$_2$ = 0.9, ε = 1e-08)",
         ),
-        ("RMSProp(lr=<function f>, beta2=0.9, eps=0)", "RMSProp (η = <function f>, β$_2$ = 0.9)"),
-        ("HeavyBall(lr=0.5, beta1=0.9, m=2)", "Heavy Ball (η = 0.5, β$_1$ = 0.9, m=2)"),
+        ("RMSProp(lr=<function f>, beta2=0.9, eps=0)", "RMSProp (η scheduled, β$_2$ = 0.9)"),
+        ("HeavyBall(lr=0.5, beta1=0.9, m=2)", "Heavy ball (η = 0.5, β$_1$ = 0.9, m=2)"),
+        ("Shampoo(lr=0.1, shapes=((8, 4), (8,)), beta2=1.0, one_sided=False)", "Shampoo (η = 0.1, β$_2$ = 1.0)"),
+        ("AdaGrad(lr=0.1, eps=0.0)", "AdaGrad (η = 0.1)"),
+        ("MyOwn(lr=0.1)", "My Own (η = 0.1)"),
         ("Mine", "Mine"),
     ],
 )
