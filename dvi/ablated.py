@@ -44,6 +44,11 @@ class AblatedFlow(CompiledFlow):
         max_gib: float = 4.0,
     ) -> None:
         super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
+        if self._chosen(accuracy, self.calculus.momentum) != self.accuracy:
+            self.notes.append(
+                'The ablated flow has accuracy="paper" beside flows of second order: their distance is partly that, of '
+                "first order in the step size, and with momentum its lag."
+            )
         if self.calculus.stateless:
             raise SpecError(
                 f"{self.method} has no state ν: its oscillations act on w only, and without their push nothing keeps "

@@ -165,9 +165,9 @@ def compare(
     """
     from dvi.store import Keeper
 
-    unknown = [name for name in runs if name not in RUNS]
-    if unknown or not runs:
-        raise ValueError(f"runs={tuple(runs)!r}: choose from {', '.join(map(repr, RUNS))}.")
+    names = (runs,) if isinstance(runs, str) else tuple(runs)
+    if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
+        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
     grid = time_grid(steps, save_every)
     compiled = {
         name: RUNS[name](
@@ -177,7 +177,10 @@ def compare(
     }
     first = next(iter(compiled.values()))
     observer = Observer(tuple(coordinates), test_inputs)
-    about = describe(first, steps) | {"save_every": float(save_every), "runs": list(runs)}
+    kind = next(
+        (flow for name, flow in compiled.items() if name in ("central", "stable")), first
+    )  # what accuracy= means
+    about = describe(first, steps) | {"accuracy": kind.accuracy, "save_every": float(save_every), "runs": list(runs)}
     arguments = {
         "integrator": repr(integrator or default_integrator(compiled.get("central", first))),
         "warm_start": warm_start,
@@ -251,6 +254,8 @@ def compare(
         except FAILURES as error:
             status, failure = classify(error), error
     race = result(status)
+    if failure is not None:
+        race.notes.append(f"Stopped: {detail(failure)} ({_where(processes)})")
     keeper.write(race, checkpoint())
     if failure is not None and throw:
         raise RunError(status, f"{detail(failure)} ({_where(processes)})", race) from failure

@@ -39,6 +39,12 @@ class Observer:
     coordinates: Sequence[int] = ()
     test_inputs: Any = None
 
+    def check(self, dim: int) -> None:
+        """Raise ValueError unless coordinates are indices of ``dim`` weights."""
+        wrong = [i for i in self.coordinates if not isinstance(i, (int, np.integer)) or not -dim <= i < dim]
+        if wrong:
+            raise ValueError(f"coordinates={wrong}: indices of weights are whole numbers below {dim}.")
+
     def observe_flow(self, flow: CompiledFlow, y: State, node: Node) -> Observation:
         """The observation at a node of a flow."""
         U, HU, g = node.U, node.HU, node.g

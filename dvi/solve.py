@@ -91,8 +91,10 @@ def solve(
     solution = process.solution(status, about)
     if kept:
         solution.series["w"] = np.stack(kept[: len(solution.t)])
-    if failure is not None and throw:
-        raise RunError(status, detail(failure), solution) from failure
+    if failure is not None:
+        solution.notes.append(f"Stopped: {detail(failure)}")
+        if throw:
+            raise RunError(status, detail(failure), solution) from failure
     return solution
 
 
@@ -126,8 +128,8 @@ def detail(error: BaseException) -> str:
 
 def time_grid(steps: float, save_every: float) -> Array:
     """Recorded times 0, save_every, … and the end itself."""
-    if not steps > 0 or not save_every > 0:
-        raise ValueError(f"steps={steps} and save_every={save_every} must be positive (unit times).")
+    if not 0 < steps < np.inf or not 0 < save_every < np.inf:
+        raise ValueError(f"steps={steps} and save_every={save_every} must be positive and finite (unit times).")
     grid = np.arange(0, np.floor(steps / save_every + 1e-9) + 1) * float(save_every)
     return np.append(grid, float(steps)) if grid[-1] < steps - 1e-9 else grid
 
@@ -150,6 +152,7 @@ def make_process(
     eigen_every: float,
 ) -> Process:
     """The process for a flow or an optimizer."""
+    observer.check(len(flow.problem.w0))
     if isinstance(flow, Discrete):
         if integrator is not None:
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
@@ -163,6 +166,11 @@ def make_process(
         raise ValueError(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
             'the state: use SemiImplicit(dt=…), or compile the flow with accuracy="paper".'
+        )
+    if isinstance(integrator, SemiImplicit) and not flow.inertial:
+        raise ValueError(
+            f'SemiImplicit is for flows of accuracy="second-order", not for this {flow.name} flow of accuracy="paper": '
+            "take MacroStep, or compile the flow with the other accuracy."
         )
     if isinstance(flow, CentralMap):
         if not isinstance(integrator, SemiImplicit) or integrator.dt != 1:
@@ -224,6 +232,8 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     Raises:
         RunError: if the optimizer diverges meanwhile, or does not settle.
     """
+    if start is not None and not isinstance(start, State):
+        raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
     y = start or flow.initial
     auto = warm_start == "auto"
     if not auto and not (isinstance(warm_start, int) and warm_start >= 0):

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -103,8 +104,14 @@ class Filter:
         """Raise unless the filter is stable and the optimizer leaves stability by oscillating with period two.
 
         Raises:
-            SpecError: naming the pole, the gain, or the frequency at which it would escape first.
+            SpecError: if coefficients are missing or no numbers; else naming the pole, the gain, or the frequency at
+                which it would escape first.
         """
+        for part in (self.numerator, self.denominator):
+            if not isinstance(part, Sequence) or not part or not all(isinstance(x, (Real, Tensor)) for x in part):
+                raise SpecError(
+                    f"{self}: numerator and denominator are lists of one number or more, as in [1.0, -0.9]."
+                )
         if self.trivial:
             return
         numbers = [*self._numbers[0], *self._numbers[1]]

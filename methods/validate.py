@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
+from dvi.methods.filter import Filter
 from dvi.methods.preconditioners import Preconditioner
 from dvi.methods.spec import Method, Nu
 
@@ -23,7 +24,12 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
-    method.at(0.0).Q().check()
+    Q = method.at(0.0).Q()
+    if not isinstance(Q, Filter):
+        raise SpecError(
+            f"{name}.Q() is {_what(Q)}; it must be a filter: dvi.Filter([1.0], [1.0, -beta]) for momentum β."
+        )
+    Q.check()
     nu = method.init(w)
     for path, leaf in leaves(nu):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

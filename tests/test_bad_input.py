@@ -88,3 +88,57 @@ def test_an_optimizer_that_diverges_in_its_warm_start():
 def test_a_look_for_display_does_not_decide_how_a_run_ends():
     solution = dvi.solve(dvi.discrete(tiny(), dvi.methods.GradientDescent(1e4)), 2000, progress=False, throw=False)
     assert solution.status is dvi.Status.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runs": "central"}, "a tuple of names"),
+        ({"runs": ("central", "central")}, "each once"),
+        ({"coordinates": (10**6,)}, "whole numbers below"),
+        ({"coordinates": (1.5,)}, "whole numbers below"),
+        ({"integrator": dvi.SemiImplicit()}, 'accuracy="second-order"'),
+    ],
+)
+def test_arguments_of_compare(options, words):
+    with pytest.raises(ValueError, match=words):
+        dvi.compare(tiny(), dvi.methods.GradientDescent(0.05), 5, progress=False, **options)
+
+
+def test_arguments_of_solve():
+    flow = dvi.central_flow(tiny(), dvi.methods.GradientDescent(0.05))
+    with pytest.raises(ValueError, match=r"dvi\.State"):
+        dvi.solve(flow, 5, start=flow.initial.w, progress=False)
+    with pytest.raises(ValueError, match="finite"):
+        dvi.solve(flow, float("inf"), progress=False)
+
+
+@pytest.mark.parametrize("q", [0.9, dvi.Filter([], [1.0]), dvi.Filter(1.0, [1.0]), dvi.Filter("ab")])
+def test_a_momentum_that_is_no_filter(q):
+    class Mine(dvi.Method):
+        def P(self, nu):
+            return dvi.Scalar(1.0)
+
+        def Q(self):
+            return q
+
+    with pytest.raises(dvi.SpecError, match=r"filter|lists"):
+        dvi.central_flow(tiny(), Mine())
+
+
+def test_a_run_that_stopped_says_why_also_where_nothing_is_raised():
+    race = dvi.compare(tiny(), dvi.methods.GradientDescent(0.3), 5, warm_start=0, progress=False, throw=False)
+    assert race.status is dvi.Status.INFEASIBLE_START
+    assert "sharpness at the start" in race.notes[-1]
+
+
+def test_the_accuracy_that_is_told_is_the_central_flows():
+    gd = dvi.methods.GradientDescent(0.05)
+    race = dvi.compare(tiny(), gd, 2, runs=("map", "central"), progress=False)
+    assert race.about["accuracy"] == "paper"
+
+
+def test_the_ablated_flow_beside_flows_of_second_order_says_so():
+    adam = dvi.methods.Adam(1e-3)
+    race = dvi.compare(tiny(), adam, 2, runs=("central", "ablated"), warm_start=5, progress=False)
+    assert any("ablated" in note for note in race.notes)
