@@ -78,6 +78,25 @@ def adafactor_of_torch(parameters):
     return optimizer
 
 
+def nadam_of_torch(parameters):
+    """torch.optim.NAdam when its bias corrections and its warm-up of β₁ have faded."""
+    optimizer = torch.optim.NAdam(parameters, lr=0.02, betas=(0.5, 0.9), eps=1e-8)
+    for p in parameters:
+        optimizer.state[p] = {"step": torch.tensor(1e6), "mu_product": torch.tensor(0.0)}
+        optimizer.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+    return optimizer
+
+
+def quasi_hyperbolic_step(lr, decay, share):
+    """As in the source (Ma & Yarats 2019, eqs. 3 and 4)."""
+
+    def update(average, g, t):
+        average = decay * average + (1 - decay) * g
+        return average, lr * ((1 - share) * g + share * average)
+
+    return by_hand(update, lambda: 0.0)
+
+
 def shampoo_step(decay, new, eps, one_sided, lr):
     """Shampoo by scipy's square roots (a Schur method; no eigenvectors)."""
 
@@ -113,7 +132,7 @@ class Kind:
     make: Callable[[Any, Any], dvi.Method]
     edge: float  # a learning rate at which the network below gets to the edge of stability within 4 steps
     reference: Callable[..., Any]  # the update at the learning rate 0.02
-    symmetric: bool = True  # is β symmetric where HU = 2PU?
+    symmetric: bool = True  # is β symmetric where HU = cPU?
     refused: str = ""  # what `dvi.derive` says where it has no closed form
 
 
@@ -180,6 +199,25 @@ ZOO = {
         shampoo_step(1, 1, 1e-3, True, 0.02),
         refused="shapes",
     ),
+    "heavy ball": Kind(
+        lambda lr, s: methods.HeavyBall(lr, 0.5),
+        1.9,
+        by_torch(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5)),
+    ),
+    "nesterov": Kind(
+        lambda lr, s: methods.Nesterov(lr, 0.5),
+        1.2,
+        by_torch(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5, nesterov=True)),
+    ),
+    "quasi-hyperbolic": Kind(
+        lambda lr, s: methods.QuasiHyperbolic(lr, 0.5, 0.7), 2.5, quasi_hyperbolic_step(0.02, 0.5, 0.7)
+    ),
+    "adam": Kind(
+        lambda lr, s: methods.Adam(lr, 0.5, 0.9, 1e-8),
+        0.095,
+        by_torch(lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8)),
+    ),
+    "nadam": Kind(lambda lr, s: methods.NAdam(lr, 0.5, 0.9, 1e-8), 0.05, by_torch(nadam_of_torch)),
 }
 every_kind = pytest.mark.parametrize("kind", ZOO.values(), ids=ZOO)
 
@@ -282,7 +320,8 @@ def test_alpha_and_beta_are_the_rates_of_the_gap(kind, seed):
     cubic, w = bowl(seed)
     cubic.C = CubicLoss.random(rng, D).C
     y = after(method, cubic, 0.3 * w, 6)
-    flow = dvi.central_flow(cubic.problem(w), method, check=False)
+    # with momentum α and β are those of the leading-order drift
+    flow = dvi.central_flow(cubic.problem(w), method, check=False, accuracy="paper")
     k = 1 + seed
     U, X = rng.normal(size=(D, k)), 1e-3 * orthogonal(rng, k)
     X = X @ X.T + np.diag(rng.uniform(0, 1e-4, k))
@@ -291,8 +330,9 @@ def test_alpha_and_beta_are_the_rates_of_the_gap(kind, seed):
 
     def gap(s):
         nu = pytree.tree_map(lambda x, dx: x + s * dx, y.nu, rate.nu)
-        PU = method.at(y.t + s).P(nu).apply(torch.tensor(U)).numpy()
-        return U.T @ (2 * PU - cubic.hessian(y.w.numpy() + s * rate.w.numpy()) @ U)
+        now = method.at(y.t + s)
+        PU = now.P(nu).apply(torch.tensor(U)).numpy()
+        return U.T @ (float(now.Q().threshold) * PU - cubic.hessian(y.w.numpy() + s * rate.w.numpy()) @ U)
 
     # Five points: truncation s⁴ G⁽⁵⁾/30.  √ν and the roots of matrices vary over ν/ν̇ of the smallest entry or
     # eigenvalue, so that is what s is taken a thousandth of; rounding eps |G|/s.
@@ -312,19 +352,20 @@ def test_beta_at_the_edge_is_symmetric_where_it_is_said_to_be(kind):
     method = kind.make(0.02, SHAPES)
     cubic, w = bowl(7)
     y = after(method, cubic, w, 6)
-    P = method.at(y.t).P(y.nu)
+    now = method.at(y.t)
+    P = now.P(y.nu).scaled(float(now.Q().threshold) / 2)  # its edge is at 2
     V = torch.tensor(orthogonal(rng, D))
     U, PU = P.inv_sqrt(V[:, :3]), P.sqrt(V[:, :3])
     rest = P.sqrt(V[:, 3:])
-    H = 2 * PU @ PU.T + rest @ rest.T  # HU = 2PU, and effective eigenvalues of 1 beside
+    H = 2 * PU @ PU.T + rest @ rest.T  # HU = 2PU with this P, and effective eigenvalues of 1 beside
     edge = CubicLoss.with_derivatives(rng, y.w.numpy(), cubic.gradient(y.w.numpy()), H.numpy())
-    flow = dvi.central_flow(edge.problem(y.w.numpy()), method, check=False)
+    flow = dvi.central_flow(edge.problem(y.w.numpy()), method, check=False, accuracy="paper")
     beta = flow.linearise(y.w, y.nu, U, t=y.t).beta.numpy()
     asymmetry = np.abs(beta - beta.T).max() / np.abs(beta).max()
     assert asymmetry < 1e-9 if kind.symmetric else asymmetry > 1e-5
     if not flow.calculus.stateless:  # the part of ν is there: without it symmetry would say nothing
         T = flow.problem.hessian_gradient(y.w, U)
-        loss_part = (0.5 * T @ P.solve(T.T)).numpy()
+        loss_part = (0.5 * T @ now.P(y.nu).solve(T.T)).numpy() * float(now.Q().gain)
         assert np.abs(beta - loss_part).max() > 1e-5 * np.abs(beta).max()
 
 
@@ -339,9 +380,12 @@ def test_the_closed_form_is_the_compilers_or_is_refused_by_name(kind):
     cubic, w = bowl(11)
     y = after(method, cubic, w, 6)
     U, X = rng.normal(size=(D, 2)), np.diag([2e-3, 1e-3])
-    lin = dvi.central_flow(cubic.problem(w), method, check=False).linearise(y.w, y.nu, torch.tensor(U), t=y.t)
+    flow = dvi.central_flow(cubic.problem(w), method, check=False, accuracy="paper")
+    lin = flow.linearise(y.w, y.nu, torch.tensor(U), t=y.t)
     w = y.w.numpy()
-    found = dvi.derive(method).evaluate(cubic.gradient(w), y.nu, U, cubic.hessian(w) @ U, lin.T, X, t=y.t)
+    found = dvi.derive(method, accuracy="paper").evaluate(
+        cubic.gradient(w), y.nu, U, cubic.hessian(w) @ U, lin.T, X, t=y.t
+    )
     drift = lin.drift(X)
     # sums of some d² products; √(v − m²) cancels, by a factor of 10³ or less here
     for name, actual, expected in (
@@ -379,7 +423,7 @@ def test_the_central_flow_goes_through_the_edge(kind):
     assert central.breakpoints[0][0] < 4
     # an arrival is overrun by the second order of a step, an eigenvector is known to 1e-3 and its eigenvalue to 1e-6
     assert np.nanmax(central.eigenvalues) < 2 + 5e-3
-    # 2P − H ⪰ 0 on the critical directions, which are looked for anew
+    # cP − H ⪰ 0 on the critical directions, which are looked for anew
     lin = dvi.central_flow(problem, method, check=False).linearise(central.w, central.nu, t=warm + 12)
     assert len(lin.gap) >= 1
     assert np.linalg.eigvalsh(lin.gap.numpy())[0] > -5e-3
