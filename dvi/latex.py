@@ -20,16 +20,23 @@ _TT = r"\mathcal{T}^{\mathsf{T}}"
 
 def equations(d: Derivation) -> list[tuple[str, str]]:
     """(left, right) of every equation, in LaTeX; the right side begins with its relation."""
-    inverse = latex(1 / d.P)
+    inverse = latex(d.gain / d.P)
     times = rf"{inverse} \odot" if is_vector(d.P) else inverse
-    lines = [(r"\frac{dw}{dt}", rf"= -{times} {_FORCE}")]
+    lines = [(r"\frac{dw}{dt}", rf"= -{times} {_FORCE if d.flow.m is None else 'm'}")]
+    if d.flow.m is not None:
+        lag = r"\left(\tau + \tfrac12\right)" if d.spec.momentum else r"\tfrac12"
+        lines.append((rf"{lag} \frac{{dm}}{{dt}}", rf"= {_FORCE} - m"))
     for leaf in d.spec.leaves:
         if not leaf.clock:
             lines.append((rf"\frac{{d{latex(leaf.symbol)}}}{{dt}}", f"= {latex(d.flow.nu[leaf.name].rhs)}"))
-    lines.append((r"0 \preceq \Sigma", r"\perp 2P - H(w) \succeq 0"))
+    lines.append((r"0 \preceq \Sigma", rf"\perp {'c' if d.spec.momentum else '2'}P - H(w) \succeq 0"))
+    if d.spec.momentum:
+        lines += [
+            (name, f"= {latex(value)}") for name, value in (("c", d.threshold), ("Q_1", d.gain), (r"\tau", d.lag))
+        ]
     lines.append(("P", f"= {_matrix(d.P, d.spec.diagonal)}"))
     if d.spec.diagonal:
-        alpha = rf"{_TT}\left[-{latex(letters().g / d.P)}\right]"
+        alpha = rf"{_TT}\left[-{latex(d.gain * letters().g / d.P)}\right]"
         beta = rf"\tfrac12 {_TT}\left[{times} {_T}[\Sigma]\right]"
     else:
         alpha = rf"{inverse}\, {_TT}\left[-\nabla L(w)\right]"
@@ -72,16 +79,21 @@ def document(d: Derivation) -> str:
 
 def plain(d: Derivation) -> str:
     """All equations in plain text, one a line."""
-    inverse = 1 / d.P
+    inverse = d.gain / d.P
     shown = f"({text(inverse)})" if inverse.is_Add else text(inverse)
-    lines = [f"dw/dt = -{shown} [∇L + ½∇³L[Σ]]"]
+    force = "[∇L + ½∇³L[Σ]]"
+    lines = [f"dw/dt = -{shown} {force if d.flow.m is None else 'm'}"]
+    if d.flow.m is not None:
+        lines.append(f"{'(τ + ½)' if d.spec.momentum else '½'} dm/dt = {force} - m")
     for leaf in d.spec.leaves:
         if not leaf.clock:
             lines.append(f"d{text(leaf.symbol)}/dt = {text(d.flow.nu[leaf.name].rhs)}")
     matrix = "diag[{}]" if d.spec.diagonal else "({}) I"
-    lines.append(f"0 ⪯ Σ ⟂ 2P - H ⪰ 0,  P = {matrix.format(text(d.P))}")
+    lines.append(f"0 ⪯ Σ ⟂ {'c' if d.spec.momentum else '2'}P - H ⪰ 0,  P = {matrix.format(text(d.P))}")
+    if d.spec.momentum:
+        lines.append(f"c = {text(d.threshold)},  Q₁ = {text(d.gain)},  τ = {text(d.lag)}")
     free, pushed = each(d.P_free, lambda e: -2 * e), each(d.P_pushed, lambda e: 2 * e)
-    first = (f"𝒯ᵀ[-{text(letters().g / d.P)}]", f"½ 𝒯ᵀ[{shown} 𝒯[Σ]]")
+    first = (f"𝒯ᵀ[-{text(d.gain * letters().g / d.P)}]", f"½ 𝒯ᵀ[{shown} 𝒯[Σ]]")
     if not d.spec.diagonal:
         first = (f"{shown} 𝒯ᵀ[-∇L]", f"½ {shown} 𝒯ᵀ𝒯[Σ]")
     for name, start, moved in zip(("α", "β[Σ]"), first, (free, pushed), strict=True):

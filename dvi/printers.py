@@ -17,6 +17,7 @@ from dvi.tidy import negative, outer
 #: How the letters of :func:`dvi.symbols.letters` are printed: LaTeX, text.
 PRINTED = {
     "g": (r"\nabla L(w)", "∇L"),
+    "m": ("m", "m"),
     "descent": (r"-\nabla L(w)", "(-∇L)"),
     "D3L": (r"\nabla^3 L(w)[\Sigma]", "∇³L[Σ]"),
     "HSH": (r"\mathrm{diag}(H \Sigma H)", "diag(HΣH)"),

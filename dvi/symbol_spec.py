@@ -1,4 +1,4 @@
-"""A declaration read as formulas: f and P called on symbols."""
+"""A declaration read as formulas: f, P and Q called on symbols."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sympy import Expr, Symbol
 from torch.utils import _pytree as pytree
 
 from dvi.flows import MethodLike
-from dvi.methods import Diagonal, Method, Scalar, SpecError, as_method
+from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
 from dvi.methods.validate import leaves
 from dvi.symbol_tensor import SymbolTensor, number, symbolic
 from dvi.symbols import Level, Total, entry, letters
-from dvi.tidy import separate
+from dvi.tidy import separate, tidy
 
 #: Names of hyperparameters in the paper, where they differ from the fields'.
-PAPER = {"lr": "eta", "eps": "epsilon"}
+PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n"}
 
 _SAMPLE = 11  # weights of the vector that init is called with, to see which parts of ν are like it
 
@@ -48,6 +48,8 @@ class SymbolicSpec:
         p: P = p·I, or diag(p) written by its generic entry.
         diagonal: which of the two.
         hyperparameters: field → its symbol, or η(t) for a schedule; numbers are not listed.
+        momentum: is there a filter Q ≠ 1?
+        threshold, gain, lag: c, Q₁ and τ of the filter; 2, 1 and 0 without.
     """
 
     method: Method | type[Method]
@@ -57,6 +59,15 @@ class SymbolicSpec:
     p: Expr
     diagonal: bool
     hyperparameters: dict[str, Expr]
+    momentum: bool
+    threshold: Expr
+    gain: Expr
+    lag: Expr
+
+    @property
+    def edge(self) -> Expr:
+        """P̃ = cP/2, which is P without momentum: complementarity is HΣ = 2P̃Σ."""
+        return self.threshold * self.p / 2
 
     @property
     def name(self) -> str:
@@ -64,24 +75,26 @@ class SymbolicSpec:
         return (self.method if isinstance(self.method, type) else type(self.method)).__name__
 
 
-def read(method: MethodLike | type[Method], numeric: bool = False) -> SymbolicSpec:
-    """Call f and P on symbols.
+def read(method: MethodLike | type[Method], numeric: bool = False, inertial: bool | None = None) -> SymbolicSpec:
+    """Call f, P and Q on symbols.
+
+    Args:
+        method, numeric: see :func:`dvi.derive`.
+        inertial: is the letter m to be kept for the momentum?  If left out: where there is a filter.
 
     Raises:
-        SpecError: if ν has parts that are neither scalars nor like w, P is neither ``Scalar`` nor ``Diagonal``, or f or
-            P does what has no closed form.
+        SpecError: if ν has parts that are neither scalars nor like w, P is neither ``Scalar`` nor ``Diagonal``, or f, P
+            or Q does what has no closed form; if a method with numbers has no edge of period two.
     """
     spec, hyperparameters = _with_symbols(method, numeric)
     name = type(spec).__name__
-    if getattr(type(spec), "Q", None) is not getattr(Method, "Q", None):
-        raise SpecError(
-            f"{name} has momentum (Q), which moves the threshold and the drift; the closed forms are for "
-            "w_{t+1} = w_t − P(ν_t)⁻¹∇L(w_t). flow.linearise(w, nu) gives α and β in numbers."
-        )
+    momentum, *numbers = _filter(method, spec)
     nu = _call(f"{name}.init(w)", lambda: _concrete(method, spec).init(torch.zeros(_SAMPLE, dtype=torch.float64)))
     parts = [_leaf(name, path, value) for path, value in leaves(nu)]
     structure = pytree.tree_structure(nu)
     used = {str(x.func if x.is_Function else x) for x in hyperparameters.values()} | set(vars(letters()))
+    if not (momentum if inertial is None else inertial):
+        used.discard("m")
 
     gradient: Any = SymbolTensor(letters().g, 1)  # it stands in for a tensor, as those in ν do
 
@@ -103,8 +116,29 @@ def read(method: MethodLike | type[Method], numeric: bool = False) -> SymbolicSp
     if isinstance(P, Scalar) and p.ndim:
         raise SpecError(f"{name}.P(nu): Scalar(p) takes a scalar; for a vector p write Diagonal(p).")
     return SymbolicSpec(
-        method_of(method), tuple(parts), structure, f, separate(p.expr), isinstance(P, Diagonal), hyperparameters
+        method_of(method),
+        tuple(parts),
+        structure,
+        f,
+        separate(p.expr),
+        isinstance(P, Diagonal),
+        hyperparameters,
+        momentum,
+        *numbers,
     )
+
+
+def _filter(method: MethodLike | type[Method], spec: Method) -> tuple[bool, Expr, Expr, Expr]:
+    """Is there momentum, and its c, Q₁ and τ."""
+    if not isinstance(method, type):
+        as_method(method).at(0.0).Q().check()
+    name = f"{type(spec).__name__}.Q()"
+    Q = _call(name, spec.Q)
+    # the coefficients first, so that a number among them is the fraction that it is written as
+    Q = _call(name, lambda: Filter([symbolic(x) for x in Q.numerator], [symbolic(x) for x in Q.denominator]))
+    if Q.order == 0 and sympy.expand(Q.numerator[0].expr - Q.denominator[0].expr) == 0:
+        return False, sympy.Integer(2), sympy.Integer(1), sympy.Integer(0)
+    return True, *(tidy(sympy.factor(number.expr)) for number in (Q.threshold, Q.gain, Q.lag))
 
 
 def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
@@ -149,6 +183,8 @@ def _hyperparameter(spec: Method, field: str, value: Any, numeric: bool) -> Any:
     A zero stays a zero (a term switched off), as do flags and whole numbers without a range of their own (counts).
     """
     name = PAPER.get(field, field)
+    if name != field and name in (other.name for other in dataclasses.fields(spec)):  # type: ignore[arg-type]
+        name = field
     if name in vars(letters()):
         name += "_0"  # this letter is taken
     positive = True if field in spec.ranges else None

@@ -23,17 +23,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """α [k, k], β [n, n] in svec (n = k(k+1)/2), dw/dt [d], dν/dt like ν, and σ² for k = 1 (else None)."""
+    """α [k, k], β [n, n] in svec (n = k(k+1)/2), dw/dt [d], dν/dt like ν, and σ² for k = 1 (else None).
+
+    dm/dt [d] where the momentum is a state of the flow.
+    """
 
     alpha: Array
     beta: Array
     w: Array
     nu: Any
     sigma2: float | None
+    m: Array | None = None
 
 
 def evaluate(
-    d: Derivation, g: Any, nu: Any, U: Any, HU: Any, T: Any, X: Any, t: float, hyperparameters: Mapping[str, float]
+    d: Derivation,
+    g: Any,
+    nu: Any,
+    U: Any,
+    HU: Any,
+    T: Any,
+    X: Any,
+    t: float,
+    m: Any,
+    hyperparameters: Mapping[str, float],
 ) -> Values:
     """See :meth:`dvi.Derivation.evaluate`."""
     x = letters()
@@ -61,6 +74,8 @@ def evaluate(
         x.HSH: ((HU @ X) * HU).sum(1),
         x.Sii: ((U @ X) * U).sum(1),
     }
+    if d.flow.m is not None:
+        moved[x.m] = g + moved[x.D3L] / 2 if m is None else _array(m)
     rates = [
         _value(d.flow.nu[leaf.name].rhs, moved, value.shape, matrices)
         for leaf, value in zip(d.spec.leaves, state, strict=True)
@@ -71,6 +86,7 @@ def evaluate(
         w=_value(d.flow.w.rhs, moved, (size,)),
         nu=pytree.tree_unflatten(rates, pytree.tree_structure(nu)),
         sigma2=_sigma2(d, known, U[:, 0], HU[:, 0], T[0]) if k == 1 else None,
+        m=None if d.flow.m is None else _value(d.flow.m.rhs, moved, (size,)),
     )
 
 

@@ -132,7 +132,7 @@ def along(e: Expr, h: Expr) -> Expr:
 
 
 def on_edge(e: Expr, p: Expr) -> Expr:
-    """HΣH replaced by 4PΣP, HU by 2PU, for P = diag(p) or p·I."""
+    """HΣH replaced by 4PΣP, HU by 2PU, for P = diag(p) or p·I; with momentum p is that of P̃ = cP/2."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, _: 4 * Bilinear(p * a, p * b, x.Sigma))
     e = e.replace(Image, lambda b, _: 4 * p * Image(p * b, x.Sigma))
@@ -144,11 +144,13 @@ def letters() -> SimpleNamespace:
 
     ``g`` ∇L(w); ``D3L`` ∇³L(w)[Σ]; ``HSH`` diag(HΣH); ``Sii`` diag(Σ); ``HSigmaH``, ``Sigma`` the matrices; ``t`` the
     time that schedules read; ``T_ab`` ∇_w u_aᵀH(w)u_b, ``U_a`` u_a, ``HU_c`` H u_c, and the same with other letters.
-    For one direction: ``u``, ``Tuu`` ∇³L(w)[u, u], and where |u| = 1 and P is scalar, ``dS`` ∇S(w) and ``S`` S(w).
+    ``m`` is the momentum.  For one direction: ``u``, ``Tuu`` ∇³L(w)[u, u], and where |u| = 1 and P is scalar, ``dS``
+    ∇S(w) and ``S`` S(w).
     """
     vectors = ["g", "D3L", "HSH", "Sii", "T_ab", "T_cd", "U_a", "U_b", "U_c", "U_d", "HU_c", "HU_d", "u", "Tuu", "dS"]
     return SimpleNamespace(
         **{name: entry(name) for name in vectors},
+        m=entry("m"),
         S=Level("S", positive=True),
         t=Symbol("t", real=True),
         HSigmaH=Symbol("HSigmaH"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import sympy
-from sympy import Add, Expr, Integer, Mul, Pow, Rational
+from sympy import Add, Dummy, Expr, Integer, Mul, Pow, Rational
 
 from dvi.symbols import changes
 
 _LONG = 80  # operations
 
 #: Letters of which it is known that 1 − β or 1 − βᵗ is positive.
-_FRACTIONS = {"beta1", "beta2", "t", "tau"}
+_FRACTIONS = {"beta", "beta1", "beta2", "t", "tau"}
 
 
 def tidy(e: Expr) -> Expr:
@@ -28,13 +28,17 @@ def tidy(e: Expr) -> Expr:
             rest = Add(*(before * term for term in bracket.args))
         elif negative(before):
             rest = -before * Add(*(-term for term in bracket.args))
-    if isinstance(rest, Add) and all(negative(term) for term in rest.args):
+    of_beta = any(isinstance(x, sympy.log) for x in Mul.make_args(outside))  # log β is negative
+    if isinstance(rest, Add) and (of_beta or all(negative(term) for term in rest.args)):
         outside, rest = -outside, -rest
     return outside * rest
 
 
 def factored(e: Expr) -> Expr:
     """As a product; of a long expression, for which that would take minutes, only common factors are taken out."""
+    logs = {x: Dummy() for x in e.atoms(sympy.log) if x.is_number}  # factor would write log 0.9 as 2 log 3 − log 10
+    if logs:
+        return factored(e.xreplace(logs)).xreplace({dummy: x for x, dummy in logs.items()})
     if e.count_ops() > _LONG:
         return sympy.factor_terms(e)
     try:
@@ -64,6 +68,8 @@ def outer(e: Expr) -> tuple[Expr, Expr]:
             flip = _sign(base) < 0
             outside *= Pow(-base if flip else base, exponent)
             rest *= (-1) ** exponent if flip else 1
+        elif isinstance(factor, sympy.log) and not changes(factor):
+            outside *= factor
         else:
             rest *= factor
     # what the outer factor is made of stays with it, as the β₂ of (1−β₂)/β₂

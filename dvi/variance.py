@@ -11,30 +11,30 @@ from dvi.tidy import each
 
 
 def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:
-    """(α, β) for U = u, with Hu = 2Pu, so that σ² = α/β.
+    """(α, β) for U = u, with Hu = 2P̃u, so that σ² = α/β.
 
-    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p; both are multiplied by p, which takes the
-    fractions out, as eq. 10 does.
+    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p̃ = cp; both are multiplied by p/Q₁, which takes
+    the fractions out, as eq. 10 does.
 
     Args:
         spec: the declaration.
-        P_free: ∂P[ν̇₀] + ∂P/∂t.
-        P_pushed: ∂P[ν̇_Σ].
+        P_free: ∂P̃[ν̇₀] + ∂P̃/∂t.
+        P_pushed: ∂P̃[ν̇_Σ].
     """
-    x, p = letters(), spec.p
+    x, p, gain = letters(), spec.p, spec.gain
     if spec.diagonal:
-        pushed = along(P_pushed, 2 * p * x.u)
-        alpha = -Total(x.Tuu * x.g / p) + each(P_free, lambda e: -2 * Total(x.u**2 * e))
-        return alpha, Total(x.Tuu**2 / p) / 2 + each(pushed, lambda e: 2 * Total(x.u**2 * e))
+        pushed = along(P_pushed, 2 * spec.edge * x.u)
+        alpha = -gain * Total(x.Tuu * x.g / p) + each(P_free, lambda e: -2 * Total(x.u**2 * e))
+        return alpha, gain * Total(x.Tuu**2 / p) / 2 + each(pushed, lambda e: 2 * Total(x.u**2 * e))
     pushed = along(P_pushed, x.S * x.u).xreplace({Total(x.u**2): sympy.Integer(1)})
     edge, positive = at_sharpness(spec)
-    twice = x.S if edge else 2 * p
+    twice = (2 * x.S / spec.threshold if edge else 2 * p) / gain
     alpha = -Total(x.dS * x.g) + each(P_free, lambda e: (-twice * e).xreplace(edge)).xreplace(positive)
     return alpha, Total(x.dS**2) / 2 + each(pushed, lambda e: (twice * e).xreplace(edge)).xreplace(positive)
 
 
 def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
-    """ν in terms of the sharpness, from S = 2p, where ν is one scalar, apart from clocks; else nothing.
+    """ν in terms of the sharpness, from S = 2p̃, where ν is one scalar, apart from clocks; else nothing.
 
     Returns:
         ν → its value, and symbols in that value → what they stand for, which is known to be positive: √ν = ηS/2 − ε.
@@ -42,7 +42,7 @@ def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]
     states = [leaf.symbol for leaf in spec.leaves if not leaf.clock]
     if len(states) != 1 or not spec.p.has(states[0]) or spec.p.has(Total):
         return {}, {}
-    found = inverse(spec.p, states[0], letters().S / 2)
+    found = inverse(spec.edge, states[0], letters().S / 2)
     return ({}, {}) if found is None else ({states[0]: found[0]}, found[1])
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.linalg import fractional_matrix_power, logm
 from test_methods import bowl, seeds
+from test_zoo import ShampooWithMomentum
 
 import dvi
 from dvi import forgetting
@@ -209,7 +210,11 @@ def edge_state(seed, k=2, d=6):
     return rng, cubic, w, torch.tensor(rng.normal(size=(d, k)))
 
 
-@pytest.mark.parametrize("name", ["gradient descent", "heavy ball", "rmsprop", "rmsprop-norm", "adam"])
+# matrix state and a filter of the user's own, too
+STEPPED = SAME | {"shampoo": lambda lr: ShampooWithMomentum(lr, ((2, 2), (2,)), beta2=0.9, eps=1e-2)}
+
+
+@pytest.mark.parametrize("name", ["gradient descent", "heavy ball", "rmsprop", "rmsprop-norm", "adam", "shampoo"])
 @given(seed=seeds, dt=st.sampled_from([0.25, 0.5, 1.0]))
 @examples(6)
 def test_the_gap_at_the_end_of_a_step(name, seed, dt):
@@ -218,7 +223,7 @@ def test_the_gap_at_the_end_of_a_step(name, seed, dt):
     But for one term: X also changes the P(ν) that this very step moves w with: a constant O(dt²) in the gap.
     """
     rng, cubic, w, U = edge_state(seed)
-    flow = dvi.central_flow(cubic.problem(w), SAME[name](0.1), check=False, accuracy="second-order")
+    flow = dvi.central_flow(cubic.problem(w), STEPPED[name](0.1), check=False, accuracy="second-order")
     y = State(torch.tensor(w), flow.initial.nu, 3.0, flow.initial.m)
     _, g = flow.value_and_grad(y)
     frame = flow._frame(y, U, flow.problem.hvp(y.w, U))

@@ -623,14 +623,6 @@ def test_what_has_no_closed_form_is_refused_by_name(case):
         dvi.derive(declared(**parts))
 
 
-def test_momentum_is_refused():
-    """A filter of gradients moves the threshold and the drift; these formulas are for the gradient itself."""
-
-    for method in (dvi.methods.HeavyBall(0.1), dvi.methods.HeavyBall, dvi.methods.Adam(0.1)):
-        with pytest.raises(dvi.SpecError, match="momentum"):
-            dvi.derive(method)
-
-
 def test_a_method_that_is_none():
     with pytest.raises(dvi.SpecError, match="triple"):
         dvi.derive(3)
