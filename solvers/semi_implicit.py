@@ -99,7 +99,9 @@ class SemiImplicit:
             if not flow.constrained
             else self.dt
         )
-        size, landing = min(memory.h, self.h_max), True
+        # Without a constraint there is nothing to keep over a block but the sharpness that dt rests on.
+        longest = self.h_max if flow.constrained else min(self.h_max, max(4.0, self.dt))
+        size, landing = min(memory.h, longest), True
         for _ in range(self.max_rejections):
             wanted = self._land(here.seen, size) if landing and flow.constrained else size
             count = max(1, round(wanted / dt))
