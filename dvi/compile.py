@@ -14,6 +14,7 @@ the numerics is written in P̃, where the edge is at 2, and the flow moves at κ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -183,18 +184,22 @@ class SpecCalculus:
             return nu
         return self._divide(self.method.at(t), nu, g, self.f_curvature(nu, t, g, HU, T), batched=True)
 
-    def nu_change(self, nu: Nu, t: float, g: Tensor, h: float, rhs: Nu | None = None) -> Nu:
-        """How far ν moves in h unit times with g held, for h = 1 by the optimizer's own f(ν, g).
+    def nu_changes(self, nu: Nu, t: float, g: Tensor, spans: Sequence[float], rhs: Nu | None = None) -> list[Nu]:
+        """How far ν moves in each of some spans with g held, in one by the optimizer's own f(ν, g).
 
         Args:
             nu, t, g: the state and the gradient [d] there.
-            h: unit times.
+            spans: unit times.
             rhs: in place of f: pytrees like ν with a leading dimension (see :meth:`f_curvature`).
         """
         if self.stateless:
-            return nu
-        method = self.method.at(t)
-        return self._divide(method, nu, g, method.f(nu, g) if rhs is None else rhs, batched=rhs is not None, h=h)
+            return [nu for _ in spans]
+        method, batched = self.method.at(t), rhs is not None
+        rhs = method.f(nu, g) if rhs is None else rhs
+        if not self.elementwise:
+            return [self._divide(method, nu, g, rhs, batched, h) for h in spans]
+        J = self._diagonal(method, nu, g)
+        return [pytree.tree_map(lambda r, x, h=h: r * forgetting.factor(x, h), rhs, J) for h in spans]
 
     def f_curvature(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
         """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
@@ -218,6 +223,11 @@ class SpecCalculus:
             out = pytree.tree_map(torch.add, out, slope)
         return out
 
+    def _diagonal(self, method: Method, nu: Nu, g: Tensor) -> Nu:
+        """∂f/∂ν where it is diagonal, with the memory that is lent to parts of ν without one."""
+        J = diagonal_slope(method, nu, g)
+        return pytree.tree_map(lambda x: x.clamp(min=self.memory - 1), J) if self.memory else J
+
     def _divide(
         self, method: Method, nu: Nu, g: Tensor, rhs: Nu, batched: bool, h: float | None = None, paper: bool = False
     ) -> Nu:
@@ -231,9 +241,7 @@ class SpecCalculus:
 
         paper = paper or (self.accuracy == "paper" and h is None)
         if self.elementwise:
-            J = diagonal_slope(method, nu, g)
-            if self.memory:
-                J = pytree.tree_map(lambda x: x.clamp(min=self.memory - 1), J)
+            J = self._diagonal(method, nu, g)
             if paper:
                 return pytree.tree_map(lambda r, x: r / (1 + x), rhs, J)
             return pytree.tree_map(lambda r, x: r * forgetting.factor(x, h), rhs, J)

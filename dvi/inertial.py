@@ -73,7 +73,7 @@ def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h:
     by = 0.5 * (before - h)
     m = s.m + by / calculus.lag(s.t) * (g - s.m)
     m = regained(calculus, m, s.t - 0.5 * before, s.t - 0.5 * h)
-    return replace(s, m=m, nu=pytree.tree_map(torch.add, s.nu, calculus.nu_change(s.nu, s.t, g, by)))
+    return replace(s, m=m, nu=pytree.tree_map(torch.add, s.nu, calculus.nu_changes(s.nu, s.t, g, [by])[0]))
 
 
 def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Tensor:
@@ -111,7 +111,8 @@ class ImplicitStep:
         kept = regained(self.calculus, s.m, s.t - 0.5 * self.h, s.t + 0.5 * self.h)
         m = e * kept + (1 - e) * self.g
         middle, end = (
-            pytree.tree_map(torch.add, s.nu, self.calculus.nu_change(s.nu, s.t, self.g, x * self.h)) for x in (1.0, 1.5)
+            pytree.tree_map(torch.add, s.nu, change)
+            for change in self.calculus.nu_changes(s.nu, s.t, self.g, [self.h, 1.5 * self.h])
         )
         return m, middle, end
 
@@ -127,7 +128,7 @@ class ImplicitStep:
         s, frame = self.s, self.frame
         HU = 2 * self._middle_P(self._free[1]).apply(frame.U)  # what holds on the constraint
         second = self.calculus.f_curvature(s.nu, s.t, self.g, HU, frame.T)
-        middle, end = (self.calculus.nu_change(s.nu, s.t, self.g, x * self.h, second) for x in (1.0, 1.5))
+        middle, end = self.calculus.nu_changes(s.nu, s.t, self.g, [self.h, 1.5 * self.h], second)
         return middle, end
 
     @cached_property

@@ -15,7 +15,7 @@ from dvi.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
-from dvi.solvers.watch import leading
+from dvi.solvers.watch import shown
 from dvi.stationary import StationaryPoint, stationary
 
 Part = Literal["curvature penalty"]
@@ -74,13 +74,12 @@ class Look:
 
     def node(self) -> Node:
         """What a run records of it."""
-        block = self.point.block
         still = pytree.tree_map(torch.zeros_like, self.point.nu)
         return Node(
             t=self.point.t,
             loss=self.loss,
             grad_sq=float(self.g @ self.g),
-            eigenvalues=block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)],
+            eigenvalues=shown(self.point.block),
             U=self.frame.U,
             HU=self.frame.HU,
             X=self.X,

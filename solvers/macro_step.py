@@ -30,7 +30,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
 from dvi.solvers.macro_attempt import ALLOWED, ORDER, SHARE, Accepted, Attempt, Here, baumgarte, evaluate, multiplier
 from dvi.solvers.protocol import Flow, Frame, Node, State, StepResult
-from dvi.solvers.watch import Sighting, Watch, node
+from dvi.solvers.watch import Watch, landing_at, node
 
 #: In units of tol: an error estimate from which on a step that is no longer than its error makes no sense.
 SENSELESS = 100.0
@@ -108,7 +108,7 @@ class MacroStep:
         size, landing = memory.h, True
         for _ in range(self.max_rejections):
             size = min(size, self.h_max)
-            length = self._land(here.seen, y.t, size) if landing and flow.constrained else size
+            length = landing_at(here.seen, y.t, size, self.h_start) if landing and flow.constrained else size
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             try:
@@ -143,17 +143,6 @@ class MacroStep:
         return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, lin.drift(X))
 
     # ---- inside ---------------------------------------------------------------------------------------
-
-    def _land(self, seen: Sighting, t: float, h: float) -> float:
-        """Shorten the step so that it ends where the next eigenvalue is predicted to arrive at 2."""
-        for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
-            if value < 2 - 1e-3 and rate > 1e-7:
-                arrival = (2 - value) / rate - (t - seen.t)
-                if arrival < h:
-                    h = max(min(h, self.h_start), arrival)
-                elif arrival < 1.7 * h:
-                    h = max(min(h, self.h_start), arrival / 2)
-        return min(h, seen.until - t) if seen.t < t < seen.until else h
 
     def _accept(
         self,

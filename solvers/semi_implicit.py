@@ -24,7 +24,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.macro_attempt import Here, critical_frame, evaluate, extrapolated, middle_frame, settled, transport
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like, mended
 from dvi.solvers.svec import smat, svec
-from dvi.solvers.watch import Sighting, Watch, node
+from dvi.solvers.watch import Sighting, Watch, landing_at, node
 
 _OVERSHOOT = 2.05  # an effective sharpness above this after a block: the constraint's model failed, reject
 
@@ -103,7 +103,7 @@ class SemiImplicit:
         longest = self.h_max if flow.constrained else min(self.h_max, max(4.0, self.dt))
         size, landing = min(memory.h, longest), True
         for _ in range(self.max_rejections):
-            wanted = self._land(here.seen, size) if landing and flow.constrained else size
+            wanted = landing_at(here.seen, y.t, size, self.dt) if landing and flow.constrained else size
             count = max(1, round(wanted / dt))
             if count * dt >= h * (1 - 1e-9):
                 count = max(1, int(np.ceil(h / dt - 1e-9)))
@@ -140,15 +140,6 @@ class SemiImplicit:
         return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, rate)
 
     # ---- inside ---------------------------------------------------------------------------------------
-
-    def _land(self, seen: Sighting, h: float) -> float:
-        """Shorten the block so that it ends where the next eigenvalue is predicted to arrive at 2."""
-        for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
-            if value < 2 - 1e-3 and rate > 1e-7:
-                arrival = (2 - value) / rate
-                if arrival < 1.7 * h:
-                    h = max(self.dt, min(h, arrival if arrival < h else arrival / 2))
-        return h
 
     def _accept(
         self, flow: Flow, here: Here, y: State, wanted: float, step: float, count: int, new: _Taken
@@ -275,11 +266,13 @@ class _Block:
             kick = lin.kick(y)
             moved = self._displaced(moved, kick.w, torch.zeros_like(kick.w), kick.nu)
             flow.velocity(moved.state, g)  # still in the domain?
-        value, g = flow.value_and_grad(moved.state)
+        if moved is not s:
+            value, g = flow.value_and_grad(moved.state)
+            loss = float(value)
         gap = flow.linearised(moved.state, g, new).gap
         frame, seen = settled(flow, moved.state, new, gap, seen, length)
         path[-1] = (moved.t, moved.w)
-        return _Taken(moved, Here(float(value), g, seen, frame), (Z + y) / length, new, rate, bend, path)
+        return _Taken(moved, Here(loss, g, seen, frame), (Z + y) / length, new, rate, bend, path)
 
     def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
         def shifted(nu: Any, before: Any) -> Any:

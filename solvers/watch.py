@@ -45,7 +45,7 @@ class Sighting:
     @property
     def shown(self) -> Array:
         """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
-        return self.eigenvalues[: 1 + leading(self.block.residuals[1:] <= 0.05)]
+        return shown(self.block)
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,23 @@ class Watch:
         known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
         return np.where(known, rates, fastest), np.abs(rates) + np.where(known, 0.0, rough / elapsed)
+
+
+def shown(block: Eigenblock) -> Array:
+    """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
+    return block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)]
+
+
+def landing_at(seen: Sighting, t: float, h: float, shortest: float) -> float:
+    """The step h from t, cut (not below ``shortest``) to end where the next eigenvalue is predicted to arrive at 2."""
+    for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
+        if value < CRITICAL - 1e-3 and rate > 1e-7:
+            arrival = (CRITICAL - value) / rate - (t - seen.t)
+            if arrival < h:
+                h = max(min(h, shortest), arrival)
+            elif arrival < 1.7 * h:
+                h = max(min(h, shortest), arrival / 2)
+    return min(h, seen.until - t) if seen.t < t < seen.until else h
 
 
 def leading(holds: NDArray[np.bool_]) -> int:
