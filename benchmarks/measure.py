@@ -21,7 +21,7 @@ from dvi.solvers.protocol import Array, Flow, Integrator, Node, State, StepResul
 #: Weights that hold for the measurements in the literature this follows: an HVP 2.5 gradients, a contraction 9.
 CANONICAL = {"gradients": 1.0, "hvps": 2.5, "third_derivatives": 9.0, "values": 1 / 3, "ccp_solves": 0.0}
 #: With differences of gradients the number is plain gradients.
-DIFFERENCES = CANONICAL | {"hvps": 2.0, "third_derivatives": 2.0}
+DIFFERENCES = CANONICAL | {"hvps": 1.0, "third_derivatives": 2.0}  # in float64
 MIXED = CANONICAL | {"third_derivatives": 2.0}
 
 TRANSIENT = 20.0  # unit times after a random initialisation that count as the first transient

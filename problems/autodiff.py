@@ -54,6 +54,9 @@ class Autodiff:
         """Conservative costs, those of the worst nesting on small networks; measure for the problem at hand."""
         return DEFAULT_WEIGHTS
 
+    def remember(self, w: Tensor, gradient: Tensor) -> None:
+        """Of no use: what is kept here is the graph of the gradient."""
+
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""
         self._ledger.hvps += len(V)

@@ -23,6 +23,9 @@ class Derivatives(Protocol):
     def weights(self) -> Mapping[str, float]:
         """Typical cost of one of each kind of derivative, in gradients (keys as in the ledger)."""
 
+    def remember(self, w: Tensor, gradient: Tensor) -> None:
+        """Be told the gradient [d] at w [d]: a backend that needs it there need not compute it."""
+
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d] for the rows vᵢ of V [k, d]."""
 

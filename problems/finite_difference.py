@@ -1,11 +1,14 @@
 """Second and third derivatives from differences of gradients.
 
-A Hessian-vector product is a central difference of two gradients, T[u, u] a second difference of two gradients and the
-one at w; T[u, v] follows by polarisation along (u + v)/√2.  The loss needs first derivatives only.
+A Hessian-vector product is the difference of a gradient and the one at w, which is at hand; T[u, u] a second difference
+of two gradients and the one at w; T[u, v] follows by polarisation along (u + v)/√2.  The loss needs first derivatives
+only.
 
 Step sizes.  A gradient carries rounding noise of about ε_m |g|, ε_m the machine epsilon, and differences carry a
-truncation error of order h² |L⁗| (or |L⁵|).  The error ε_m/h + h² is least at h ∝ ε_m^⅓, and ε_m/h² + h² at
-h ∝ ε_m^¼.  h is the length of the displacement, not a multiple of the direction: directions may be of any length.
+truncation error: h |L‴| on one side, h² |L⁗| (or |L⁵|) where central.  ε_m/h + h is least at h ∝ ε_m^½, ε_m/h + h² at
+h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 one side gives a product to some 1e-8, far below what eigenvectors
+are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good to 2e-5.
+h is the length of the displacement, not a multiple of the direction: directions may be of any length.
 On small networks (MLP, CNN, transformer; along eigenvectors, the gradient and at random; either precision) the best
 constant lies between 0.3 and 3, whatever ‖w‖: it is ½ here, times the root mean square of w where that exceeds 1.
 """
@@ -25,25 +28,34 @@ from dvi.problems.ledger import Ledger
 class FiniteDifference:
     """Derivatives of a sum of parts from its gradients.
 
-    A Hessian-vector product and a contraction T[uᵢ, uⱼ] cost two gradients each; the gradient at w is remembered
-    from one call to the next, and counted where it has to be computed.
+    A Hessian-vector product costs one gradient (``central``: two), a contraction T[uᵢ, uⱼ] two; the gradient at w is
+    remembered from one call to the next, and counted where it has to be computed.
+
+    Args:
+        parts, ledger: see :class:`~dvi.problems.problem.Problem`.
+        central: whether products are central differences.
     """
 
-    def __init__(self, parts: Sequence[Part], ledger: Ledger) -> None:
+    def __init__(self, parts: Sequence[Part], ledger: Ledger, central: bool) -> None:
         self._parts = parts
         self._ledger = ledger
+        self._central = central
         self._kept: tuple[Tensor, Tensor] | None = None
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Two gradients a product and two a contraction, exactly."""
-        return {"hvps": 2.0, "third_derivatives": 2.0}
+        """One gradient a product (two where central) and two a contraction, exactly."""
+        return {"hvps": 2.0 if self._central else 1.0, "third_derivatives": 2.0}
+
+    def remember(self, w: Tensor, gradient: Tensor) -> None:
+        """The gradient at w, if it is known already."""
+        self._kept = (w.detach().clone(), gradient.clone())
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""
         self._ledger.hvps += len(V)
-        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 3) * unit(w)
-        return torch.stack([self._first_difference(w, v, length) for v in V])
+        difference = self._central_difference if self._central else self._forward_difference
+        return torch.stack([difference(w, v) for v in V])
 
     def pairs(self, w: Tensor, U: Tensor) -> Tensor:
         """Rows T[uᵢ, uⱼ] [k(k+1)/2, d] for i ≤ j."""
@@ -85,7 +97,13 @@ class FiniteDifference:
             self._kept = (w.detach().clone(), self._gradient(w))
         return self._kept[1]
 
-    def _first_difference(self, w: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    def _forward_difference(self, w: Tensor, v: Tensor) -> Tensor:
+        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 2) * unit(w)
+        step = length / _norms(v)
+        return (self._gradient(w + step * v) - self._gradient_here(w)) / step
+
+    def _central_difference(self, w: Tensor, v: Tensor) -> Tensor:
+        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 3) * unit(w)
         step = length / _norms(v)
         return (self._gradient(w + step * v) - self._gradient(w - step * v)) / (2 * step)
 

@@ -19,7 +19,8 @@ class Mixed:
 
     def __init__(self, parts: Sequence[Part], ledger: Ledger, max_directions: int = 1) -> None:
         self._second = Autodiff(parts, ledger, max_directions)
-        self._third = FiniteDifference(parts, ledger)
+        self._third = FiniteDifference(parts, ledger, central=True)
+        self.remember = self._third.remember
         self.hvp = self._second.hvp
         self.pairs = self._third.pairs
         self.weighted_squares = self._third.weighted_squares

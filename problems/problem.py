@@ -75,7 +75,7 @@ class Problem:
         elif derivatives == "mixed":
             self._derivatives = Mixed(self._parts, self.ledger, max_directions)
         elif derivatives == "finite-difference":
-            self._derivatives = FiniteDifference(self._parts, self.ledger)
+            self._derivatives = FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
         else:
             raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
         self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
@@ -151,7 +151,9 @@ class Problem:
         self._check_weights(w)
         self.ledger.gradients += 1
         value, gradient = value_and_gradient(self._parts, w)
-        return self._finite_loss(value), _finite(gradient, "gradient")
+        value, gradient = self._finite_loss(value), _finite(gradient, "gradient")
+        self._derivatives.remember(w, gradient)
+        return value, gradient
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Hessian-vector products H(w) V [d, k] for a block V [d, k]; a vector V [d] gives a vector [d].

@@ -121,7 +121,8 @@ def test_catalogue(name, loss):
     differences = SMALL[name](loss=loss, derivatives="finite-difference")
     U = torch.randn(problem.dim, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
     H = problem.hvp(problem.w0, U)
-    assert (differences.hvp(problem.w0, U) - H).norm() < 1e-7 * H.norm()
+    # one-sided: ε^½ = 1.5e-8 times the third derivative along a random direction of length 25 and less, relative to H
+    assert (differences.hvp(problem.w0, U) - H).norm() < 1e-6 * H.norm()
 
 
 def test_catalogue_refuses_unknown_names():
