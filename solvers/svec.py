@@ -114,12 +114,12 @@ def smat(v: ArrayOrTensor) -> ArrayOrTensor:
 
 
 def skron(G: Array) -> Array:
-    """Return the matrix [n, n] of H ↦ G H Gᵀ in svec, G [k, k] (the symmetric Kronecker product of G with itself).
+    """Return the matrix [m(m+1)/2, k(k+1)/2] of H ↦ G H Gᵀ in svec, G [m, k]: the symmetric Kronecker product G ⊗ G.
 
     ``skron(G) @ svec(H) == svec(G @ H @ G.T)``; it is orthogonal where G is, and ``skron(G).T == skron(G.T)``.
     """
-    index = triu(G.shape[0])
-    rows, columns, weight = index.rows, index.columns, index.weight
-    at_row, at_column = G.take(rows, 0), G.take(columns, 0) * (0.5 * weight)[:, None]  # [n,k]
-    product = at_row.take(rows, 1) * at_column.take(columns, 1) + at_row.take(columns, 1) * at_column.take(rows, 1)
-    return np.asarray(product * weight, dtype=np.float64)
+    to, of = triu(G.shape[0]), triu(G.shape[1])
+    at_row, at_column = G.take(to.rows, 0), G.take(to.columns, 0) * (0.5 * to.weight)[:, None]  # [·, k]
+    i, j = of.rows, of.columns
+    product = at_row.take(i, 1) * at_column.take(j, 1) + at_row.take(j, 1) * at_column.take(i, 1)
+    return np.asarray(product * of.weight, dtype=np.float64)

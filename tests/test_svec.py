@@ -58,6 +58,10 @@ def test_skron_is_the_congruence(k, seed):
     assert np.abs(skron(G) @ svec(M) - svec(G @ M @ G.T)).max(initial=0) <= size * np.linalg.norm(M)
     assert np.abs(skron(G).T - skron(G.T)).max(initial=0) <= size
     assert np.abs(skron(G @ H) - skron(G) @ skron(H)).max(initial=0) <= size * (np.linalg.norm(H) ** 2 + 1)
+    wide = rng.normal(size=(2, k))
+    assert np.abs(skron(wide) @ svec(M) - svec(wide @ M @ wide.T)).max() <= size * (np.linalg.norm(wide) ** 2 + 1) * (
+        np.linalg.norm(M) + 1
+    )
     Q = np.linalg.qr(G)[0] if k else G
     assert np.abs(skron(Q).T @ skron(Q) - np.eye(dimension(k))).max(initial=0) <= 1e-13
 
