@@ -72,6 +72,7 @@ class Observer:
             "X_time": node.X_time,
             "X": node.X,
             "eigenvalues": node.eigenvalues,
+            "foreseen": node.foreseen,
         }
         if len(self.coordinates):
             seen["coordinate_grad_sq"], seen["osc_coordinate_grad_sq"] = square, added

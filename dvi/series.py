@@ -22,6 +22,8 @@ _POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_
 
 #: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
 OSCILLATES = 1e-7
+#: It does not yet where it is given this part of what it is given in the next step: it arrives at the end of this one.
+ARRIVING = 0.1
 #: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
 FELL_OFF = 1e-3
 #: … or once X has been zero on it for so many unit times.
@@ -59,13 +61,16 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
     silent: list[float] = []  # the nodes at which X was zero on a direction whose eigenvalue is still at 2
-    for node, after in zip(nodes, [*nodes[1:], *nodes[-1:]], strict=True):
-        x = np.linalg.eigvalsh(node["X"]) if len(node["X"]) else np.empty(0)
+    spectra = [np.linalg.eigvalsh(node["X"])[::-1] if len(node["X"]) else np.empty(0) for node in nodes]
+    following = zip([*nodes[1:], *nodes[-1:]], [*spectra[1:], *spectra[-1:]], strict=True)
+    for node, x, (after, x_after) in zip(nodes, spectra, following, strict=True):
         largest = max(largest, float(x.max(initial=0.0)))
         rank = int((x > OSCILLATES * largest).sum()) if largest > 0 else 0
-        at_edge = int((after["eigenvalues"] >= CRITICAL - FELL_OFF).sum())
+        values = after["eigenvalues"] if len(after["eigenvalues"]) else after.get("foreseen", after["eigenvalues"])
+        at_edge = int((values >= CRITICAL - FELL_OFF).sum())
         t = float(node["t"])
-        if rank > k and at_edge > k:
+        early = rank > k and len(x_after) > k and x[k] < ARRIVING * x_after[k]
+        if rank > k and at_edge > k and not early:
             k = min(rank, at_edge)
             found.append((t, "enter", k))
         elif rank < k:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
+from dvi.solvers.gap import approaching, baumgarte, multiplier, settled, transport
+from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like, mended
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.watch import Sighting, Watch, empty_frame
+from dvi.solvers.watch import Approach, Sighting, Watch, empty_frame
 
 #: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
 SHARE = 0.5
@@ -29,13 +31,27 @@ _UNSEEN = 2.01  # … or above this, where nothing was constrained because the e
 
 @dataclass(frozen=True)
 class Here:
-    """All that is known at the start of a step; ``anchor``: the weights for which T speaks (default: the frame's)."""
+    """All that is known at the start of a step.
+
+    Attributes:
+        loss, g: there.
+        seen, frame: the last look at the eigenvectors, and the critical frame then.
+        slope: how they had changed since the look before it, if there was one.
+        anchor: the weights for which the frame's T speaks (None: those of the frame).
+        owed: moments of X since the look (None: it was made here).
+        approach: where the eigenvalues in the frame are, and go.
+        experience: how far the model of the last interval was off at its end.
+    """
 
     loss: float
     g: Tensor
     seen: Sighting
     frame: Frame
+    slope: Slope | None = None
     anchor: Tensor | None = None
+    owed: Moments | None = None
+    approach: Approach | None = None
+    experience: Experience = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Corrected:
         Z: the impulse of the whole step in the new frame.
         bend: the size of the trapezoid correction in w, over √h.
         T: third derivatives of the new frame, and anchor: the weights for which they speak.
+        experience: what the interval taught.
     """
 
     y: State
@@ -74,6 +91,7 @@ class Corrected:
     bend: float
     T: Tensor
     anchor: Tensor
+    experience: Experience = UNKNOWN
 
 
 @dataclass
@@ -83,11 +101,16 @@ class Attempt:
     flow: Flow
     watch: Watch
     tol: float
-    before: tuple[Frame, Tensor, float] | None  # frame, eigenvectors and time of the last look but one
     here: Here
     y: State
     h: float
     final: bool  # as short as allowed: accept whatever is finite
+    closing: bool = True  # look at the eigenvectors at its end, needed or not
+
+    @property
+    def since(self) -> float:
+        """Unit times since the last look."""
+        return self.y.t - self.here.seen.t
 
     def run(self) -> Accepted | float:
         """What was reached, or the length of the step to try instead.
@@ -96,26 +119,29 @@ class Attempt:
             DomainError: if a stage leaves the domain of the loss or of P.
         """
         flow, y, h, tol = self.flow, self.y, self.h, self.tol
-        frame = middle_frame(self.here, self.before, self.h)
+        frame = ahead(self.here.frame, self.here.slope, self.since + h / 2)
         gamma = baumgarte(h)
         warm: list[ccp.CCPResult | None] = [None]
 
-        def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array]:
+        # The Baumgarte term closes a gap over a part of the step: where none is at the edge it would push too early.
+        silent = self.here.approach is not None and self.here.approach.none_within(h)
+
+        def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array, Linearised]:
             state = mended(flow, State(at["w"], at["nu"], at["t"]), y)
             if g is None:
                 g = flow.value_and_grad(state)[1]
             lin = flow.linearised(state, g, frame)
-            X = multiplier(flow, lin, gamma, warm)
+            X = np.zeros_like(lin.alpha) if silent else multiplier(flow, lin, gamma, warm)
             drift = lin.drift(X)
-            return {"w": drift.w, "nu": drift.nu, "t": 1.0, "z": svec(X)}, X
+            return {"w": drift.w, "nu": drift.nu, "t": 1.0, "z": svec(X)}, X, lin
 
         start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
-        first, _ = rate(start, self.here.g)
+        first, _, _ = rate(start, self.here.g)
         raw = rkc(lambda at: rate(at)[0], start, h, stages(h, self._radius()), first)
         end = mended(flow, State(raw["w"], raw["nu"], y.t + h), y)
         raw["nu"] = end.nu
         loss, g = flow.value_and_grad(end)
-        last, X_end = rate({**raw, "t": end.t}, g)
+        last, X_end, lin = rate({**raw, "t": end.t}, g)
         error = self._embedded_error(start, raw, first, last, g) / h**SHARE
         if not np.isfinite(error):
             return self._retry(np.inf)
@@ -127,26 +153,59 @@ class Attempt:
             here = evaluate(flow, self.watch, end, self.here.seen, h, (float(loss), g))
             return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
-        if not frame.k and self.watch.trusted(flow, end, self.here.seen, end.t + h):  # far from 2, for one more step
+        owed = (self.here.owed or Moments.none(frame.k)).after(smat(raw["z"]) / h, self.since, h)
+        if self._may_wait(end, error, owed, X_end):
             here = replace(self.here, loss=float(loss), g=g)
-            return Accepted(end, here, np.zeros((0, 0)), frame, begin, finish, error)
-        seen = self.watch.look(flow, end, self.here.seen, h, extrapolated(self.here, self.before, end.t))
-        on_trust = self.here.seen.t < y.t
+            if frame.k:
+                here = self._carried(here, end, lin, owed)
+            shown = basis_ahead(flow, y, frame, self.here.seen, self.here.slope)
+            return Accepted(end, here, smat(raw["z"]) / h, shown, begin, finish, error)
+        seen = self.watch.look(flow, end, self.here.seen, h, vectors_ahead(self.here.seen, self.here.slope, end.t))
+        on_trust = not frame.k and self.since > 0
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return 0.5 * h
         new = critical_frame(flow, self.watch, end, seen, h, frame.k)
-        corrected = self._correct(end, g, new, raw["z"], frame, X_end)
+        corrected = self._correct(end, g, new, owed, X_end)
         if corrected is None:
             return self._retry(np.inf)
         moved, Z, bend = corrected.y, corrected.Z, corrected.bend
-        if bend > ALLOWED * tol and not self.final:
-            return self._retry(bend)
+        if not self.since or bend > ALLOWED * tol:
+            if bend > ALLOWED * tol and not self.final and not self.since:
+                return self._retry(bend)
+            error = max(error, bend)
+        approach = None
         if moved is not end:
             loss, g = flow.value_and_grad(moved)
-            gap = flow.linearised(moved, g, new).gap
-            new, seen = settled(flow, moved, new, gap, seen, h)
-        here = Here(float(loss), g, seen, replace(new, T=corrected.T), corrected.anchor)
-        return Accepted(moved, here, Z / h, new, begin, finish, max(error, bend))
+        if new.k:
+            lin = flow.linearised(moved, g, new)
+            approach = approaching(flow, lin)
+            new, seen = settled(flow, moved, new, lin.gap, seen, h)
+        new = replace(new, T=corrected.T)
+        slope = Slope.between(self.here.frame, self.here.seen, new, seen)
+        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
+        return Accepted(moved, here, Z / h, new, begin, finish, error)
+
+    def _may_wait(self, end: State, error: float, owed: Moments, X: Array) -> bool:
+        """May the next step be taken before the next look?"""
+        here, k = self.here, self.here.frame.k
+        if not k:
+            return self.watch.trusted(self.flow, end, here.seen, end.t + self.h)
+        if self.closing or here.slope is None:
+            return False
+        following = self.h * growth(self.tol, error)
+        elapsed = self.since + self.h
+        span = elapsed + following
+        if span > FARTHEST * here.slope.span or not self.watch.quiet(self.flow, end, here.seen, k, end.t + following):
+            return False
+        return here.experience.allows(self.tol, span, owed.after(X, elapsed, following), here.slope)
+
+    def _carried(self, here: Here, end: State, lin: Linearised, owed: Moments) -> Here:
+        """The frame of the last look, its gap carried on to the end: from there on w moves along another T."""
+        U = here.frame.U
+        M = 2 * host(U.T @ self.flow.precondition(end, U))[0] - lin.gap
+        frame = replace(here.frame, w=end.w, M=0.5 * (M + M.T))
+        anchor = here.frame.w if here.anchor is None else here.anchor
+        return replace(here, frame=frame, anchor=anchor, owed=owed, approach=approaching(self.flow, lin))
 
     def _radius(self) -> float:
         """Spectral radius of the flow's Jacobian: at most the effective sharpness in w, and ν's own decay."""
@@ -195,119 +254,73 @@ class Attempt:
 
     # ---- the end of the step --------------------------------------------------------------------------
 
-    def _correct(self, end: State, g: Tensor, new: Frame, z: Array, middle: Frame, X_end: Array) -> Corrected | None:
-        """Trapezoid rule for the change of frame, then the signed correction of the impulse onto the constraint.
+    def _correct(self, end: State, g: Tensor, new: Frame, owed: Moments, X_end: Array) -> Corrected | None:
+        """What the change of frame owes since the last look, then the signed correction of the impulse to the gap.
 
-        None if the correction leaves the domain of P.
+        None if that leaves the domain of P.
         """
-        flow, old = self.flow, self.here.frame
+        flow, old, slope = self.flow, self.here.frame, self.here.slope
+        H = self.since + self.h
         if not new.k:
             return Corrected(end, np.zeros((0, 0)), 0.0, new.T, end.w)
         try:
             lin = flow.linearised(end, g, new)
             Z = Z_end = np.zeros((new.k, new.k))
-            moved, bend, secant = end, 0.0, None
+            moved, bend, secant, experience = end, 0.0, None, self.here.experience
             if old.k:
                 R = transport(flow, end, new, old)
-                Z = R @ smat(z) @ R.T
+                Z = R @ (owed.zeroth - (self.here.owed.zeroth if self.here.owed else 0.0)) @ R.T
                 Z_end = R @ (self.h * X_end) @ R.T
-                if z.any():
-                    at_start, at_middle = (flow.linearised(end, g, frame).kick(smat(z)) for frame in (old, middle))
-                    bent = combine([(1.0, lin.kick(Z).parts), (-1.0, at_start.parts)])
-                    change = combine([(0.5, bent), (1.0, at_start.parts), (-1.0, at_middle.parts)])
+                if owed.zeroth.any():
                     if old.k == new.k:
+                        now, then = lin.kick(R @ owed.zeroth @ R.T), flow.linearised(end, g, old).kick(owed.zeroth)
+                        bent = combine([(1.0, now.parts), (-1.0, then.parts)])
                         Py = flow.precondition(end, bent[0][:, None])[:, 0]
-                        secant = Secant.of(
-                            end.w - (old.w if self.here.anchor is None else self.here.anchor), bent[0], Py
-                        )
+                        anchor = old.w if self.here.anchor is None else self.here.anchor
+                        secant = Secant.of(end.w - anchor, bent[0], Py)
+                    # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
+                    late = owed.bent(H, None if secant and secant.stiff else slope)
+                    foreseen = flow.linearised(end, g, ahead(old, slope, H))
+                    change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(late).parts)])
+                    if secant:
                         change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
-                    bend = float(change[0].norm()) / self.h**SHARE
+                    size = float(change[0].norm())
+                    bend = size / H**SHARE
+                    acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
+                    experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
                     moved = mended(flow, _displaced(end, change), self.y)
-                    if bend > ALLOWED * self.tol and not self.final:
+                    if bend > ALLOWED * self.tol and not self.final and not self.since:
                         return Corrected(moved, Z, bend, new.T, end.w)
                     lin = flow.linearised(moved, g, new)
             # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
             Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X
             flow.count_ccp()
-            y = Y - Z_end
+            y, slip = Y - Z_end, 0.0
             if y.any():
-                moved = mended(flow, _displaced(moved, lin.kick(y).parts), self.y)
+                kick = lin.kick(y)
+                slip = float(kick.w.norm())
+                moved = mended(flow, _displaced(moved, kick.parts), self.y)
                 flow.velocity(moved, g)  # still in the domain?
+            sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
+            experience = replace(experience, slip=slip / H**2, sag=sag / H**2)
         except DomainError:
             return None
         part = secant.part(moved.w - end.w) if secant else 0.0
         if not part:
-            return Corrected(moved, Z + y, bend, new.T, end.w)
+            return Corrected(moved, Z + y, bend, new.T, end.w, experience)
         # T was made before the corrections; what they change of it is a part of what the step has changed
         T = new.T + part * (new.T - like(skron(R), new.T) @ old.T)
-        return Corrected(moved, Z + y, bend, T, moved.w)
+        return Corrected(moved, Z + y, bend, T, moved.w, experience)
 
 
-def middle_frame(here: Here, before: tuple[Frame, Tensor, float] | None, h: float) -> Frame:
-    """The frame at the start, T extrapolated to the middle of the step where the last step allows it."""
-    frame = here.frame
-    if before is None or not frame.k or before[0].k != frame.k:
-        return frame
-    old, V_old, t_old = before
-    R = _polar(host(here.seen.block.V[:, : frame.k].T @ V_old[:, : frame.k])[0])
-    turned = like(skron(R), frame.T) @ old.T
-    return replace(frame, T=frame.T + min(2.0, h / (here.seen.t - t_old) / 2) * (frame.T - turned))
-
-
-def extrapolated(here: Here, before: tuple[Frame, Tensor, float] | None, t: float) -> Tensor | None:
-    """Eigenvectors extrapolated to the time t."""
-    if before is None:
-        return None
-    seen, (_, V_old, t_old) = here.seen, before
-    V = seen.block.V
-    (overlap,) = host(V_old.T @ V)
-    known = np.linalg.norm(overlap, axis=0) > 0.9  # the others were not in the block then
-    change = (V - V_old @ like(_polar(overlap), V)) * like(known, V)
-    return V + min(2.0, (t - seen.t) / (seen.t - t_old)) * change
-
-
-def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
-    """The rotation from the old frame to the new one: polar factor of U'ᵀPU, also when k changed."""
-    return _polar(host(new.U.T @ flow.precondition(end, old.U))[0])
-
-
-def settled(flow: Flow, moved: State, new: Frame, gap: Array, seen: Sighting, h: float) -> tuple[Frame, Sighting]:
-    """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
-    M = 2 * host(new.U.T @ flow.precondition(moved, new.U))[0] - gap
-    values = seen.eigenvalues.copy()
-    values[: new.k] = 2 - np.linalg.eigvalsh(gap)
-    shift = (values - seen.eigenvalues) / h
-    block = replace(seen.block, eigenvalues=values)
-    return replace(new, w=moved.w, M=0.5 * (M + M.T)), replace(seen, block=block, rates=seen.rates + shift)
-
-
-def multiplier(flow: Flow, lin: Linearised, gamma: float, warm: list[ccp.CCPResult | None] | None) -> Array:
-    """X of Baumgarte type: γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0."""
-    alpha = lin.alpha
-    if not len(alpha):
-        return np.zeros((0, 0))
-    solved = ccp.solve(alpha - gamma * lin.gap, lin.beta, warm=warm[0] if warm else None)
-    flow.count_ccp()
-    if warm:
-        warm[0] = solved
-    return solved.X
-
-
-def _polar(A: Array) -> Array:
-    """The nearest matrix with orthonormal rows or columns."""
-    left, _, right = np.linalg.svd(A, full_matrices=False)
-    nearest: Array = left @ right
-    return nearest
+def growth(tol: float, error: float) -> float:
+    """By how much the next step may be longer than one with this error estimate."""
+    return float(np.clip(0.85 * (tol / max(error, 1e-300)) ** ORDER, 0.3, 2.0))
 
 
 def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
     w, nu = combine([(1.0, y.parts), (1.0, change)])
     return State(w, nu, y.t)
-
-
-def baumgarte(h: float) -> float:
-    """The rate at which a gap is closed, per unit time."""
-    return 4 / max(h, 2.0)
 
 
 def evaluate(

@@ -23,13 +23,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from dvi.solvers.critical import CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.gap import baumgarte, multiplier
 from dvi.solvers.hermite import hermite
-from dvi.solvers.macro_attempt import ALLOWED, ORDER, SHARE, Accepted, Attempt, Here, baumgarte, evaluate, multiplier
-from dvi.solvers.protocol import Flow, Frame, Node, State, StepResult
+from dvi.solvers.macro_attempt import ALLOWED, SHARE, Accepted, Attempt, Here, evaluate, growth
+from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.watch import Watch, landing_at, node
 
 #: In units of tol: an error estimate from which on a step that is no longer than its error makes no sense.
@@ -42,13 +42,11 @@ class MacroMemory:
 
     Attributes:
         h: the next step to try.
-        here: the evaluations at the current state.
-        before: frame, eigenvectors and time of the last look but one, to extrapolate from.
+        here: what is known at the current state.
     """
 
     h: float
     here: Here | None = None
-    before: tuple[Frame, Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,14 @@ class MacroStep:
         size, landing = memory.h, True
         for _ in range(self.max_rejections):
             size = min(size, self.h_max)
-            length = landing_at(here.seen, y.t, size, self.h_start) if landing and flow.constrained else size
+            length = size
+            if landing and flow.constrained:
+                length = landing_at(here.seen, y.t, size, self.h_start, here.approach)
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
+            closing = length >= h * (1 - 1e-9) or not landing
             try:
-                tried = Attempt(flow, watch, self.tol, memory.before, here, y, length, final).run()
+                tried = Attempt(flow, watch, self.tol, here, y, length, final, closing).run()
             except DomainError as error:
                 if final:
                     raise StepError(
@@ -122,12 +123,12 @@ class MacroStep:
                 size, landing = max(self.h_min, length / 2), False
                 continue
             if isinstance(tried, float):  # rejected: the step to try next
-                if flow.constrained and here.seen.t < y.t:  # what was taken on trust may be why: look
+                if flow.constrained and not here.frame.k and here.seen.t < y.t:  # taken on trust, maybe wrongly: look
                     here = evaluate(flow, watch, y, here.seen, tried, (here.loss, here.g))
                 size, landing = max(self.h_min, tried), False
                 continue
             self._require_sense(y, length, tried)
-            return self._accept(flow, memory.before, here, y, length, size, tried)
+            return self._accept(flow, here, y, length, size, tried)
         raise StepError(
             f"MacroStep at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol, or use Euler(0.25) to "
             "see what happens there."
@@ -144,28 +145,16 @@ class MacroStep:
 
     # ---- inside ---------------------------------------------------------------------------------------
 
-    def _accept(
-        self,
-        flow: Flow,
-        before: tuple[Frame, Tensor, float] | None,
-        here: Here,
-        y: State,
-        length: float,
-        tried: float,
-        new: Accepted,
-    ) -> StepResult:
-        grown = length * float(np.clip(0.85 * (self.tol / max(new.error, 1e-300)) ** ORDER, 0.3, 2.0))
-        # A step that was cut to land says little about the next one.
-        cut = length < 0.7 * tried
-        h = max(0.9 * tried, length) if cut and new.error <= 0.2 * self.tol else grown
+    def _accept(self, flow: Flow, here: Here, y: State, length: float, tried: float, new: Accepted) -> StepResult:
+        grown = length * growth(self.tol, new.error)
+        # A step that was cut to land says little about the next one; if that is too long, it costs its stages only.
+        h = max(0.9 * tried, grown) if length < 0.7 * tried else grown
         h = float(np.clip(h, self.h_min, self.h_max))
-        if new.here.seen.t > here.seen.t:
-            before = (here.frame, here.seen.block.V, here.seen.t)
         middle = y.t + 0.5 * length
         strain = new.error / self.tol if new.error > ALLOWED * self.tol else 0.0
-        begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate)
+        begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate, here.approach)
         inside = hermite(y, new.y, new.rate, new.end_rate)
-        return StepResult(new.y, MacroMemory(h, new.here, before), begin, inside, strain)
+        return StepResult(new.y, MacroMemory(h, new.here), begin, inside, strain)
 
     def _require_sense(self, y: State, length: float, new: Accepted) -> None:
         """Refuse a step, as short as allowed, whose error estimate is both far above tol and longer than the step."""

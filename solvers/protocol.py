@@ -15,7 +15,7 @@ Time is counted in unit times: one unit is one step of the optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -280,6 +280,7 @@ class Node:
         X_time: the moment for which X speaks (the middle of a step for integrators that average over it).
         g: the gradient [d].
         rate: dy/dt there, if known.
+        foreseen: where there was no look, the eigenvalues in the frame as the gap's model has them, descending.
     """
 
     t: float
@@ -292,6 +293,7 @@ class Node:
     X_time: float
     g: Tensor
     rate: Rate | None = None
+    foreseen: Array = field(default_factory=lambda: np.empty(0))
 
     @property
     def k(self) -> int:

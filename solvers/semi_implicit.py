@@ -21,7 +21,9 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.macro_attempt import Here, critical_frame, evaluate, extrapolated, middle_frame, settled, transport
+from dvi.solvers.gap import settled, transport
+from dvi.solvers.interval import Slope, ahead, vectors_ahead
+from dvi.solvers.macro_attempt import Here, critical_frame, evaluate
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like, mended
 from dvi.solvers.svec import smat, svec
 from dvi.solvers.watch import Sighting, Watch, landing_at, node
@@ -38,14 +40,12 @@ class SemiImplicitMemory:
         s: momentum and ν at half-steps (None: not started).
         dt: the substep they are staggered by.
         here: the evaluations at the current state.
-        before: frame, eigenvectors and time of the last look but one, to extrapolate from.
     """
 
     h: float
     s: Staggered | None = None
     dt: float = 0.0
     here: Here | None = None
-    before: tuple[Frame, Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class SemiImplicit:
                 s = memory.s or flow.stagger(y, here.g, step)
                 if memory.s is not None and abs(step - memory.dt) > 1e-12:
                     s = flow.restagger(s, here.g, memory.dt, step)
-                tried = _Block(flow, self.watch, self.tol, memory.before, here, s, step, count).run()
+                tried = _Block(flow, self.watch, self.tol, here, s, step, count).run()
             except DomainError as error:
                 if count == 1:
                     raise StepError(
@@ -149,9 +149,10 @@ class SemiImplicit:
         h = length * float(np.clip(factor, 0.3, 2.0))
         if length < 0.7 * wanted and new.bend <= 0.2 * self.tol:  # cut to land: says little about the next one
             h = max(0.9 * wanted, length)
-        memory = SemiImplicitMemory(
-            float(np.clip(h, self.dt, self.h_max)), new.s, step, new.here, (here.frame, here.seen.block.V, here.seen.t)
-        )
+        following = new.here
+        if flow.constrained:
+            following = replace(following, slope=Slope.between(here.frame, here.seen, following.frame, following.seen))
+        memory = SemiImplicitMemory(float(np.clip(h, self.dt, self.h_max)), new.s, step, following)
         begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
         return StepResult(new.s.state, memory, begin, _linear(new.path, new.s))
 
@@ -176,7 +177,6 @@ class _Block:
     flow: Flow
     watch: Watch
     tol: float
-    before: tuple[Frame, Tensor, float] | None
     here: Here
     s: Staggered
     dt: float
@@ -185,7 +185,7 @@ class _Block:
     def run(self) -> _Taken | float:
         flow, here, length = self.flow, self.here, self.dt * self.count
         single = self.count == 1
-        frame = here.frame if single else middle_frame(here, self.before, length)
+        frame = here.frame if single else ahead(here.frame, here.slope, length / 2)
         impulse = _Impulse(frame.k)
         s, path, g = self.s, [(self.s.t, self.s.w)], here.g
         rate: Rate | None = None
@@ -207,7 +207,7 @@ class _Block:
         if not flow.constrained:
             after = evaluate(flow, self.watch, s.state, here.seen, length, (float(loss), g))
             return _Taken(s, after, np.zeros((0, 0)), after.frame, rate, 0.0, path)
-        seen = self.watch.look(flow, s.state, here.seen, length, extrapolated(here, self.before, s.t))
+        seen = self.watch.look(flow, s.state, here.seen, length, vectors_ahead(here.seen, here.slope, s.t))
         if seen.eigenvalues[0] > _OVERSHOOT and not single:
             return 0.5 * length
         new = critical_frame(flow, self.watch, s.state, seen, length)

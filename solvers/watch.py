@@ -11,6 +11,7 @@ from torch import Tensor
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
+AT_EDGE = 1e-3  # an effective eigenvalue is at the edge when it is this close to 2
 _SUDDEN = 4.0  # by how much an eigenvalue may speed up between two looks
 _UNKNOWN_RATE = 0.2  # per unit time, while nothing is known: early sharpening is rarely faster
 
@@ -46,6 +47,18 @@ class Sighting:
     def shown(self) -> Array:
         """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
         return shown(self.block)
+
+
+@dataclass(frozen=True)
+class Approach:
+    """The effective eigenvalues in the frame and their rates, by the gap and d gap/dt = β[X] − α; descending, [k]."""
+
+    values: Array
+    rates: Array
+
+    def none_within(self, h: float) -> bool:
+        """Is none at the edge, nor to arrive there before a step of h is nearly over?"""
+        return bool(np.all(CRITICAL - self.values > np.maximum(AT_EDGE, 0.9 * h * self.rates)))
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Watch:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
         rates, doubt = self._rates(last, block, y.t)
         until, speed = self._until(block, doubt, y.t, last, h), float(doubt.max())
-        U = flow.frame(y, block.V, block.AV, third=False).U if until > y.t else None
+        U = flow.frame(y, block.V, block.AV, third=False).U
         return Sighting(block, rates, y.t, surveyed, until, speed, U)
 
     def trusted(self, flow: Flow, y: State, seen: Sighting, until: float) -> bool:
@@ -97,10 +110,25 @@ class Watch:
         """
         if until > seen.until or seen.U is None:
             return False
-        (length,) = host((seen.U * flow.precondition(y, seen.U)).sum(dim=0))
-        rise = seen.eigenvalues * (1 / np.maximum(length, 1e-12) - 1)
         room = CRITICAL - self.band - seen.eigenvalues - seen.block.residuals
-        return bool(np.all(rise < 0.5 * room))
+        return bool(np.all(self._risen(flow, y, seen) < 0.5 * room))
+
+    def quiet(self, flow: Flow, y: State, seen: Sighting, held: int, until: float) -> bool:
+        """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?"""
+        if seen.block.size == held:
+            return seen.block.V.shape[0] == held  # there are no others
+        ahead = self.lookahead * np.maximum(seen.rates, 0.0) * (until - seen.t)
+        room = CRITICAL - self.band - seen.eigenvalues - np.minimum(seen.block.residuals, 0.1) - ahead
+        risen = self._risen(flow, y, seen)
+        return bool(np.all(risen[held:] < 0.5 * room[held:]))
+
+    def _risen(self, flow: Flow, y: State, seen: Sighting) -> Array:
+        """By how much the eigenvalues have risen since they were seen because P fell, [m]."""
+        if seen.U is None:
+            return np.full(seen.block.size, np.inf)
+        (length,) = host((seen.U * flow.precondition(y, seen.U)).sum(dim=0))
+        risen: Array = seen.eigenvalues * (1 / np.maximum(length, 1e-12) - 1)
+        return risen
 
     def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
@@ -187,11 +215,19 @@ def shown(block: Eigenblock) -> Array:
     return block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)]
 
 
-def landing_at(seen: Sighting, t: float, h: float, shortest: float) -> float:
-    """The step h from t, cut (not below ``shortest``) to end where the next eigenvalue is predicted to arrive at 2."""
-    for value, rate in zip(seen.eigenvalues, seen.rates, strict=True):
+def landing_at(seen: Sighting, t: float, h: float, shortest: float, approach: Approach | None = None) -> float:
+    """The step h from t, cut (not below ``shortest``) to end where the next eigenvalue is predicted to arrive at 2.
+
+    Those in the frame are where ``approach`` says (at t), the others where the last look saw them go.
+    """
+    values, rates, age = seen.eigenvalues, seen.rates, np.full(seen.block.size, t - seen.t)
+    if approach is not None:
+        k = len(approach.values)
+        values, rates = np.append(approach.values, values[k:]), np.append(approach.rates, rates[k:])
+        age[:k] = 0.0
+    for value, rate, since in zip(values, rates, age, strict=True):
         if value < CRITICAL - 1e-3 and rate > 1e-7:
-            arrival = (CRITICAL - value) / rate - (t - seen.t)
+            arrival = (CRITICAL - value) / rate - since
             if arrival < h:
                 h = max(min(h, shortest), arrival)
             elif arrival < 1.7 * h:
@@ -205,9 +241,18 @@ def leading(holds: NDArray[np.bool_]) -> int:
 
 
 def node(
-    flow: Flow, t: float, loss: float, g: Tensor, seen: Sighting, frame: Frame, X: Array, X_time: float, rate: Rate
+    flow: Flow,
+    t: float,
+    loss: float,
+    g: Tensor,
+    seen: Sighting,
+    frame: Frame,
+    X: Array,
+    X_time: float,
+    rate: Rate,
+    approach: Approach | None = None,
 ) -> Node:
-    """What a run records of a moment t; eigenvalues only if they were looked at then."""
+    """What a run records of a moment t; eigenvalues only if they were looked at then, else those of ``approach``."""
     looked = seen.t >= t - 1e-9 * max(1.0, abs(t)) or not flow.constrained
     shown = seen.shown if flow.constrained else seen.eigenvalues[:1]
     return Node(
@@ -221,6 +266,7 @@ def node(
         X_time=X_time,
         g=g,
         rate=rate,
+        foreseen=np.empty(0) if looked or approach is None else approach.values,
     )
 
 

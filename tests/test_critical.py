@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.protocol import State
+from dvi.solvers.protocol import Frame, State
 from dvi.solvers.watch import Watch
 
 EPS = np.finfo(np.float64).eps
@@ -260,6 +260,9 @@ def test_the_watch_surveys_on_its_own_and_misses_no_entry():
             now[-1] = -1 + 0.05 * y.t  # reaches 1.99 at t = 59.8
             A = Q @ torch.diag(torch.tensor(now)) @ Q.T
             return lambda V: A @ V
+
+        def frame(self, y, V, AV, third):
+            return Frame(y.w, V, AV, np.zeros((0, 0)), V.T)
 
     watch, seen, first = Watch(survey_every=5.0), None, None
     for t in np.arange(0, 70, 0.5):

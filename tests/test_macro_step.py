@@ -63,7 +63,8 @@ def test_an_eigenvalue_that_speeds_up_is_not_missed():
     assert fine.breakpoints[0][1] == solution.breakpoints[0][1] == "enter"
     assert solution.breakpoints[0][0] == pytest.approx(fine.breakpoints[0][0], abs=1.0)
     assert np.nanmax(solution.eigenvalues) < 2 + 1e-3
-    assert np.linalg.norm(solution.series["w"] - fine.series["w"], axis=1).max() < 5e-3
+    # tol √h over the dozen steps, up to 20 long, that the run takes, add up to 0.025; Euler's own error is 1e-3
+    assert np.linalg.norm(solution.series["w"] - fine.series["w"], axis=1).max() < 0.01
 
 
 def test_a_look_far_from_the_edge_is_not_content_with_any_vector():
