@@ -58,9 +58,9 @@ class LinearisedFlow:
             return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
         index = triu(k)
         P = self.preconditioner
-        P_inv_T = P.solve(T.T)  # [d, n]
-        alpha = -self.speed * (P_inv_T.T @ self.g)
-        beta = (0.5 * self.speed if self.push else 0.0) * (T @ P_inv_T)
+        slope, products = gram_of_pairs(P, T, self.g)
+        alpha = -self.speed * slope
+        beta = (0.5 * self.speed if self.push else 0.0) * products
         alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
         gap = 2 * (U.T @ P.apply(U))
         moved = T @ (self.y.w - self.frame.w)
@@ -103,6 +103,20 @@ class LinearisedFlow:
             dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
         push = 0.5 * self.speed * (z @ self.frame.T) if self.push else torch.zeros_like(self.g)
         return Rate(-self.preconditioner.solve(push), dnu)
+
+
+def gram_of_pairs(P: Preconditioner, T: Tensor, g: Tensor, block: int = 2**23) -> tuple[Tensor, Tensor]:
+    """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d], a block of numbers at a time: P⁻¹Tᵀ is never whole in memory."""
+    pieces = torch.split(T, max(1, block // T.shape[1]))
+    if len(pieces) == 1:
+        solved = P.solve(T.T)
+        return solved.T @ g, T @ solved
+    slopes, columns = [], []
+    for piece in pieces:
+        solved = P.solve(piece.T)
+        slopes.append(solved.T @ g)
+        columns.append(T @ solved)
+    return torch.cat(slopes), torch.cat(columns, dim=1)
 
 
 @dataclass(frozen=True)

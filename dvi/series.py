@@ -23,7 +23,7 @@ _POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_
 #: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
 OSCILLATES = 1e-7
 #: It does not yet where it is given this part of what it is given in the next step: it arrives at the end of this one.
-ARRIVING = 0.1
+ARRIVING = 1e-3
 #: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
 FELL_OFF = 1e-3
 #: … or once X has been zero on it for so many unit times.

@@ -161,7 +161,7 @@ class Attempt:
             shown = basis_ahead(flow, y, frame, self.here.seen, self.here.slope)
             return Accepted(end, here, smat(raw["z"]) / h, shown, begin, finish, error)
         seen = self.watch.look(flow, end, self.here.seen, h, vectors_ahead(self.here.seen, self.here.slope, end.t))
-        on_trust = not frame.k and self.since > 0
+        on_trust = silent if frame.k else self.since > 0
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return 0.5 * h
         new = critical_frame(flow, self.watch, end, seen, h, frame.k)
@@ -178,7 +178,8 @@ class Attempt:
             loss, g = flow.value_and_grad(moved)
         if new.k:
             lin = flow.linearised(moved, g, new)
-            approach = approaching(flow, lin)
+            # what was seen from look to look is the rate in the middle of the interval
+            approach = approaching(flow, lin, seen.rates, 0.5 * (self.since + h))
             new, seen = settled(flow, moved, new, lin.gap, seen, h)
         new = replace(new, T=corrected.T)
         slope = Slope.between(self.here.frame, self.here.seen, new, seen)
@@ -205,7 +206,9 @@ class Attempt:
         M = 2 * host(U.T @ self.flow.precondition(end, U))[0] - lin.gap
         frame = replace(here.frame, w=end.w, M=0.5 * (M + M.T))
         anchor = here.frame.w if here.anchor is None else here.anchor
-        return replace(here, frame=frame, anchor=anchor, owed=owed, approach=approaching(self.flow, lin))
+        before = np.empty(0) if here.approach is None else here.approach.rates
+        approach = approaching(self.flow, lin, before, self.h)
+        return replace(here, frame=frame, anchor=anchor, owed=owed, approach=approach)
 
     def _radius(self) -> float:
         """Spectral radius of the flow's Jacobian: at most the effective sharpness in w, and ν's own decay."""

@@ -51,14 +51,26 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Approach:
-    """The effective eigenvalues in the frame and their rates, by the gap and d gap/dt = β[X] − α; descending, [k]."""
+    """The effective eigenvalues in the frame and their rates, by the gap and d gap/dt = β[X] − α; descending, [k].
+
+    ``turns``: by how much those rates rise per unit time, where they do; 0 where that is not known.
+    """
 
     values: Array
     rates: Array
+    turns: Array
+
+    def arrivals(self) -> Array:
+        """In how many unit times each arrives at 2; ∞ for those that are there, or not on their way."""
+        room = CRITICAL - self.values
+        on_its_way = (room > AT_EDGE) & (self.rates > 1e-7)
+        rates, turns = np.where(on_its_way, self.rates, 1.0), np.maximum(self.turns, 1e-12)
+        times: Array = np.where(on_its_way, (np.sqrt(rates**2 + 2 * turns * room) - rates) / turns, np.inf)
+        return np.where(on_its_way & (turns * room < 1e-6 * rates**2), room / rates, times)
 
     def none_within(self, h: float) -> bool:
         """Is none at the edge, nor to arrive there before a step of h is nearly over?"""
-        return bool(np.all(CRITICAL - self.values > np.maximum(AT_EDGE, 0.9 * h * self.rates)))
+        return bool(np.all(CRITICAL - self.values > AT_EDGE) and np.all(self.arrivals() > 0.9 * h))
 
 
 @dataclass(frozen=True)
@@ -220,18 +232,14 @@ def landing_at(seen: Sighting, t: float, h: float, shortest: float, approach: Ap
 
     Those in the frame are where ``approach`` says (at t), the others where the last look saw them go.
     """
-    values, rates, age = seen.eigenvalues, seen.rates, np.full(seen.block.size, t - seen.t)
+    arrivals = Approach(seen.eigenvalues, seen.rates, np.zeros(seen.block.size)).arrivals() - (t - seen.t)
     if approach is not None:
-        k = len(approach.values)
-        values, rates = np.append(approach.values, values[k:]), np.append(approach.rates, rates[k:])
-        age[:k] = 0.0
-    for value, rate, since in zip(values, rates, age, strict=True):
-        if value < CRITICAL - 1e-3 and rate > 1e-7:
-            arrival = (CRITICAL - value) / rate - since
-            if arrival < h:
-                h = max(min(h, shortest), arrival)
-            elif arrival < 1.7 * h:
-                h = max(min(h, shortest), arrival / 2)
+        arrivals[: len(approach.values)] = approach.arrivals()
+    for arrival in arrivals:
+        if arrival < h:
+            h = max(min(h, shortest), arrival)
+        elif arrival < 1.7 * h:
+            h = max(min(h, shortest), arrival / 2)
     return min(h, seen.until - t) if seen.t < t < seen.until else h
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import dvi
 from dvi import compile as compiler
 from dvi import coupled
+from dvi.linearised import gram_of_pairs
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers import ccp
 from dvi.solvers.protocol import State
@@ -559,3 +560,19 @@ def test_an_unknown_covariance_is_refused():
     cubic = CubicLoss.random(np.random.default_rng(0), 3)
     with pytest.raises(ValueError, match="gradient-covariance"):
         dvi.central_flow(cubic.problem(np.ones(3)), RMSProp(0.1, 0.9), check=False, covariance="half")
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 60))
+@examples(15)
+def test_pairs_in_blocks_are_the_same_as_all_at_once(seed, k, block):
+    """The Gram matrix of third derivatives in the metric of P, whatever part of P⁻¹Tᵀ is in memory at a time."""
+    rng = np.random.default_rng(seed)
+    d, n = 7, k * (k + 1) // 2
+    root = rng.normal(size=(d, d))
+    P = dvi.Dense(torch.tensor(root @ root.T + np.eye(d)))
+    T, g = torch.tensor(rng.normal(size=(n, d))), torch.tensor(rng.normal(size=d))
+    inverse = np.linalg.inv(root @ root.T + np.eye(d))
+    slope, products = gram_of_pairs(P, T, g, block)
+    # the condition number is at most some hundred
+    np.testing.assert_allclose(slope, T.numpy() @ inverse @ g.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(products, T.numpy() @ inverse @ T.numpy().T, rtol=1e-9, atol=1e-9)
