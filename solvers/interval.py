@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.solvers.protocol import Array, Flow, Frame, State, host, like
@@ -19,6 +20,7 @@ from dvi.solvers.watch import Sighting
 #: How many intervals ahead the slopes of the last one are believed.
 FARTHEST = 3.0
 _SHARED = 0.5  # overlap from which on a direction counts as one of both frames
+_GENTLE = 0.1  # a change of T, in parts of it, up to which its slope is believed where k has changed
 _KNOWN = 0.9  # … and as the same vector, whose slope is then known
 
 
@@ -27,7 +29,8 @@ class Slope:
     """How T and the eigenvectors changed from one look to the next, per unit time.
 
     Attributes:
-        T: [n, d], in the later frame; zero for pairs of which one direction is new.
+        T: [n, d], in the later frame; zero for pairs of which one direction is new, and for all where k has changed and
+            T has, much.
         V: eigenvectors [d, m]; zero for new ones.
         span: unit times between the two looks.
     """
@@ -47,8 +50,14 @@ class Slope:
         known = np.linalg.norm(overlap, axis=0) > _KNOWN
         turned = like(partial_isometry(overlap), V)
         R = partial_isometry(overlap[: old.k, : new.k].T)
-        T = like(skron(R @ R.T), new.T) @ new.T - like(skron(R), new.T) @ old.T if old.k and new.k else 0 * new.T
-        return cls(T / span, (V - V_old @ turned) * like(known / span, V), span)
+        if not old.k or not new.k:
+            change = torch.zeros_like(new.T)
+        else:
+            change = like(skron(R @ R.T), new.T) @ new.T - like(skron(R), new.T) @ old.T
+            # Where directions come and go while T turns over, what those that stay had is no guide to what they will.
+            if old.k != new.k and float(change.norm()) > _GENTLE * float(new.T.norm()):
+                change = torch.zeros_like(new.T)
+        return cls(change / span, (V - V_old @ turned) * like(known / span, V), span)
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,15 @@ def test_slopes_do_not_depend_on_how_eigenvectors_are_turned(seed):
 def test_a_new_direction_has_no_slope_and_an_old_one_keeps_its_own():
     rng = np.random.default_rng(0)
     V = orthogonal(rng, 6)
-    T1, dT = rng.normal(size=(2, 1, 6))
+    T1, dT = rng.normal(size=(2, 1, 6)) * [[[1.0]], [[0.05]]]
     T = np.vstack([T1 + dT, rng.normal(size=(2, 6))])  # pairs (1,1), (1,2), (2,2)
     slope = Slope.between(*look(T1, V[:, :1], 0.0), *look(T, V[:, :2], 1.0))
     np.testing.assert_allclose(slope.T[:1], dT, atol=1e-12)
     np.testing.assert_allclose(slope.T[1:], 0.0, atol=1e-12)
     back = Slope.between(*look(T, V[:, :2], 0.0), *look(T1, V[:, :1], 1.0))  # and the other way round
     np.testing.assert_allclose(back.T, T1 - T[:1], atol=1e-12)
+    wild = Slope.between(*look(T1 + 1, V[:, :1], 0.0), *look(T, V[:, :2], 1.0))  # T has turned over: nothing is known
+    assert not wild.T.any()
 
 
 def test_slopes_are_not_believed_for_ever():
