@@ -138,7 +138,8 @@ class CompiledFlow:
 
     def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
         k = U.shape[1]
-        self._check_memory(k, U)
+        if third:
+            self._check_memory(k, U)
         T = self.problem.hessian_gradient(y.w, U) if k and third else U.new_zeros(0, len(y.w))
         (M,) = host(U.T @ HU)
         return Frame(y.w, U, HU, 0.5 * (M + M.T), T)

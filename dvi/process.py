@@ -170,9 +170,9 @@ class FlowProcess(Process):
         worst, ratio = max(self.strained, key=lambda pair: pair[1])
         return [
             f"{self.flow.name} flow: {len(self.strained)} of {len(self.counts)} steps, from t = {first:g} to {last:g}, "
-            f"were as short as allowed and still had an error estimate above what tol allows, the largest "
-            f"{ratio:.3g} tol at t = {worst:g}. From there on the result is less exact than asked for: lower h_min, "
-            "or loosen tol to say so."
+            f"were as short as allowed, or too late to be taken back, and had an error estimate above what tol allows, "
+            f"the largest {ratio:.3g} tol at t = {worst:g}. From there on the result is less exact than asked for: "
+            "lower h_min, or loosen tol to say so."
         ]
 
     @staticmethod

@@ -6,8 +6,8 @@ only.
 
 Step sizes.  A gradient carries rounding noise of about ε_m |g|, ε_m the machine epsilon, and differences carry a
 truncation error: h |L‴| on one side, h² |L⁗| (or |L⁵|) where central.  ε_m/h + h is least at h ∝ ε_m^½, ε_m/h + h² at
-h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 one side gives a product to some 1e-8, far below what eigenvectors
-are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good to 2e-5.
+h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 one side gives a product to 1e-8 … 3e-7, far below what
+eigenvectors are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good to 2e-5.
 h is the length of the displacement, not a multiple of the direction: directions may be of any length.
 On small networks (MLP, CNN, transformer; along eigenvectors, the gradient and at random; either precision) the best
 constant lies between 0.3 and 3, whatever ‖w‖: it is ½ here, times the root mean square of w where that exceeds 1.
@@ -54,8 +54,10 @@ class FiniteDifference:
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""
         self._ledger.hvps += len(V)
-        difference = self._central_difference if self._central else self._forward_difference
-        return torch.stack([difference(w, v) for v in V])
+        if self._central:
+            return torch.stack([self._central_difference(w, v) for v in V])
+        here = self._gradient_here(w)
+        return torch.stack([self._forward_difference(w, v, here) for v in V])
 
     def pairs(self, w: Tensor, U: Tensor) -> Tensor:
         """Rows T[uᵢ, uⱼ] [k(k+1)/2, d] for i ≤ j."""
@@ -97,10 +99,10 @@ class FiniteDifference:
             self._kept = (w.detach().clone(), self._gradient(w))
         return self._kept[1]
 
-    def _forward_difference(self, w: Tensor, v: Tensor) -> Tensor:
+    def _forward_difference(self, w: Tensor, v: Tensor, here: Tensor) -> Tensor:
         length: Tensor = torch.finfo(w.dtype).eps ** (1 / 2) * unit(w)
         step = length / _norms(v)
-        return (self._gradient(w + step * v) - self._gradient_here(w)) / step
+        return (self._gradient(w + step * v) - here) / step
 
     def _central_difference(self, w: Tensor, v: Tensor) -> Tensor:
         length: Tensor = torch.finfo(w.dtype).eps ** (1 / 3) * unit(w)

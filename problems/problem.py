@@ -37,7 +37,7 @@ class Problem:
             are differentiated one at a time, so memory is that of the largest one.
         w0: initial weights [d], float32 or float64.  Copied.
         derivatives: "autodiff" (exact), "finite-difference" (differences of gradients: fewer demands on the loss and
-            cheaper; on small networks H is good to about 1e-10 and T to 1e-7, in float32 to 1e-4 and 1e-3), or "mixed"
+            cheaper; on small networks H and T are good to about 1e-7, in float32 to 1e-4 and 1e-3), or "mixed"
             (H exact, T by differences, which is where most of the cost is).
         max_directions: how many directions automatic differentiation takes at once.  1 needs the least memory and is
             fastest on a CPU; more helps a GPU whose kernels are small, if every operation has a batching rule.

@@ -185,7 +185,7 @@ class CriticalSubspace:
         raise ConvergenceError(
             f"The leading {needed} eigenpairs of the effective Hessian did not converge: residual {worst:.1e} against "
             f"{tol:.1e} after {self.max_iterations} block products. Loosen the eigenvector tolerance, raise "
-            "max_iterations, or compute in float64."
+            "max_iterations, or compute in float64 and with automatic differentiation (differences are noisy)."
         )
 
     def _settle(self, A: Operator, X: Tensor, AX: Tensor, tol: float, count: int) -> tuple[Tensor, Tensor]:

@@ -35,14 +35,20 @@ def multiplier(
     return solved.X if on is None else on @ solved.X @ on.T
 
 
-def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) -> Approach:
+def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) -> Approach | None:
     """Where the eigenvalues in the frame are and go: with X on those at the edge only, on none that is on its way.
 
     Args:
         rates_before: of as many of the leading ones as are known, ``ago`` unit times ago.
+
+    Returns:
+        None if that cannot be said, because β is not monotone there.
     """
     gaps, C = np.linalg.eigh(lin.gap)
-    X = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE])
+    try:
+        X = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE])
+    except ccp.CCPError:
+        return None
     rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(X)), C)
     turns, m = np.zeros_like(rates), min(len(rates), len(rates_before))
     turns[:m] = np.clip((rates[:m] - rates_before[:m]) / ago, 0.0, np.abs(rates[:m]) / ago)

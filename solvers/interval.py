@@ -33,11 +33,13 @@ class Slope:
             T has, much.
         V: eigenvectors [d, m]; zero for new ones.
         span: unit times between the two looks.
+        known: projector [k, k] on the directions of which T's slope is known.
     """
 
     T: Tensor
     V: Tensor
     span: float
+    known: Array
 
     @classmethod
     def between(cls, old: Frame, before: Sighting, new: Frame, seen: Sighting) -> Slope | None:
@@ -50,14 +52,20 @@ class Slope:
         known = np.linalg.norm(overlap, axis=0) > _KNOWN
         turned = like(partial_isometry(overlap), V)
         R = partial_isometry(overlap[: old.k, : new.k].T)
+        both = R @ R.T
         if not old.k or not new.k:
             change = torch.zeros_like(new.T)
         else:
-            change = like(skron(R @ R.T), new.T) @ new.T - like(skron(R), new.T) @ old.T
+            change = like(skron(both), new.T) @ new.T - like(skron(R), new.T) @ old.T
             # Where directions come and go while T turns over, what those that stay had is no guide to what they will.
             if old.k != new.k and float(change.norm()) > _GENTLE * float(new.T.norm()):
-                change = torch.zeros_like(new.T)
-        return cls(change / span, (V - V_old @ turned) * like(known / span, V), span)
+                change, both = torch.zeros_like(new.T), np.zeros_like(both)
+        return cls(change / span, (V - V_old @ turned) * like(known / span, V), span, both)
+
+    def covers(self, X: Array) -> bool:
+        """Is T's slope known wherever X oscillates (but for a quarter of it)?"""
+        size = float(np.abs(X).sum())
+        return float(np.abs(X - self.known @ X @ self.known).sum()) <= 0.25 * size
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,14 @@ class Moments:
         """The impulse on which what T is off at the end of an interval H, from its extrapolation, has acted.
 
         T is quadratic in time through the last three looks, and off by a part s(s + a)/H(H + a) of that at s, a the
-        length of the interval before; without slopes it is linear, and off by s/H.
+        length of the interval before; where its slope is not known it is linear, and off by s/H.
         """
+        linear: Array = self.first / H
         if slope is None:
-            return self.first / H
-        return (self.second + slope.span * self.first) / (H * (H + slope.span))
+            return linear
+        quadratic = (self.second + slope.span * self.first) / (H * (H + slope.span))
+        bent: Array = linear + slope.known @ (quadratic - linear) @ slope.known
+        return bent
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
@@ -39,7 +40,8 @@ class Here:
         slope: how they had changed since the look before it, if there was one.
         anchor: the weights for which the frame's T speaks (None: those of the frame).
         owed: moments of X since the look (None: it was made here).
-        approach: where the eigenvalues in the frame are, and go.
+        approach: where the eigenvalues in the frame are, and go (None: not known).
+        until: the moment until which there is no need to look.
         experience: how far the model of the last interval was off at its end.
     """
 
@@ -52,6 +54,7 @@ class Here:
     owed: Moments | None = None
     approach: Approach | None = None
     experience: Experience = UNKNOWN
+    until: float = np.inf
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ class Accepted:
 
     Attributes:
         y: the state at its end; here: what is known there, to start the next step from.
-        X: the impulse of the step over its length, in ``X_frame``.
+        X: the impulse of the step over its length, in ``X_frame``, with its share of the interval's correction.
         rate, end_rate: dy/dt at both ends.
-        error: the larger of the embedded estimate and the trapezoid correction, in the norm of w, over √h.
+        error: the embedded estimate, or in an interval of one step the correction for T's bend, if that is larger; in
+            the norm of w, over √h.
+        bend: that correction in an interval of several steps, over the root of its length: too late to take them back.
     """
 
     y: State
@@ -72,6 +77,7 @@ class Accepted:
     rate: Rate
     end_rate: Rate
     error: float
+    bend: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,14 @@ class Corrected:
 
     Attributes:
         y: the state.
-        Z: the impulse of the whole step in the new frame.
-        bend: the size of the trapezoid correction in w, over √h.
+        X: the mean of X over the step, in the new frame.
+        bend: the size of the correction for T's bend, in the norm of w, over the root of the interval's length.
         T: third derivatives of the new frame, and anchor: the weights for which they speak.
         experience: what the interval taught.
     """
 
     y: State
-    Z: Array
+    X: Array
     bend: float
     T: Tensor
     anchor: Tensor
@@ -154,8 +160,9 @@ class Attempt:
             return Accepted(end, here, np.zeros((0, 0)), here.frame, begin, finish, error)
 
         owed = (self.here.owed or Moments.none(frame.k)).after(smat(raw["z"]) / h, self.since, h)
-        if self._may_wait(end, error, owed, X_end):
-            here = replace(self.here, loss=float(loss), g=g)
+        until = self._wait(end, error, owed, X_end, lin)
+        if until > end.t:
+            here = replace(self.here, loss=float(loss), g=g, until=until)
             if frame.k:
                 here = self._carried(here, end, lin, owed)
             shown = basis_ahead(flow, y, frame, self.here.seen, self.here.slope)
@@ -168,9 +175,9 @@ class Attempt:
         corrected = self._correct(end, g, new, owed, X_end)
         if corrected is None:
             return self._retry(np.inf)
-        moved, Z, bend = corrected.y, corrected.Z, corrected.bend
-        if not self.since or bend > ALLOWED * tol:
-            if bend > ALLOWED * tol and not self.final and not self.since:
+        moved, bend = corrected.y, corrected.bend
+        if not self.since:  # the bend of one step; that of several is for the next interval to learn from
+            if bend > ALLOWED * tol and not self.final:
                 return self._retry(bend)
             error = max(error, bend)
         approach = None
@@ -180,25 +187,30 @@ class Attempt:
             lin = flow.linearised(moved, g, new)
             # what was seen from look to look is the rate in the middle of the interval
             approach = approaching(flow, lin, seen.rates, 0.5 * (self.since + h))
-            new, seen = settled(flow, moved, new, lin.gap, seen, h)
+            new, seen = settled(flow, moved, new, lin.gap, seen, self.since + h)
         new = replace(new, T=corrected.T)
         slope = Slope.between(self.here.frame, self.here.seen, new, seen)
         here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
-        return Accepted(moved, here, Z / h, new, begin, finish, error)
+        return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0)
 
-    def _may_wait(self, end: State, error: float, owed: Moments, X: Array) -> bool:
-        """May the next step be taken before the next look?"""
+    def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
+        """The moment until which the next step may go before the next look; the end of this one if it may not."""
         here, k = self.here, self.here.frame.k
         if not k:
-            return self.watch.trusted(self.flow, end, here.seen, end.t + self.h)
-        if self.closing or here.slope is None:
-            return False
+            trusted = self.watch.trusted(self.flow, end, here.seen, end.t + self.h)
+            return np.inf if trusted else end.t
+        if self.closing or here.slope is None or not here.slope.covers(owed.zeroth):
+            return end.t
         following = self.h * growth(self.tol, error)
         elapsed = self.since + self.h
         span = elapsed + following
-        if span > FARTHEST * here.slope.span or not self.watch.quiet(self.flow, end, here.seen, k, end.t + following):
-            return False
-        return here.experience.allows(self.tol, span, owed.after(X, elapsed, following), here.slope)
+        fits = (
+            span <= FARTHEST * here.slope.span
+            and float(np.linalg.eigvalsh(lin.gap)[0]) > -here.experience.SAG
+            and here.experience.allows(self.tol, span, owed.after(X, elapsed, following), here.slope)
+            and self.watch.quiet(self.flow, end, here.seen, k, end.t + following)
+        )
+        return end.t + following if fits else end.t
 
     def _carried(self, here: Here, end: State, lin: Linearised, owed: Moments) -> Here:
         """The frame of the last look, its gap carried on to the end: from there on w moves along another T."""
@@ -247,13 +259,10 @@ class Attempt:
         error: float = torch.linalg.vector_norm(d["w"]).item()
         if not np.isfinite(error):
             return error
-        end = State(raw["w"], raw["nu"], self.y.t + h)
-        other = State(raw["w"], combine([(1.0, raw["nu"]), (0.5, d["nu"])]), end.t)
         try:
-            shift = h * float(torch.linalg.vector_norm(self.flow.velocity(end, g) - self.flow.velocity(other, g)))
+            return max(error, self._worth(State(raw["w"], raw["nu"], self.y.t + h), g, (d["w"], d["nu"]), h))
         except DomainError:
             return float("inf")
-        return max(error, shift)
 
     # ---- the end of the step --------------------------------------------------------------------------
 
@@ -268,14 +277,15 @@ class Attempt:
             return Corrected(end, np.zeros((0, 0)), 0.0, new.T, end.w)
         try:
             lin = flow.linearised(end, g, new)
-            Z = Z_end = np.zeros((new.k, new.k))
+            X = Z_end = np.zeros((new.k, new.k))
             moved, bend, secant, experience = end, 0.0, None, self.here.experience
             if old.k:
                 R = transport(flow, end, new, old)
-                Z = R @ (owed.zeroth - (self.here.owed.zeroth if self.here.owed else 0.0)) @ R.T
-                Z_end = R @ (self.h * X_end) @ R.T
+                S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
+                X = R @ (owed.zeroth - (self.here.owed.zeroth if self.here.owed else 0.0)) @ R.T / self.h
+                Z_end = R @ (H * X_end) @ R.T
                 if owed.zeroth.any():
-                    if old.k == new.k:
+                    if old.k == new.k and np.trace(S) > old.k - 0.5:
                         now, then = lin.kick(R @ owed.zeroth @ R.T), flow.linearised(end, g, old).kick(owed.zeroth)
                         bent = combine([(1.0, now.parts), (-1.0, then.parts)])
                         Py = flow.precondition(end, bent[0][:, None])[:, 0]
@@ -284,16 +294,16 @@ class Attempt:
                     # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
                     late = owed.bent(H, None if secant and secant.stiff else slope)
                     foreseen = flow.linearised(end, g, ahead(old, slope, H))
-                    change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(late).parts)])
+                    change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
                     if secant:
                         change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
-                    size = float(change[0].norm())
+                    size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
                     experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
                     moved = mended(flow, _displaced(end, change), self.y)
                     if bend > ALLOWED * self.tol and not self.final and not self.since:
-                        return Corrected(moved, Z, bend, new.T, end.w)
+                        return Corrected(moved, X, bend, new.T, end.w)
                     lin = flow.linearised(moved, g, new)
             # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
             Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X
@@ -301,7 +311,7 @@ class Attempt:
             y, slip = Y - Z_end, 0.0
             if y.any():
                 kick = lin.kick(y)
-                slip = float(kick.w.norm())
+                slip = self._worth(end, g, kick.parts, H)
                 moved = mended(flow, _displaced(moved, kick.parts), self.y)
                 flow.velocity(moved, g)  # still in the domain?
             sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
@@ -310,10 +320,18 @@ class Attempt:
             return None
         part = secant.part(moved.w - end.w) if secant else 0.0
         if not part:
-            return Corrected(moved, Z + y, bend, new.T, end.w, experience)
+            return Corrected(moved, X + y / H, bend, new.T, end.w, experience)
         # T was made before the corrections; what they change of it is a part of what the step has changed
         T = new.T + part * (new.T - like(skron(R), new.T) @ old.T)
-        return Corrected(moved, Z + y, bend, T, moved.w, experience)
+        return Corrected(moved, X + y / H, bend, T, moved.w, experience)
+
+    def _worth(self, y: State, g: Tensor, change: tuple[Tensor, Any], H: float) -> float:
+        """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
+        size = float(change[0].norm())
+        if not pytree.tree_leaves(y.nu):
+            return size
+        other = State(y.w, combine([(1.0, y.nu), (0.5, change[1])]), y.t)
+        return max(size, H * float((self.flow.velocity(y, g) - self.flow.velocity(other, g)).norm()))
 
 
 def growth(tol: float, error: float) -> float:

@@ -1,21 +1,22 @@
 """The macro step: a central flow for about the price of training.
 
 Between breakpoints the flow is smooth and mildly stiff (its Jacobian has spectrum in [−2, small], because the effective
-sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, eigenvectors
-and third derivatives, is made once per step; inside, the constraint is a model that is linear in w and exact in P(ν):
+sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, a *look* at the
+eigenvectors and third derivatives, is made when it is needed, every few steps once a run is settled; in between the
+constraint is a model that is linear in w and exact in P(ν):
 
-    1  the critical frame (U, T, M) at the start of the step, T extrapolated to its middle;
+    1  the critical frame (U, T, M) of the last look, T extrapolated by its slope since the look before;
     2  RKC2 over the step on (w, ν, z): each stage costs one gradient and one CCP of Baumgarte type,
            X ⪰ 0  ⟂  γ gap + β[X] − α ⪰ 0,
        and z = ∫X dt collects the impulse;
-    3  a new frame at the end, and the trapezoid rule for what T and HU changed meanwhile;
-    4  the impulse is corrected, with either sign, so that the constraint holds at the end;
+    3  on with the same frame (:mod:`dvi.solvers.interval`), or a look: what T has bent since the last one is made up for;
+    4  there the impulse is corrected, with either sign, so that the constraint holds;
     5  X of the step is its impulse over h, stamped at the middle.
 
-The step is controlled by an embedded estimate and by the size of the trapezoid correction, and ends where an eigenvalue
-is predicted to arrive at 2.  Both may be tol·√h: with the same tol for every step, the many short ones of a first
-transient would make nearly all of the error, which the flow then carries along.  Far from 2 no eigenvectors are sought:
-while the eigenvalues cannot have come near it (``Sighting.until``), 1 and 3–5 fall away.
+The step is controlled by an embedded estimate and ends where an eigenvalue is predicted to arrive at 2; how long an
+interval between looks may be, the last one teaches.  Errors may be tol·√h: with the same tol for every step, the many short
+ones of a first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there is no
+frame, and no eigenvectors are sought while none can have come near it (``Sighting.until``).
 """
 
 from __future__ import annotations
@@ -104,11 +105,11 @@ class MacroStep:
         watch = self.following
         here = memory.here or evaluate(flow, watch, y, None, memory.h)
         size, landing = memory.h, True
-        for _ in range(self.max_rejections):
+        for attempt in range(self.max_rejections):
             size = min(size, self.h_max)
             length = size
             if landing and flow.constrained:
-                length = landing_at(here.seen, y.t, size, self.h_start, here.approach)
+                length = landing_at(here.seen, y.t, min(size, here.until - y.t), self.h_start, here.approach)
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing
@@ -123,7 +124,8 @@ class MacroStep:
                 size, landing = max(self.h_min, length / 2), False
                 continue
             if isinstance(tried, float):  # rejected: the step to try next
-                if flow.constrained and not here.frame.k and here.seen.t < y.t:  # taken on trust, maybe wrongly: look
+                # What was taken on trust may be why: look.  With directions held, the step's own error comes first.
+                if flow.constrained and here.seen.t < y.t and (not here.frame.k or attempt):
                     here = evaluate(flow, watch, y, here.seen, tried, (here.loss, here.g))
                 size, landing = max(self.h_min, tried), False
                 continue
@@ -151,7 +153,8 @@ class MacroStep:
         h = max(0.9 * tried, grown) if length < 0.7 * tried else grown
         h = float(np.clip(h, self.h_min, self.h_max))
         middle = y.t + 0.5 * length
-        strain = new.error / self.tol if new.error > ALLOWED * self.tol else 0.0
+        largest = max(new.error, new.bend)
+        strain = largest / self.tol if largest > ALLOWED * self.tol else 0.0
         begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate, here.approach)
         inside = hermite(y, new.y, new.rate, new.end_rate)
         return StepResult(new.y, MacroMemory(h, new.here), begin, inside, strain)

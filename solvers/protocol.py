@@ -310,8 +310,8 @@ class StepResult:
         memory: what the integrator wants to be given back at the next step.
         node: what was seen at the beginning, with the X of this step.
         interpolate: t ↦ state inside the step, to the integrator's order.
-        strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed
-            (no shorter one may be tried); else 0.
+        strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed (no
+            shorter one may be tried, or earlier ones had to be taken back, too); else 0.
     """
 
     y: State

@@ -83,7 +83,8 @@ class Watch:
             until it reaches 2).
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
         survey_every: unit times between random look-arounds for an eigenvalue the block is blind to.
-        patience: unit times for which a sighting far from 2 is believed, at most.
+        patience: unit times for which a sighting far from 2 is believed, at most (six times that of the others, where
+            those near 2 are held).
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
@@ -127,6 +128,8 @@ class Watch:
 
     def quiet(self, flow: Flow, y: State, seen: Sighting, held: int, until: float) -> bool:
         """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?"""
+        if until - seen.t > 6 * self.patience:
+            return False
         if seen.block.size == held:
             return seen.block.V.shape[0] == held  # there are no others
         ahead = self.lookahead * np.maximum(seen.rates, 0.0) * (until - seen.t)
