@@ -7,8 +7,8 @@ only.
 Step sizes.  A gradient carries rounding noise of about ε_m |g|, ε_m the machine epsilon, and differences carry a
 truncation error: h |L‴| on one side, h² |L⁗| (or |L⁵|) where central.  ε_m/h + h is least at h ∝ ε_m^½, ε_m/h + h² at
 h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 one side gives a product to 1e-8 … 3e-7, far below what
-eigenvectors are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good to 2e-5.
-h is the length of the displacement, not a multiple of the direction: directions may be of any length.
+eigenvectors are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good
+to 2e-5.  h is the length of the displacement, not a multiple of the direction: directions may be of any length.
 On small networks (MLP, CNN, transformer; along eigenvectors, the gradient and at random; either precision) the best
 constant lies between 0.3 and 3, whatever ‖w‖: it is ½ here, times the root mean square of w where that exceeds 1.
 """

@@ -1,22 +1,22 @@
 """The macro step: a central flow for about the price of training.
 
 Between breakpoints the flow is smooth and mildly stiff (its Jacobian has spectrum in [−2, small], because the effective
-sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, a *look* at the
-eigenvectors and third derivatives, is made when it is needed, every few steps once a run is settled; in between the
+sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, a *look* at
+the eigenvectors and third derivatives, is made when it is needed, every few steps once a run is settled; in between the
 constraint is a model that is linear in w and exact in P(ν):
 
     1  the critical frame (U, T, M) of the last look, T extrapolated by its slope since the look before;
     2  RKC2 over the step on (w, ν, z): each stage costs one gradient and one CCP of Baumgarte type,
            X ⪰ 0  ⟂  γ gap + β[X] − α ⪰ 0,
        and z = ∫X dt collects the impulse;
-    3  on with the same frame (:mod:`dvi.solvers.interval`), or a look: what T has bent since the last one is made up for;
+    3  on with the same frame (:mod:`dvi.solvers.interval`), or a look: what T has bent meanwhile is made up for;
     4  there the impulse is corrected, with either sign, so that the constraint holds;
     5  X of the step is its impulse over h, stamped at the middle.
 
 The step is controlled by an embedded estimate and ends where an eigenvalue is predicted to arrive at 2; how long an
-interval between looks may be, the last one teaches.  Errors may be tol·√h: with the same tol for every step, the many short
-ones of a first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there is no
-frame, and no eigenvectors are sought while none can have come near it (``Sighting.until``).
+interval between looks may be, the last one teaches.  Errors may be tol·√h: with the same tol for every step, the many
+short ones of a first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there
+is no frame, and no eigenvectors are sought while none can have come near it (``Sighting.until``).
 """
 
 from __future__ import annotations
