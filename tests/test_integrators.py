@@ -1,5 +1,7 @@
 """One contract and one table for all integrators, and the orders they promise."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -256,7 +258,8 @@ def test_tolerance_steers_the_error():
     flow = dvi.central_flow(problem.problem, method)
     errors = [error(run(flow, dvi.MacroStep(tol=tol), 36), problem.weights) for tol in (1e-2, 1e-3, 1e-4, 1e-5)]
     assert errors[0] / errors[3] > 2**3
-    assert errors == sorted(errors, reverse=True)
+    # a percent: where the estimate binds nowhere two tolerances take nearly the same steps
+    assert all(finer < 1.01 * coarser for coarser, finer in pairwise(errors))
 
 
 def test_macro_step_is_cheap_once_settled():
@@ -343,12 +346,16 @@ def test_bad_settings_are_refused(make, words):
         make()
 
 
-def test_float32_end_to_end():
+@pytest.mark.parametrize(("waiting", "bound"), [(False, 1e-4), (True, 1e-3)])
+def test_float32_end_to_end(waiting, bound, monkeypatch):
     """Weights, derivatives and eigenvectors in float32, Gram matrices, CCP and time in float64.
 
     Rounding of 6e-8 in the gradient, amplified by P⁻¹ and summed over 60 unit times, and eigenvectors good to 1e-3 in
-    either precision: some 1e-5 in w (measured 1e-5 on a larger problem), an order above for the bound.
+    either precision: some 1e-5 in w (measured 1e-5 on a larger problem), an order above for the bound.  Where looks are
+    made when needed, the two may make them at different steps, and differ by what tol allows.
     """
+    if not waiting:
+        monkeypatch.setattr("dvi.solvers.macro_attempt.Attempt._wait", lambda self, end, error, owed, X, lin: end.t)
     settings = {"network": "mlp", "loss": "mse", "n": 100, "width": 12}
     ends = []
     for dtype in (torch.float64, torch.float32):
@@ -359,7 +366,7 @@ def test_float32_end_to_end():
         assert solution.w.dtype == dtype
         assert len(solution.breakpoints) >= 1
         ends.append(solution.series["w"].astype(np.float64))
-    assert np.linalg.norm(ends[0] - ends[1], axis=1).max() < 1e-4
+    assert np.linalg.norm(ends[0] - ends[1], axis=1).max() < bound
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,15 @@ def test_a_new_direction_has_no_slope_and_an_old_one_keeps_its_own():
     np.testing.assert_allclose(back.T, T1 - T[:1], atol=1e-12)
     wild = Slope.between(*look(T1 + 1, V[:, :1], 0.0), *look(T, V[:, :2], 1.0))  # T has turned over: nothing is known
     assert not wild.T.any()
+    # where there is no slope T is off linearly, and that much is owed; there is no waiting while much oscillates there
+    X = np.diag([2.0, 1.0])
+    owed = Moments.none(2).after(X, 0.0, 3.0)
+    known, new = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
+    np.testing.assert_allclose(slope.known, known, atol=1e-12)
+    expected = known * (owed.second + slope.span * owed.first) / (3 * (3 + slope.span)) + new * owed.first / 3
+    np.testing.assert_allclose(owed.bent(3.0, slope), expected, atol=1e-12)
+    assert not slope.covers(X)
+    assert slope.covers(np.diag([2.0, 0.2]))
 
 
 def test_slopes_are_not_believed_for_ever():
@@ -140,7 +149,7 @@ def test_a_partial_isometry_turns_what_is_shared_and_drops_the_rest(seed, m, k):
 
 def test_an_interval_is_as_long_as_the_last_one_teaches():
     rng = np.random.default_rng(2)
-    slope = Slope(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)
+    slope = Slope(torch.zeros(1, 2), torch.zeros(2, 1), 1.0, np.eye(1))
     X = np.diag(rng.uniform(1, 2, 1))
     owed = Moments.none(1).after(X, 0.0, 2.0)
     acted = float(owed.second[0, 0] + owed.first[0, 0])
