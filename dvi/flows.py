@@ -74,6 +74,7 @@ class CompiledFlow:
         self.notes: list[str] = []
         if check:
             problem.check()
+            self._note_differences(problem.uncertainty())
         w = problem.w0
         _, g = problem.value_and_grad(w)
         nu = validate(self.method, w, g)
@@ -98,6 +99,13 @@ class CompiledFlow:
     def inertial(self) -> bool:
         """Is momentum part of the state (second order)?"""
         return self.accuracy == "second-order"
+
+    def _note_differences(self, errors: dict[str, float]) -> None:
+        names = {"hvps": "products with H", "third_derivatives": "third derivatives"}
+        if errors:
+            parts = " and ".join(f"{names[kind]} to {error:.0e}" for kind, error in errors.items())
+            note = f"Derivatives by differences are good to, relative to themselves at the start: {parts}."
+            self.notes.append(note)
 
     def _note_dead_weights(self, P: Preconditioner) -> None:
         dead = P.dead()

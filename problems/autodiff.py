@@ -57,6 +57,10 @@ class Autodiff:
     def remember(self, w: Tensor, gradient: Tensor) -> None:
         """Of no use: what is kept here is the graph of the gradient."""
 
+    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
+        """Nothing: all is exact but for rounding."""
+        return {}
+
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""
         self._ledger.hvps += len(V)

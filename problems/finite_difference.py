@@ -51,6 +51,20 @@ class FiniteDifference:
         """The gradient at w, if it is known already."""
         self._kept = (w.detach().clone(), gradient.clone())
 
+    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
+        """By how much H u and T[u, u] change, relative to themselves, when their steps are doubled."""
+        here = self._gradient_here(w)
+
+        def product(scale: float) -> Tensor:
+            if self._central:
+                return self._central_difference(w, u, scale)
+            return self._forward_difference(w, u, here, scale)
+
+        return {
+            "hvps": _change(product(1.0), product(2.0)),
+            "third_derivatives": _change(self._second_difference(w, u), self._second_difference(w, u, 2.0)),
+        }
+
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""
         self._ledger.hvps += len(V)
@@ -99,18 +113,18 @@ class FiniteDifference:
             self._kept = (w.detach().clone(), self._gradient(w))
         return self._kept[1]
 
-    def _forward_difference(self, w: Tensor, v: Tensor, here: Tensor) -> Tensor:
-        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 2) * unit(w)
+    def _forward_difference(self, w: Tensor, v: Tensor, here: Tensor, scale: float = 1.0) -> Tensor:
+        length: Tensor = scale * torch.finfo(w.dtype).eps ** (1 / 2) * unit(w)
         step = length / _norms(v)
         return (self._gradient(w + step * v) - here) / step
 
-    def _central_difference(self, w: Tensor, v: Tensor) -> Tensor:
-        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 3) * unit(w)
+    def _central_difference(self, w: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+        length: Tensor = scale * torch.finfo(w.dtype).eps ** (1 / 3) * unit(w)
         step = length / _norms(v)
         return (self._gradient(w + step * v) - self._gradient(w - step * v)) / (2 * step)
 
-    def _second_difference(self, w: Tensor, u: Tensor) -> Tensor:
-        length: Tensor = torch.finfo(w.dtype).eps ** (1 / 4) * unit(w)
+    def _second_difference(self, w: Tensor, u: Tensor, scale: float = 1.0) -> Tensor:
+        length: Tensor = scale * torch.finfo(w.dtype).eps ** (1 / 4) * unit(w)
         step = length / _norms(u)
         here = self._gradient_here(w)
         return (self._gradient(w + step * u) - here + (self._gradient(w - step * u) - here)) / (step * step)
@@ -120,6 +134,11 @@ def unit(w: Tensor) -> Tensor:
     """Return the length [] that steps of differences at w are measured in."""
     size: Tensor = torch.linalg.vector_norm(w) / math.sqrt(w.numel())
     return 0.5 * torch.clamp(size, min=1.0)
+
+
+def _change(one: Tensor, other: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(one))
+    return float(torch.linalg.vector_norm(other - one)) / size if size else 0.0
 
 
 def _norms(u: Tensor) -> Tensor:

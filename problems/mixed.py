@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from dvi.problems.autodiff import Autodiff
 from dvi.problems.derivatives import Part
 from dvi.problems.finite_difference import FiniteDifference
@@ -30,3 +32,7 @@ class Mixed:
     def weights(self) -> Mapping[str, float]:
         """Of a product as by automatic differentiation; two gradients a contraction."""
         return {**self._second.weights, "third_derivatives": self._third.weights["third_derivatives"]}
+
+    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
+        """Of the third derivatives alone: products with H are exact."""
+        return {"third_derivatives": self._third.uncertainty(w, u)["third_derivatives"]}

@@ -256,6 +256,17 @@ class Problem:
                 what += ' (derivatives="finite-difference" needs the gradient only, but no method helps against kinks)'
             raise DerivativeError(f"{self.name}: {what}.\nAt fault: {self._blame(w.detach())}") from refusal
 
+    def uncertainty(self, w: Tensor | None = None) -> dict[str, float]:
+        """Relative errors of derivatives made by differences, along the gradient at ``w`` (default: w0); {} if exact.
+
+        Keys "hvps" and "third_derivatives".  Estimated by doubling the steps; the few gradients are not counted.
+        """
+        w = self.w0 if w is None else w
+        self._check_weights(w)
+        with self.ledger.paused():
+            gradient = value_and_gradient(self._parts, w)[1]
+            return self._derivatives.uncertainty(w.detach(), gradient)
+
     def measure_weights(self, repeats: int = 5) -> dict[str, float]:
         """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.
 

@@ -377,3 +377,34 @@ def test_initial_weights_are_a_copy():
     problem = Problem(quartic, w0)
     w0 += 1
     assert not torch.equal(problem.w0, w0)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_differences_know_how_far_off_they_are(dtype):
+    """What a doubled step changes is the truncation error, at least; with rounding it is right to an order or so."""
+    exact = digits(n=100)
+    assert exact.uncertainty() == {}
+    w = exact.w0
+    u = exact.value_and_grad(w)[1][:, None]
+    found = digits(n=100, dtype=dtype, derivatives="finite-difference")
+    before = found.ledger.counts
+    errors = found.uncertainty()
+    assert found.ledger.counts == before
+    off = {
+        "hvps": relative(found.hvp(w.to(dtype), u.to(dtype)), exact.hvp(w, u)),
+        "third_derivatives": relative(found.hessian_gradient(w.to(dtype), u.to(dtype)), exact.hessian_gradient(w, u)),
+    }
+    for kind, error in off.items():
+        assert error / 20 < errors[kind] < 20 * error, kind
+    mixed = digits(n=100, dtype=dtype, derivatives="mixed").uncertainty()
+    assert list(mixed) == ["third_derivatives"]
+
+
+def test_a_run_tells_how_good_its_differences_are():
+    from dvi import central_flow
+    from dvi.methods import GradientDescent
+
+    problem = digits(n=60, width=8, derivatives="finite-difference")
+    (note,) = [note for note in central_flow(problem, GradientDescent(0.1)).notes if "by differences" in note]
+    assert "products with H to" in note
+    assert "third derivatives to" in note
