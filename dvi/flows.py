@@ -138,6 +138,10 @@ class CompiledFlow:
 
         return product
 
+    def basis(self, y: State, V: Tensor) -> Tensor:
+        """U = P^{−1/2}V [d, k] of orthonormal vectors V [d, k]."""
+        return self.calculus.P(y.nu, y.t).inv_sqrt(V)
+
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
         """The frame U = P^{−1/2}V of orthonormal vectors V [d, k], given AV; T if asked for."""
         P = self.calculus.P(y.nu, y.t)

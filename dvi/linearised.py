@@ -107,12 +107,8 @@ class LinearisedFlow:
 
 def gram_of_pairs(P: Preconditioner, T: Tensor, g: Tensor, block: int = 2**23) -> tuple[Tensor, Tensor]:
     """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d], a block of numbers at a time: P⁻¹Tᵀ is never whole in memory."""
-    pieces = torch.split(T, max(1, block // T.shape[1]))
-    if len(pieces) == 1:
-        solved = P.solve(T.T)
-        return solved.T @ g, T @ solved
     slopes, columns = [], []
-    for piece in pieces:
+    for piece in torch.split(T, max(1, block // T.shape[1])):
         solved = P.solve(piece.T)
         slopes.append(solved.T @ g)
         columns.append(T @ solved)

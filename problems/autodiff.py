@@ -57,7 +57,7 @@ class Autodiff:
     def remember(self, w: Tensor, gradient: Tensor) -> None:
         """Of no use: what is kept here is the graph of the gradient."""
 
-    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
+    def uncertainty(self, w: Tensor) -> dict[str, float]:
         """Nothing: all is exact but for rounding."""
         return {}
 

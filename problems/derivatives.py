@@ -26,8 +26,8 @@ class Derivatives(Protocol):
     def remember(self, w: Tensor, gradient: Tensor) -> None:
         """Be told the gradient [d] at w [d]: a backend that needs it there need not compute it."""
 
-    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
-        """Relative errors along u [d] of what is not exact, estimated (keys as in the ledger)."""
+    def uncertainty(self, w: Tensor) -> dict[str, float]:
+        """Relative errors along the gradient of what is not exact, estimated (keys as in the ledger)."""
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d] for the rows vᵢ of V [k, d]."""

@@ -51,19 +51,19 @@ class FiniteDifference:
         """The gradient at w, if it is known already."""
         self._kept = (w.detach().clone(), gradient.clone())
 
-    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
-        """By how much H u and T[u, u] change, relative to themselves, when their steps are doubled."""
+    def uncertainty(self, w: Tensor) -> dict[str, float]:
+        """By how much H g and T[g, g], g the gradient, change relative to themselves when their steps are doubled."""
         here = self._gradient_here(w)
+        if self._central:
+            products = [self._central_difference(w, here, scale) for scale in (1.0, 2.0)]
+        else:
+            products = [self._forward_difference(w, here, here, scale) for scale in (1.0, 2.0)]
+        return {"hvps": _change(*products), "third_derivatives": self.third_uncertainty(w)}
 
-        def product(scale: float) -> Tensor:
-            if self._central:
-                return self._central_difference(w, u, scale)
-            return self._forward_difference(w, u, here, scale)
-
-        return {
-            "hvps": _change(product(1.0), product(2.0)),
-            "third_derivatives": _change(self._second_difference(w, u), self._second_difference(w, u, 2.0)),
-        }
+    def third_uncertainty(self, w: Tensor) -> float:
+        """That of T[g, g] alone."""
+        here = self._gradient_here(w)
+        return _change(self._second_difference(w, here), self._second_difference(w, here, 2.0))
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d]."""

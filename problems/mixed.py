@@ -33,6 +33,6 @@ class Mixed:
         """Of a product as by automatic differentiation; two gradients a contraction."""
         return {**self._second.weights, "third_derivatives": self._third.weights["third_derivatives"]}
 
-    def uncertainty(self, w: Tensor, u: Tensor) -> dict[str, float]:
+    def uncertainty(self, w: Tensor) -> dict[str, float]:
         """Of the third derivatives alone: products with H are exact."""
-        return {"third_derivatives": self._third.uncertainty(w, u)["third_derivatives"]}
+        return {"third_derivatives": self._third.third_uncertainty(w)}

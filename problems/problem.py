@@ -264,8 +264,7 @@ class Problem:
         w = self.w0 if w is None else w
         self._check_weights(w)
         with self.ledger.paused():
-            gradient = value_and_gradient(self._parts, w)[1]
-            return self._derivatives.uncertainty(w.detach(), gradient)
+            return self._derivatives.uncertainty(w.detach())
 
     def measure_weights(self, repeats: int = 5) -> dict[str, float]:
         """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.

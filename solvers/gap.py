@@ -60,11 +60,16 @@ def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
     return partial_isometry(host(new.U.T @ flow.precondition(end, old.U))[0])
 
 
+def anchored(flow: Flow, y: State, frame: Frame, gap: Array) -> Frame:
+    """The frame with its gap at y, where w is: from there on it is linear in w anew."""
+    M = 2 * host(frame.U.T @ flow.precondition(y, frame.U))[0] - gap
+    return replace(frame, w=y.w, M=0.5 * (M + M.T))
+
+
 def settled(flow: Flow, moved: State, new: Frame, gap: Array, seen: Sighting, h: float) -> tuple[Frame, Sighting]:
     """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
-    M = 2 * host(new.U.T @ flow.precondition(moved, new.U))[0] - gap
     values = seen.eigenvalues.copy()
     values[: new.k] = 2 - np.linalg.eigvalsh(gap)
     shift = (values - seen.eigenvalues) / h
     block = replace(seen.block, eigenvalues=values)
-    return replace(new, w=moved.w, M=0.5 * (M + M.T)), replace(seen, block=block, rates=seen.rates + shift)
+    return anchored(flow, moved, new, gap), replace(seen, block=block, rates=seen.rates + shift)

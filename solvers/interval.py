@@ -148,7 +148,7 @@ def basis_ahead(flow: Flow, y: State, frame: Frame, seen: Sighting, slope: Slope
     V = vectors_ahead(seen, slope, y.t)
     if V is None or not frame.k:
         return frame
-    U = flow.frame(y, V[:, : frame.k], V[:, : frame.k], third=False).U
+    U = flow.basis(y, V[:, : frame.k])
     return replace(frame, U=U, HU=2 * flow.precondition(y, U))
 
 

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
-from dvi.solvers.gap import approaching, baumgarte, multiplier, settled, transport
+from dvi.solvers.gap import anchored, approaching, baumgarte, multiplier, settled, transport
 from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like, mended
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like, mended
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
@@ -214,9 +214,7 @@ class Attempt:
 
     def _carried(self, here: Here, end: State, lin: Linearised, owed: Moments) -> Here:
         """The frame of the last look, its gap carried on to the end: from there on w moves along another T."""
-        U = here.frame.U
-        M = 2 * host(U.T @ self.flow.precondition(end, U))[0] - lin.gap
-        frame = replace(here.frame, w=end.w, M=0.5 * (M + M.T))
+        frame = anchored(self.flow, end, here.frame, lin.gap)
         anchor = here.frame.w if here.anchor is None else here.anchor
         before = np.empty(0) if here.approach is None else here.approach.rates
         approach = approaching(self.flow, lin, before, self.h)

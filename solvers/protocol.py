@@ -197,6 +197,10 @@ class Flow(Protocol):
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V: symmetric, with the eigenvalues of P⁻¹H."""
         ...
 
+    def basis(self, y: State, V: Tensor) -> Tensor:
+        """Vectors V [d, k] in the metric of P: U [d, k] with UᵀPU = VᵀV."""
+        ...
+
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
         """The frame of orthonormal eigenvectors V [d, k] of the effective Hessian A, given AV; T only if asked for."""
         ...

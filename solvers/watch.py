@@ -112,8 +112,7 @@ class Watch:
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
         rates, doubt = self._rates(last, block, y.t)
         until, speed = self._until(block, doubt, y.t, last, h), float(doubt.max())
-        U = flow.frame(y, block.V, block.AV, third=False).U
-        return Sighting(block, rates, y.t, surveyed, until, speed, U)
+        return Sighting(block, rates, y.t, surveyed, until, speed, flow.basis(y, block.V))
 
     def trusted(self, flow: Flow, y: State, seen: Sighting, until: float) -> bool:
         """May the eigenvalues be taken as far from 2 at y, and until then, without a look?

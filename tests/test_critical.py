@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.protocol import Frame, State
+from dvi.solvers.protocol import State
 from dvi.solvers.watch import Watch
 
 EPS = np.finfo(np.float64).eps
@@ -261,8 +261,8 @@ def test_the_watch_surveys_on_its_own_and_misses_no_entry():
             A = Q @ torch.diag(torch.tensor(now)) @ Q.T
             return lambda V: A @ V
 
-        def frame(self, y, V, AV, third):
-            return Frame(y.w, V, AV, np.zeros((0, 0)), V.T)
+        def basis(self, y, V):
+            return V
 
     watch, seen, first = Watch(survey_every=5.0), None, None
     for t in np.arange(0, 70, 0.5):

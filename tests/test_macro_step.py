@@ -14,7 +14,7 @@ from dvi.solvers import secant
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro_attempt import Accepted
-from dvi.solvers.protocol import Frame, State
+from dvi.solvers.protocol import State
 from dvi.solvers.secant import Secant
 from dvi.solvers.watch import Sighting, Watch
 
@@ -82,8 +82,8 @@ def test_a_look_far_from_the_edge_is_not_content_with_any_vector():
         def effective_hessian(self, y):
             return lambda V: A @ V
 
-        def frame(self, y, V, AV, third):
-            return Frame(y.w, V, AV, np.zeros((0, 0)), V.T)
+        def basis(self, y, V):
+            return V
 
     found = Watch().look(Moved(), State(Q[0], {}, 1.0), seen, 1.0)
     assert found.eigenvalues[0] == pytest.approx(1.0, abs=0.05)

@@ -191,6 +191,16 @@ def test_derivatives_inside_no_grad():
         assert problem.hessian_gradient(problem.w0 + 1, normal(4, 1)).norm() > 0
 
 
+class Counted:
+    """The quartic, and how often it was evaluated."""
+
+    calls = 0
+
+    def __call__(self, w):
+        self.calls += 1
+        return quartic(w)
+
+
 class TestLedger:
     def test_counts_what_was_asked(self):
         problem = Cubic(6).problem
@@ -204,37 +214,25 @@ class TestLedger:
         assert problem.ledger.gradient_equivalents == pytest.approx(1 + 4 * 2.5 + 15 * 9 + 1 / 3)
 
     def test_finite_differences_cost_gradients(self):
-        calls = 0
-
-        def loss(w):
-            nonlocal calls
-            calls += 1
-            return quartic(w)
-
+        loss = Counted()
         problem = Problem(loss, normal(5), derivatives="finite-difference")
-        calls = 0
+        loss.calls = 0
         problem.hvp(problem.w0, normal(5, 2))
         problem.hessian_gradient(problem.w0, normal(5, 3))
         problem.hessian_gradient(problem.w0, normal(5, 1))
-        assert problem.ledger.gradient_equivalents == calls == 1 + 2 * 1 + 2 * 6 + 2
-        calls = 0
+        assert problem.ledger.gradient_equivalents == loss.calls == 1 + 2 * 1 + 2 * 6 + 2
+        loss.calls = 0
         w = problem.w0 + 1
         problem.value_and_grad(w)
         problem.hvp(w, normal(5, 2))  # the gradient at w is at hand
-        assert calls == 1 + 2
+        assert loss.calls == 1 + 2
 
     def test_products_in_single_precision_are_central(self):
-        calls = 0
-
-        def loss(w):
-            nonlocal calls
-            calls += 1
-            return quartic(w)
-
+        loss = Counted()
         problem = Problem(loss, normal(5).float(), derivatives="finite-difference")
-        calls = 0
+        loss.calls = 0
         problem.hvp(problem.w0, normal(5, 2).float())
-        assert problem.ledger.gradient_equivalents == calls == 2 * 2
+        assert problem.ledger.gradient_equivalents == loss.calls == 2 * 2
 
     def test_a_gradient_that_was_changed_in_place_is_not_believed(self):
         problem = Problem(quartic, normal(5), derivatives="finite-difference")
