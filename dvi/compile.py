@@ -7,9 +7,8 @@ With J = ∂f/∂ν, h_i = H u_i and an svec basis E_b of symmetric k × k matri
 
 Nothing here is written for one optimizer: f and P are only called, and differentiated forwards.
 
-Momentum Q enters by its threshold c and gain Q₁.  H ⪯ cP is H ⪯ 2P̃ with P̃ = (c/2)P, so everything above and all of
-the numerics is written in P̃, where the edge is at 2, and the flow moves at κ = Q₁c/2 times the speed of its P̃:
-−Q₁P⁻¹ = −κP̃⁻¹.  P below is P̃; without momentum κ = 1 and P̃ = P.
+P here and below is P̃ (:mod:`dvi.metric`): with momentum Q, the flow moves at κ = Q₁c/2 times the speed of its P̃,
+−Q₁P⁻¹ = −κP̃⁻¹; without it κ = 1 and P̃ = P.
 """
 
 from __future__ import annotations
@@ -26,8 +25,11 @@ from torch.utils import _pytree as pytree
 from dvi import forgetting
 from dvi.coupled import Flat, smallest_singular_value, solve_coupled
 from dvi.forgetting import Accuracy
-from dvi.local import curvature, diagonal_curvature, diagonal_slope, is_local
-from dvi.methods import Diagonal, Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
+from dvi.local import away, curvature, diagonal_curvature, diagonal_slope, is_local, random_like
+from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
+from dvi.metric import Metric
+from dvi.problems import NotFiniteError
+from dvi.replay import Replays
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import host, like
 from dvi.solvers.svec import triu
@@ -44,6 +46,10 @@ _FORGOTTEN = 1e-8  # ν has no memory where it keeps less than this of itself in
 
 class LeftDomainError(NotPositiveDefiniteError, DomainError):
     """P(ν) stopped being positive definite along a run; an integrator may retry with a smaller step."""
+
+
+class LossLeftDomainError(NotFiniteError, DomainError):
+    """The loss or its gradient is not finite at a state that was tried; an integrator may retry with a smaller step."""
 
 
 class SpecCalculus:
@@ -69,8 +75,9 @@ class SpecCalculus:
             raise ValueError(f'covariance is "gradient-covariance" or "full", not {covariance!r}.')
         self.method = method
         self.covariance, self.accuracy = covariance, accuracy
-        self.momentum = not method.at(0.0).Q().trivial
-        self.stateless = not pytree.tree_leaves(nu)
+        self.replays = Replays(method)
+        self.metric = Metric(method, nu, self.replays)
+        self.momentum, self.stateless = self.metric.momentum, self.metric.stateless
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
         self.memory = float(getattr(method, "memory", 0.0))
@@ -82,14 +89,11 @@ class SpecCalculus:
 
     def P(self, nu: Nu, t: float) -> Preconditioner:
         """P̃ at (ν, t): the preconditioner, scaled so that the threshold is 2."""
-        return self._scaled(self.method.at(t), nu)
-
-    def _scaled(self, method: Method, nu: Nu) -> Preconditioner:
-        return method.P(nu).scaled(0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+        return self.metric.P(nu, t)
 
     def speed(self, t: float) -> float:
         """κ = Q₁c/2: how much faster than P̃⁻¹ the flow moves; 1 without momentum."""
-        Q = self.method.at(t).Q()
+        Q = self.metric.at(t).Q()
         return float(Q.gain * Q.threshold) / 2 if self.momentum else 1.0
 
     def checked_P(self, nu: Nu, t: float, g: Tensor | None = None) -> Preconditioner:
@@ -99,53 +103,26 @@ class SpecCalculus:
             LeftDomainError: if it is not.
         """
         P = self.P(nu, t)
+        self.require(P, t, g)
+        return P
+
+    def require(self, P: Preconditioner, t: float, g: Tensor | None = None) -> None:
+        """Raise LeftDomainError unless P is positive definite."""
         try:
             P.check(g)
         except NotPositiveDefiniteError as error:
             raise LeftDomainError(f"At t = {t:g}: {error}") from None
-        return P
 
     def lag(self, t: float) -> float:
         """τ′ = τ + ½, unit times: with how much delay the flow's momentum follows the gradient."""
-        return float(self.method.at(t).Q().lag) + 0.5
+        return float(self.metric.at(t).Q().lag) + 0.5
 
     def last_update(self, nu: Nu, t: float, g: Tensor) -> Nu:
         """ν_t − ν_{t−1}, from ν_t and the gradient g [d] it was made with: (I+J)⁻¹ f(ν_t, g), exact for an average."""
         if self.stateless:
             return nu
-        method = self.method.at(t)
+        method = self.metric.at(t)
         return self._divide(method, nu, g, method.f(nu, g), batched=False, paper=True)
-
-    def P_rate(self, nu: Nu, t: float, dnu: Nu, U: Tensor, clock: bool) -> Tensor:
-        """Uᵀ (d/ds P(ν + s·dν, t + s·clock)) U at s = 0, [k, k]; with ``clock`` the schedules move along."""
-        if self.stateless and not (clock and self.method.scheduled):
-            return U.new_zeros(U.shape[1], U.shape[1])
-        dt = U.new_zeros(())
-
-        def PU(nu: Nu, dt: Tensor) -> Tensor:
-            return self._scaled(self.method.at(t, dt), nu).apply(U)
-
-        rate: Tensor = jvp(PU, (nu, dt), (dnu, torch.full_like(dt, float(clock))))[1]
-        return U.T @ rate
-
-    def P_rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
-        """The upper triangles of Uᵀ ∂P[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""
-        k = U.shape[1]
-        rows, columns = torch.triu_indices(k, k, device=U.device)
-        if type(self.P(nu, t)) is Diagonal:  # then ∂P is known by its diagonal, and [d, k] products are not needed
-
-            def p(nu: Nu) -> Tensor:
-                diagonal: Tensor = self.P(nu, t).p  # type: ignore[attr-defined]
-                return torch.where(diagonal > 0, diagonal, torch.zeros_like(diagonal))
-
-            rates = vmap(lambda dnu: jvp(p, (nu,), (dnu,))[1])(dnu)
-            triangles: Tensor = rates @ (U[:, rows] * U[:, columns])
-            return triangles
-        generic: Tensor = vmap(
-            lambda dnu: self.P_rate(nu, t, dnu, U, clock=False)[rows, columns],
-            chunk_size=max(1, 64 // k),  # each direction holds a [d, k] product
-        )(dnu)
-        return generic
 
     # ---- ν --------------------------------------------------------------------------------------------
 
@@ -153,7 +130,7 @@ class SpecCalculus:
         """ν̇₀ = (I + ∂f/∂ν)⁻¹ f(ν, g)."""
         if self.stateless:
             return nu
-        method = self.method.at(t)
+        method = self.metric.at(t)
         return self._divide(method, nu, g, method.f(nu, g), batched=False)
 
     def nu_decay(self, nu: Nu, t: float, g: Tensor) -> float:
@@ -163,14 +140,22 @@ class SpecCalculus:
         """
         if self.stateless:
             return 0.0
+        if self.elementwise:
+            slopes = self.replays(self._nu_slopes, self.metric.at(t), nu, g)
+            return max(float(x.abs().max()) for x in pytree.tree_leaves(slopes))
         v, size = pytree.tree_map(torch.ones_like, nu), 0.0
-        for _ in range(1 if self.elementwise else 8):
+        for _ in range(8):
             image = jvp(lambda nu: self.nu_rate(nu, t, g), (nu,), (v,))[1]
             size = max(float(x.abs().max()) for x in pytree.tree_leaves(image))
-            if size == 0.0 or self.elementwise:
+            if size == 0.0:
                 break
             v = pytree.tree_map(lambda x, size=size: x / size, image)
         return size
+
+    def _nu_slopes(self, method: Method, nu: Nu, g: Tensor) -> Nu:
+        """The diagonal of ∂ν̇₀/∂ν, of an elementwise spec."""
+        ones = pytree.tree_map(torch.ones_like, nu)
+        return jvp(lambda nu: self._divide(method, nu, g, method.f(nu, g), batched=False), (nu,), (ones,))[1]
 
     def nu_response(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
         """ν̇_b for every svec basis element E_b: a pytree like ν with a leading dimension k(k+1)/2.
@@ -182,7 +167,7 @@ class SpecCalculus:
         """
         if self.stateless:
             return nu
-        return self._divide(self.method.at(t), nu, g, self.f_curvature(nu, t, g, HU, T), batched=True)
+        return self._divide(self.metric.at(t), nu, g, self.f_curvature(nu, t, g, HU, T), batched=True)
 
     def nu_changes(self, nu: Nu, t: float, g: Tensor, spans: Sequence[float], rhs: Nu | None = None) -> list[Nu]:
         """How far ν moves in each of some spans with g held, in one by the optimizer's own f(ν, g).
@@ -194,7 +179,7 @@ class SpecCalculus:
         """
         if self.stateless:
             return [nu for _ in spans]
-        method, batched = self.method.at(t), rhs is not None
+        method, batched = self.metric.at(t), rhs is not None
         rhs = method.f(nu, g) if rhs is None else rhs
         if not self.elementwise:
             return [self._divide(method, nu, g, rhs, batched, h) for h in spans]
@@ -203,7 +188,7 @@ class SpecCalculus:
 
     def f_curvature(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
         """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
-        method = self.method.at(t)
+        method = self.metric.at(t)
 
         k = HU.shape[1]
         rows, columns = torch.triu_indices(k, k, device=g.device)
@@ -212,10 +197,10 @@ class SpecCalculus:
             products = H_rows[rows] * H_rows[columns]
             second = pytree.tree_map(
                 lambda c: c * products if c.shape == g.shape else c.expand(len(products), *c.shape),
-                diagonal_curvature(method, nu, g),
+                self.replays(diagonal_curvature, method, nu, g),
             )
         else:
-            second = vmap(lambda h, other: curvature(method, nu, g, h, other))(H_rows[rows], H_rows[columns])
+            second = self.replays.each(curvature, method, (nu, g), H_rows[rows], H_rows[columns])
         weight = like(0.5 * triu(k).weight, g)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
@@ -225,7 +210,7 @@ class SpecCalculus:
 
     def _diagonal(self, method: Method, nu: Nu, g: Tensor) -> Nu:
         """∂f/∂ν where it is diagonal, with the memory that is lent to parts of ν without one."""
-        J = diagonal_slope(method, nu, g)
+        J = self.replays(diagonal_slope, method, nu, g)
         return pytree.tree_map(lambda x: x.clamp(min=self.memory - 1), J) if self.memory else J
 
     def _divide(
@@ -258,19 +243,14 @@ class SpecCalculus:
     def _is_elementwise(self, nu: Nu, g: Tensor) -> bool:
         """Is ∂f/∂ν diagonal?  Then it is what a jvp with ones shows, and a random probe must agree with it."""
         generator = torch.Generator().manual_seed(0)
-
-        def random(x: Tensor) -> Tensor:
-            return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-
-        # Away from the given point, too: a coupling may vanish at a special ν.
-        nu = pytree.tree_map(lambda x: x * (1 + 0.1 * random(x).tanh()), nu)
+        nu = away(nu, generator)
         method = self.method.at(0.0)
 
         def slope(dnu: Nu) -> list[Tensor]:
             return pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1])
 
         ones = slope(pytree.tree_map(torch.ones_like, nu))
-        probe = pytree.tree_map(random, nu)
+        probe = pytree.tree_map(lambda x: random_like(x, generator), nu)
         for diagonal, seen, r in zip(ones, slope(probe), pytree.tree_leaves(probe), strict=True):
             # Both sides are one product and the sums inside f: some hundred eps, relative to the largest entry, or to
             # 1, the size of ∂f/∂ν that would matter beside I.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.balance import Balance, StationaryPoint, relative
@@ -165,10 +164,10 @@ class Search:
         if not U.shape[1]:
             return D
         index = triu(U.shape[1])
-        rows, columns = torch.triu_indices(U.shape[1], U.shape[1], device=U.device)
-        moved = vmap(lambda dnu: calculus.P_rate(nu, t, dnu, U, clock=False)[rows, columns])(
-            balance.response(nu, 2 * P.apply(U))  # HU = 2PU, as on the constraint: β is then symmetric for RMSProp
-        )
+        response = balance.response(
+            nu, 2 * P.apply(U)
+        )  # HU = 2PU, as on the constraint: β is then symmetric for RMSProp
+        moved = calculus.metric.rates(nu, t, response, U)
         beta = 2 * index.weight[:, None] * host(moved)[0].T
         try:
             found = ccp.solve(smat(beta @ svec(X)) - gap, beta).X

@@ -15,23 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compile import Covariance, EdgeHessian, LeftDomainError, SpecCalculus
+from dvi.compile import Covariance, EdgeHessian, LeftDomainError, LossLeftDomainError, SpecCalculus
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.linearised import Linearisation, LinearisedFlow
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
+from dvi.methods.preconditioners import sound
 from dvi.problems import NotFiniteError, Problem
-from dvi.solvers.errors import DomainError, MemoryLimitError
+from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
 from dvi.solvers.watch import Watch
 
 logger = logging.getLogger("dvi")
 
 MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
-
-
-class LossLeftDomainError(NotFiniteError, DomainError):
-    """The loss or its gradient is not finite at a state that was tried; an integrator may retry with a smaller step."""
 
 
 @cache
@@ -126,6 +123,10 @@ class CompiledFlow:
         except NotFiniteError as error:
             raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
 
+    def gradient(self, y: State) -> Tensor:
+        """∇L(w) [d], not looked at: what :meth:`linearised` makes of it raises if it is not finite."""
+        return self.problem.value_and_grad(y.w, checked=False)[1]
+
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
         P = self.calculus.checked_P(y.nu, y.t)
@@ -202,13 +203,17 @@ class CompiledFlow:
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
         return self.calculus.nu_decay(y.nu, y.t, g)
 
-    def in_domain(self, y: State) -> bool:
-        """Is P(ν) positive definite at y?"""
+    def in_domain(self, y: State) -> Tensor:
+        """Is P(ν) positive definite at y?  A bool [] on the device."""
+        P = self.calculus.P(y.nu, y.t)
+        facts = P.facts()
+        if facts is not None:
+            return sound(facts)
         try:
-            self.calculus.checked_P(y.nu, y.t)
+            self.calculus.require(P, y.t)
         except LeftDomainError:
-            return False
-        return True
+            return torch.zeros((), dtype=torch.bool, device=y.w.device)
+        return torch.ones((), dtype=torch.bool, device=y.w.device)
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""

@@ -78,7 +78,7 @@ def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h:
 
 def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Tensor:
     """The momentum m [d] of one time in the units of another: Q₁m is what lasts, and a schedule may change Q₁."""
-    if not calculus.momentum or not calculus.method.scheduled:
+    if not calculus.momentum or not calculus.metric.scheduled:
         return m
     old, new = (float(calculus.method.at(clock(t)).Q().gain) for t in (before, now))
     return m if old == new else (old / new) * m
@@ -144,7 +144,7 @@ class ImplicitStep:
         moved = frame.T @ (self.s.w + self._moved(P, m) - frame.w)
         parts = [-opened, gap, moved]
         if not calculus.stateless:
-            parts.append(calculus.P_rates(nu_end, end_clock, self._responses[1], frame.U).T)
+            parts.append(calculus.metric.rates(nu_end, end_clock, self._responses[1], frame.U).T)
         B, G, v, *bP = host(*parts)
         B = B + 2 * triu(k).weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
         return 0.5 * (G + G.T) - frame.M - smat(v), B

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compile import SpecCalculus
+from dvi.compile import LossLeftDomainError, SpecCalculus
 from dvi.methods import Nu, Preconditioner
+from dvi.methods.preconditioners import sound
 from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
 from dvi.solvers.svec import smat, svec, triu
 
@@ -31,9 +32,14 @@ class LinearisedFlow:
     push: bool = True
 
     @cached_property
+    def _P(self) -> Preconditioner:
+        return self.calculus.P(self.y.nu, self.y.t)
+
+    @property
     def preconditioner(self) -> Preconditioner:
-        """P(ν), checked."""
-        return self.calculus.checked_P(self.y.nu, self.y.t, self.g)
+        """P(ν), once it is known to be positive definite."""
+        self._host  # noqa: B018  which looks
+        return self._P
 
     @property
     def speed(self) -> float:
@@ -47,30 +53,53 @@ class LinearisedFlow:
     @cached_property
     def _nu_response(self) -> Nu:
         frame = self.frame
-        HU = 2 * self.preconditioner.apply(frame.U) if frame.on_edge else frame.HU
+        HU = 2 * self._P.apply(frame.U) if frame.on_edge else frame.HU
         return self.calculus.nu_response(self.y.nu, self.y.t, self.g, HU, frame.T)
 
     @cached_property
     def _host(self) -> tuple[Array, Array, Array]:
-        """α [k, k], β [n, n] and the gap [k, k], moved to the host together."""
-        U, T, k, nu, t = self.frame.U, self.frame.T, self.frame.k, self.y.nu, self.y.t
+        """α [k, k], β [n, n] and the gap [k, k]: all that goes to the host, together with whether g and P are sound.
+
+        Raises:
+            LossLeftDomainError: if g is not finite.
+            LeftDomainError: if P(ν) is not positive definite.
+        """
+        k, t, P = self.frame.k, self.y.t, self._P
+        facts = P.facts(self.g)
+        if facts is None:
+            self.calculus.require(P, t, self.g)
+        finite = torch.isfinite(self.g).all()
+        healthy, *rest = host(torch.stack([finite, finite if facts is None else sound(facts)]), *self._parts())
+        if not healthy[0]:
+            raise LossLeftDomainError(f"At t = {t:g}: the gradient of the loss has entries that are not finite")
+        if not healthy[1]:
+            self.calculus.require(P, t, self.g)
         if not k:
             return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
         index = triu(k)
-        P = self.preconditioner
+        a, B, G, m, *rest = rest
+        A, B = smat(a), 0.5 * (B + B.T)
+        if self.calculus.metric.scheduled:
+            C = rest.pop()
+            A = A - (C + C.T)
+        if rest:  # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
+            A, B = A - 2 * smat(index.weight * rest[0][0]), B + 2 * index.weight[:, None] * rest[0][1:].T
+        return A, B, 0.5 * (G + G.T) - self.frame.M - smat(m)
+
+    def _parts(self) -> list[Tensor]:
+        """Of what α, β and the gap are made, on the device."""
+        if not self.frame.k:
+            return []
+        U, T, P, nu, t = self.frame.U, self.frame.T, self._P, self.y.nu, self.y.t
         slope, products = gram_of_pairs(P, T, self.g)
-        alpha = -self.speed * slope
-        beta = (0.5 * self.speed if self.push else 0.0) * products
-        alpha_P = self.calculus.P_rate(nu, t, self._nu_rate, U, clock=True)
-        gap = 2 * (U.T @ P.apply(U))
-        moved = T @ (self.y.w - self.frame.w)
-        parts = [alpha, beta, alpha_P, gap, moved]
+        push = 0.5 * self.speed if self.push else 0.0
+        parts = [-self.speed * slope, push * products, 2 * (U.T @ P.apply(U)), T @ (self.y.w - self.frame.w)]
         if not self.calculus.stateless:
-            parts.append(self.calculus.P_rates(nu, t, self._nu_response, U).T)
-        a, B, aP, G, m, *bP = host(*parts)
-        # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
-        B = B + 2 * index.weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
-        return smat(a) - (aP + aP.T), B, 0.5 * (G + G.T) - self.frame.M - smat(m)
+            rates = pytree.tree_map(lambda x, b: torch.cat([x[None], b]), self._nu_rate, self._nu_response)
+            parts.append(self.calculus.metric.rates(nu, t, rates, U))
+        if self.calculus.metric.scheduled:
+            parts.append(self.calculus.metric.clock_rate(nu, t, U))
+        return parts
 
     @property
     def alpha(self) -> Array:

@@ -58,17 +58,13 @@ def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
         g: the gradient [d] there.
     """
     generator = torch.Generator().manual_seed(1)
-
-    def random(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-
-    # Away from the given point, too: a coupling may vanish at a special ν.
-    nu = pytree.tree_map(lambda x: x * (1 + 0.1 * random(x).tanh()), nu)
+    nu = away(nu, generator)
     method = method.at(0.0)
     size = float(torch.linalg.vector_norm(g)) / len(g) ** 0.5 or 1.0
     ones = torch.ones_like(g)
     for scale in (1e-3, 1.0, 1e3):
-        at, h, other = scale * size * random(g), random(g), random(g)
+        at, h, other = (random_like(g, generator) for _ in range(3))
+        at = scale * size * at
         shown = pytree.tree_leaves(curvature(method, nu, at, ones, ones))
         seen = pytree.tree_leaves(curvature(method, nu, at, h, other))
         for c, s in zip(shown, seen, strict=True):
@@ -82,3 +78,13 @@ def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
             if not float((s - expected).abs().max()) <= 1e3 * torch.finfo(g.dtype).eps * largest:
                 return False
     return True
+
+
+def random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers like x, the same on every device."""
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+
+
+def away(nu: Nu, generator: torch.Generator) -> Nu:
+    """A ν with every entry changed by up to a tenth: a coupling may vanish at a special one."""
+    return pytree.tree_map(lambda x: x * (1 + 0.1 * random_like(x, generator).tanh()), nu)

@@ -48,6 +48,14 @@ class Preconditioner(ABC):
             NotPositiveDefiniteError: naming the coordinates or the value.
         """
 
+    def facts(self, g: Tensor | None = None) -> Tensor | None:
+        """What :meth:`check` goes by, on the device, for callers that move it to the host with other things: [3].
+
+        The smallest and the largest number in P, and whether a zero there is in the way; P is positive definite if
+        :func:`sound` says so of them.  None if only ``check`` itself can tell.
+        """
+        return None
+
     def scaled(self, factor: Tensor | float) -> Preconditioner:
         """The multiple factor·P, factor > 0 a number or a tensor []."""
         return Scaled(self, factor)
@@ -59,6 +67,13 @@ class Preconditioner(ABC):
     def __truediv__(self, lr: Tensor | float) -> Scaled:
         """P/η: the learning rate folded in."""
         return Scaled(self, 1 / lr)
+
+
+def sound(facts: Tensor) -> Tensor:
+    """Do the facts [3] of a preconditioner say that it is positive definite?  A bool []."""
+    low, high, zero = facts
+    positive: Tensor = (low >= 0) & (high > 0) & (high < float("inf")) & (zero == 0)  # false for NaN, too
+    return positive
 
 
 class Scaled(Preconditioner):
@@ -136,6 +151,12 @@ class Scalar(Preconditioner):
             return 1.0 / self.p
         return torch.tensor(1.0 / self.p, dtype=torch.float64, device="cpu")
 
+    def facts(self, g: Tensor | None = None) -> Tensor | None:
+        """See :meth:`Preconditioner.facts`; of a number there is nothing to move."""
+        if not isinstance(self.p, Tensor) or self.p.ndim:
+            return None
+        return torch.stack([self.p, self.p, (self.p == 0).to(self.p)])
+
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive."""
         if isinstance(self.p, Tensor) and self.p.ndim:
@@ -204,6 +225,14 @@ class Diagonal(Preconditioner):
         """The mask of p = 0."""
         return self.p == 0
 
+    def facts(self, g: Tensor | None = None) -> Tensor | None:
+        """See :meth:`Preconditioner.facts`; a zero is in the way where the gradient g [d] is not zero."""
+        if g is not None and len(self.p) != len(g):
+            return None
+        low, high = torch.aminmax(self.p)
+        stuck = torch.zeros_like(low) if g is None else ((self.p == 0) & (g != 0)).any().to(low)
+        return torch.stack([low, high, stuck])
+
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive, or zero only where the gradient is."""
         if g is not None and len(self.p) != len(g):
@@ -226,4 +255,4 @@ class Diagonal(Preconditioner):
             )
 
 
-__all__ = ["Diagonal", "Preconditioner", "Scalar", "Scaled"]
+__all__ = ["Diagonal", "Preconditioner", "Scalar", "Scaled", "sound"]

@@ -140,8 +140,10 @@ class Problem:
                 total += part(w.detach())
         return self._finite_loss(total)
 
-    def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
         """Return the loss L(w) [] and its gradient [d].
+
+        With ``checked`` off they are not looked at: to know whether they are finite is to wait for the device.
 
         Raises:
             ProblemError: if ``w`` is not of the shape, dtype and device of ``w0``, or the loss is not finite.
@@ -151,7 +153,9 @@ class Problem:
         self._check_weights(w)
         self.ledger.gradients += 1
         value, gradient = value_and_gradient(self._parts, w)
-        value, gradient = self._finite_loss(value), _finite(gradient, "gradient")
+        if checked and not bool(torch.isfinite(value) & torch.isfinite(gradient).all()):
+            self._finite_loss(value)
+            _finite(gradient, "gradient")
         self._derivatives.remember(w, gradient)
         return value, gradient
 

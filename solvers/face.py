@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like, mended
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like
+from dvi.solvers.repair import Repair
 from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
 #: An eigenvalue this close to 2 is taken as having arrived, where nothing else is asked for.
@@ -76,7 +77,7 @@ class Face:
             are found by overlap with these, not with what was seen last: behind a breakpoint that a trial step has
             overrun they are not the leading ones, and what is found must not depend on where was looked before.
         seen: the last sighting.
-        start: where the step began; trial states that leave the domain of P are set back towards it.
+        repair: sets trial states that leave the domain of P back towards where the step began.
         near: an eigenvalue this close to 2 has arrived.
     """
 
@@ -84,7 +85,7 @@ class Face:
     watch: Watch
     held: Tensor
     seen: Sighting | None = None
-    start: State | None = None
+    repair: Repair | None = None
     near: float = ARRIVED
 
     @property
@@ -151,7 +152,7 @@ class Face:
 
     def mend(self, y: State) -> State:
         """A trial state, set back into the domain of P where it has left it."""
-        return y if self.start is None else mended(self.flow, y, self.start)
+        return y if self.repair is None else self.repair(y)
 
     def sight(self, y: State, down_to: float | None = None) -> Sighting:
         """The eigenpairs at y: the held ones sharp, the next as sharp as its distance from 2 asks for.

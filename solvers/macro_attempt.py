@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
 from dvi.solvers.gap import anchored, approaching, baumgarte, multiplier, settled, transport
 from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like, mended
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like
+from dvi.solvers.repair import Repair
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
@@ -118,6 +120,14 @@ class Attempt:
         """Unit times since the last look."""
         return self.y.t - self.here.seen.t
 
+    @cached_property
+    def _decay(self) -> float:
+        return self.flow.nu_decay(self.y, self.here.g)
+
+    @cached_property
+    def _repaired(self) -> Repair:
+        return Repair(self.flow, self.y, self._decay)
+
     def run(self) -> Accepted | float:
         """What was reached, or the length of the step to try instead.
 
@@ -133,9 +143,10 @@ class Attempt:
         silent = self.here.approach is not None and self.here.approach.none_within(h)
 
         def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array, Linearised]:
-            state = mended(flow, State(at["w"], at["nu"], at["t"]), y)
+            state = State(at["w"], at["nu"], at["t"])
             if g is None:
-                g = flow.value_and_grad(state)[1]
+                state = self._repaired(state)
+                g = flow.gradient(state)
             lin = flow.linearised(state, g, frame)
             X = np.zeros_like(lin.alpha) if silent else multiplier(flow, lin, gamma, warm)
             drift = lin.drift(X)
@@ -144,7 +155,7 @@ class Attempt:
         start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
         first, _, _ = rate(start, self.here.g)
         raw = rkc(lambda at: rate(at)[0], start, h, stages(h, self._radius()), first)
-        end = mended(flow, State(raw["w"], raw["nu"], y.t + h), y)
+        end = self._repaired(State(raw["w"], raw["nu"], y.t + h))
         raw["nu"] = end.nu
         loss, g = flow.value_and_grad(end)
         last, X_end, lin = rate({**raw, "t": end.t}, g)
@@ -231,7 +242,7 @@ class Attempt:
         else:  # far from 2 until then; a Ritz value is below the eigenvalue by its residual at most
             rise = self.watch.rise(seen, self.y.t + self.h)
             top = min(2.1, 1.1 * (top + float(seen.block.residuals[0]) + rise) + 0.1)
-        return max(top, 1.1 * self.flow.nu_decay(self.y, self.here.g))
+        return max(top, 1.1 * self._decay)
 
     def _retry(self, error: float) -> float:
         if not np.isfinite(error):
@@ -299,7 +310,7 @@ class Attempt:
                     bend = size / H**SHARE
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
                     experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
-                    moved = mended(flow, _displaced(end, change), self.y)
+                    moved = self._repaired(_displaced(end, change))
                     if bend > ALLOWED * self.tol and not self.final and not self.since:
                         return Corrected(moved, X, bend, new.T, end.w)
                     lin = flow.linearised(moved, g, new)
@@ -310,7 +321,7 @@ class Attempt:
             if y.any():
                 kick = lin.kick(y)
                 slip = self._worth(end, g, kick.parts, H)
-                moved = mended(flow, _displaced(moved, kick.parts), self.y)
+                moved = self._repaired(_displaced(moved, kick.parts))
                 flow.velocity(moved, g)  # still in the domain?
             sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
             experience = replace(experience, slip=slip / H**2, sag=sag / H**2)

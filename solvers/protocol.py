@@ -189,6 +189,10 @@ class Flow(Protocol):
         """Is momentum part of the state?  Then dw/dt does not depend on X, and only a semi-implicit step will do."""
         ...
 
+    def gradient(self, y: State) -> Tensor:
+        """∇L(w) [d], not looked at: what :meth:`linearised` makes of it raises if it is not finite."""
+        ...
+
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
         """L(w) [] and ∇L(w) [d]."""
         ...
@@ -237,37 +241,13 @@ class Flow(Protocol):
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
         ...
 
-    def in_domain(self, y: State) -> bool:
-        """Is P(ν) positive definite at y?"""
+    def in_domain(self, y: State) -> Tensor:
+        """Is P(ν) positive definite at y?  A bool [] on the device."""
         ...
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""
         ...
-
-
-def mended(flow: Flow, y: State, start: State) -> State:
-    """A trial state y, or where it has left the domain of P, the same with ν set back inside.
-
-    A second moment never becomes negative, but a stage of a method of second order may make it so where it is nearly
-    zero, however short the step.  Entries of ν that were positive at the start of the step and are not at y are set to
-    what mere forgetting would have left of them, start · exp(−decay · h), which the exact flow of an average of squares
-    cannot fall below.  This is done where, and only where, P(ν) would not be positive definite otherwise.
-    """
-    nothing = torch.zeros((), dtype=torch.bool, device=y.w.device)
-    left_behind = [
-        ((before > 0) & ~(now > 0)).any()
-        for now, before in zip(pytree.tree_leaves(y.nu), pytree.tree_leaves(start.nu), strict=True)
-    ]
-    # Nothing to set back is the usual case; then P need not be made only to be looked at.
-    if not bool(torch.stack([nothing, *left_behind]).any()) or flow.in_domain(y):
-        return y
-    left = float(np.exp(-flow.nu_decay(start, torch.zeros_like(start.w)) * max(y.t - start.t, 0.0)))
-
-    def back(now: Tensor, before: Tensor) -> Tensor:
-        return torch.where((before > 0) & ~(now > 0), left * before, now)
-
-    return State(y.w, pytree.tree_map(back, y.nu, start.nu), y.t)
 
 
 @dataclass(frozen=True)

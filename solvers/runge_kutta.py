@@ -31,6 +31,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import ARRIVED, Face, Look, node_of
 from dvi.solvers.hermite import hermite
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.repair import Repair
 from dvi.solvers.watch import Watch
 
 
@@ -141,7 +142,7 @@ class RungeKutta:
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        face = Face(flow, self.watch, memory.held, memory.seen, y, self.near)
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair.towards(flow, y), self.near)
         begin = memory.look or face.look(y)
         left = time_left(face, begin, memory)
         size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, max(APPROACH * left, self.landing))

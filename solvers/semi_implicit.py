@@ -24,7 +24,8 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.gap import settled, transport
 from dvi.solvers.interval import Slope, ahead, vectors_ahead
 from dvi.solvers.macro_attempt import Here, critical_frame, evaluate
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like, mended
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
+from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
 from dvi.solvers.watch import Sighting, Watch, landing_at, node
 
@@ -277,7 +278,7 @@ class _Block:
     def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
         def shifted(nu: Any, before: Any) -> Any:
             there = combine([(1.0, nu), (1.0, dnu)])
-            return mended(self.flow, State(s.w, there, s.t), State(s.w, before, self.s.t)).nu
+            return Repair.towards(self.flow, State(s.w, before, self.s.t))(State(s.w, there, s.t)).nu
 
         return replace(s, w=s.w + dw, m=s.m + dm, nu=shifted(s.nu, self.s.nu), nu_now=shifted(s.nu_now, self.s.nu_now))
 

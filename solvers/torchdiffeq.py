@@ -32,6 +32,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import Face, Look, node_of
 from dvi.solvers.hermite import hermite
 from dvi.solvers.protocol import Flow, Node, State, StepResult
+from dvi.solvers.repair import Repair
 from dvi.solvers.watch import Watch
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
@@ -153,7 +154,7 @@ class TorchDiffEq:
         """
         tol = self.tolerance(y)
         landing = landing_time(tol)
-        face = Face(flow, self.watch, memory.held, memory.seen, y, nearness(tol))
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair.towards(flow, y), nearness(tol))
         begin = memory.look or face.look(y)
         left = time_left(face, begin, memory)
         found = None

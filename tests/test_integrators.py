@@ -398,13 +398,14 @@ def test_a_second_moment_near_zero_is_no_obstacle(monkeypatch):
     solution = run(flow, loose, 3, warm_start="auto")
     assert bool((solution.nu["v"] >= 0).all())
     # without the repair the run ends at once: the test looks at the right place
-    monkeypatch.setattr("dvi.solvers.macro_attempt.mended", lambda flow, y, start: y)
+    monkeypatch.setattr("dvi.solvers.repair.Repair.__call__", lambda self, y: y)
     assert run(flow, loose, 3, warm_start="auto", throw=False).status is dvi.Status.DIVERGED
 
 
 def test_states_outside_the_domain_are_mended_there_only():
     """An entry that was positive and is not any more is set to what forgetting leaves of it; a valid state stays."""
-    from dvi.solvers.protocol import State, mended
+    from dvi.solvers.protocol import State
+    from dvi.solvers.repair import Repair
 
     problem = dvi.Problem(lambda w: (w**2).sum(), torch.ones(3, dtype=torch.float64))
     flow = dvi.central_flow(problem, dvi.methods.RMSProp(lr=0.1, beta2=0.9))
@@ -413,7 +414,7 @@ def test_states_outside_the_domain_are_mended_there_only():
         return State(problem.w0, {"v": torch.tensor(v, dtype=torch.float64)}, t)
 
     inside = at(1.0, 0.5, 0.0)
-    assert mended(flow, inside, at(1.0, 1.0, 1.0)) is inside
-    back = mended(flow, at(1.0, -0.5, float("nan"), t=3.0), at(2.0, 4.0, 8.0))
+    assert torch.equal(Repair.towards(flow, at(1.0, 1.0, 1.0))(inside).nu["v"], inside.nu["v"])
+    back = Repair.towards(flow, at(2.0, 4.0, 8.0))(at(1.0, -0.5, float("nan"), t=3.0))
     left = np.exp(-3 * 0.1 / 0.9)  # an EMA forgets at the rate (1−β₂)/β₂
     assert back.nu["v"].tolist() == pytest.approx([1.0, 4 * left, 8 * left])
