@@ -29,6 +29,9 @@ from dvi.status import RunError, Status
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
 FEASIBLE = 2.3
 
+#: An effective sharpness above this, and above that of the start, was not seen coming: held directions stay at 2.
+MISSED = 2.05
+
 
 class Process(ABC):
     """One process of a run.
@@ -102,7 +105,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained")
+    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -111,6 +114,7 @@ class FlowProcess(Process):
         self.integrator = integrator
         self.memory = integrator.init(flow, start)
         self.strained: list[tuple[float, float]] = []  # steps with too large an error estimate: when, and over tol
+        self.missed: list[tuple[float, float]] = []  # effective sharpnesses above 2 that were not seen coming, and when
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
 
@@ -155,6 +159,12 @@ class FlowProcess(Process):
         self.ready |= ready
         if result.strain:
             self.strained.append((start.t - self.origin, result.strain))
+        for t, sharpness in [
+            *((node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes),
+            (reached, result.missed),
+        ]:
+            if self.flow.constrained and sharpness > max(MISSED, self.nodes[0]["eigenvalues"].max(initial=0.0) + 1e-6):
+                self.missed.append((float(t), float(sharpness)))
         self.y, self.memory = result.y, result.memory
 
     def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
@@ -173,6 +183,18 @@ class FlowProcess(Process):
             f"were as short as allowed, or too late to be taken back, and had an error estimate above what tol allows, "
             f"the largest {ratio:.3g} tol at t = {worst:g}. From there on the result is less exact than asked for: "
             "lower h_min, or loosen tol to say so."
+        ]
+
+    def _missed(self) -> list[str]:
+        """What to tell of directions that had come far above 2 before they were noticed."""
+        if not self.missed:
+            return []
+        t, worst = max(self.missed, key=lambda pair: pair[1])
+        return [
+            f"{self.flow.name} flow: an effective sharpness above 2 was found that had not been seen coming, up to "
+            f"{worst:.3f} at t = {t:g}. The flow before that time has not oscillated along that direction, and should "
+            "have: give the integrator a watch=Watch(survey_every=10), to look around for directions more often, or "
+            "Watch(CriticalSubspace(slack=3)), to follow more of them."
         ]
 
     @staticmethod
@@ -211,7 +233,7 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=[*self.flow.notes, *self._strain()],
+            notes=[*self.flow.notes, *self._strain(), *self._missed()],
             about=about | {"integrator": repr(self.integrator)},
         )
 

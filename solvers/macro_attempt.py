@@ -70,6 +70,7 @@ class Accepted:
         error: the embedded estimate, or in an interval of one step the correction for T's bend, if that is larger; in
             the norm of w, over √h.
         bend: that correction in an interval of several steps, over the root of its length: too late to take them back.
+        missed: an effective sharpness far above 2 at the end, where no shorter step could be tried; else 0.
     """
 
     y: State
@@ -80,6 +81,7 @@ class Accepted:
     end_rate: Rate
     error: float
     bend: float = 0.0
+    missed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Attempt:
         on_trust = silent if frame.k else self.since > 0
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return 0.5 * h
+        missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > _OVERSHOOT else 0.0
         new = critical_frame(flow, self.watch, end, seen, h, frame.k)
         corrected = self._correct(end, g, new, owed, X_end)
         if corrected is None:
@@ -202,7 +205,7 @@ class Attempt:
         new = replace(new, T=corrected.T)
         slope = Slope.between(self.here.frame, self.here.seen, new, seen)
         here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
-        return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0)
+        return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
     def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
         """The moment until which the next step may go before the next look; the end of this one if it may not."""

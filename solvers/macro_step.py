@@ -85,7 +85,7 @@ class MacroStep:
         if self.watch is not None:
             return self.watch
         sharp = 3e-3 * min(1.0, (self.tol / 1e-3) ** 0.5)
-        return Watch(CriticalSubspace(tol=sharp), survey_every=100.0)
+        return Watch(CriticalSubspace(tol=sharp), survey_every=100.0, survey_soonest=25.0)
 
     def init(self, flow: Flow, y: State) -> MacroMemory:
         """The first step is short."""
@@ -109,7 +109,10 @@ class MacroStep:
             size = min(size, self.h_max)
             length = size
             if landing and flow.constrained:
-                length = landing_at(here.seen, y.t, min(size, here.until - y.t), self.h_start, here.approach)
+                room = here.until - y.t
+                if not here.frame.k:  # with nothing held a step is long, and nothing else would make it look around
+                    room = min(room, max(watch.due(here.seen) - y.t, self.h_start))
+                length = landing_at(here.seen, y.t, min(size, room), self.h_start, here.approach)
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing
@@ -157,7 +160,7 @@ class MacroStep:
         strain = largest / self.tol if largest > ALLOWED * self.tol else 0.0
         begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, middle, new.rate, here.approach)
         inside = hermite(y, new.y, new.rate, new.end_rate)
-        return StepResult(new.y, MacroMemory(h, new.here), begin, inside, strain)
+        return StepResult(new.y, MacroMemory(h, new.here), begin, inside, strain, new.missed)
 
     def _require_sense(self, y: State, length: float, new: Accepted) -> None:
         """Refuse a step, as short as allowed, whose error estimate is both far above tol and longer than the step."""

@@ -296,6 +296,7 @@ class StepResult:
         interpolate: t ↦ state inside the step, to the integrator's order.
         strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed (no
             shorter one may be tried, or earlier ones had to be taken back, too); else 0.
+        missed: an effective sharpness far above 2 that was found at the end, not having been seen coming; else 0.
     """
 
     y: State
@@ -303,6 +304,7 @@ class StepResult:
     node: Node
     interpolate: Callable[[float], State]
     strain: float = 0.0
+    missed: float = 0.0
 
 
 class Integrator(Protocol):

@@ -28,6 +28,7 @@ class Sighting:
         until: the moment until which none can have come near 2, by how fast they were: no need to look before.
         speed: how fast the fastest was, rising or falling.
         U: the eigenvectors in the metric of P, UᵀPU = I [d, m], where there is a time until which to believe them.
+        below: where an eigenvalue that the block is blind to may have been when one was last looked for, at most.
     """
 
     block: Eigenblock
@@ -37,6 +38,7 @@ class Sighting:
     until: float = -np.inf
     speed: float = _UNKNOWN_RATE
     U: Tensor | None = None
+    below: float = -np.inf
 
     @property
     def eigenvalues(self) -> Array:
@@ -82,7 +84,8 @@ class Watch:
         band: an eigenvalue within ``band`` of 2 counts as critical (its constraint is then watched; X stays zero on it
             until it reaches 2).
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
-        survey_every: unit times between random look-arounds for an eigenvalue the block is blind to.
+        survey_every: unit times between random look-arounds for an eigenvalue the block is blind to, at most.
+        survey_soonest: and at least, where one may have come to 2 that rises twice as fast as those in sight.
         patience: unit times for which a sighting far from 2 is believed, at most (six times that of the others, where
             those near 2 are held).
     """
@@ -91,6 +94,7 @@ class Watch:
     band: float = 0.05
     lookahead: float = 1.5
     survey_every: float = 20.0
+    survey_soonest: float = np.inf
     patience: float = 10.0
 
     def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
@@ -98,7 +102,8 @@ class Watch:
         A = flow.effective_hessian(y)
         if last is None:
             block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
-            return Sighting(block, np.full(block.size, _UNKNOWN_RATE), y.t, y.t)
+            below = float(block.eigenvalues[-1])
+            return Sighting(block, np.full(block.size, _UNKNOWN_RATE), y.t, y.t, below=below)
         fastest = max(0.0, float(last.rates.max()))
         want = CRITICAL - float(np.clip(2 * fastest * h, max(0.1, 1.5 * self.band), 1.2))
         # Far from 2 the eigenvectors only serve to see it coming: no need for them to be sharp.
@@ -108,11 +113,14 @@ class Watch:
         block = last.block if guess is None else replace(last.block, V=guess)
         block = self.subspace.follow(A, block, want, tol)
         surveyed = last.surveyed
-        if y.t - surveyed >= self.survey_every:
+        below, size = last.below, block.size
+        if y.t >= self.due(last) * (1 - 1e-12):
             block, surveyed = self.subspace.survey(A, block, want, tol), y.t
-        rates, doubt = self._rates(last, block, y.t)
+            below = float(block.eigenvalues[-1])
+        rates, doubt = self._rates(last, block, y.t, block.size > size)
         until, speed = self._until(block, doubt, y.t, last, h), float(doubt.max())
-        return Sighting(block, rates, y.t, surveyed, until, speed, flow.basis(y, block.V))
+        seen = Sighting(block, rates, y.t, surveyed, until, speed, flow.basis(y, block.V), below)
+        return replace(seen, until=min(until, self.due(seen)))
 
     def trusted(self, flow: Flow, y: State, seen: Sighting, until: float) -> bool:
         """May the eigenvalues be taken as far from 2 at y, and until then, without a look?
@@ -170,6 +178,11 @@ class Watch:
         room = CRITICAL - self.band - float(seen.eigenvalues[0])
         return room * float(np.clip((t - seen.t) / max(seen.until - seen.t, 1e-9), 0.0, 1.0))
 
+    def due(self, seen: Sighting) -> float:
+        """The moment of the next random look-around."""
+        time = (CRITICAL - seen.below) / (2 * max(float(seen.rates.max()), 1e-6))
+        return seen.surveyed + min(max(time, self.survey_soonest), self.survey_every)
+
     def _until(self, block: Eigenblock, speeds: Array, t: float, last: Sighting, h: float) -> float:
         """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
 
@@ -203,8 +216,11 @@ class Watch:
         k = self.critical(seen, h, held)
         return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k])
 
-    def _rates(self, last: Sighting, block: Eigenblock, t: float) -> tuple[Array, Array]:
+    def _rates(self, last: Sighting, block: Eigenblock, t: float, found: bool) -> tuple[Array, Array]:
         """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest.
+
+        One that a look-around has found came from below what the last one saw; it is taken to be half again as fast as
+        that takes, so that it is looked at once more before it arrives.
 
         Also what |dλ/dt| may have been at most, which for an unknown one is more.
         """
@@ -221,7 +237,10 @@ class Watch:
         rough = block.residuals + last.block.residuals[match]
         known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
-        return np.where(known, rates, fastest), np.abs(rates) + np.where(known, 0.0, rough / elapsed)
+        others = np.full(block.size, fastest)
+        if found and last.surveyed < t:
+            others = np.maximum(others, 1.5 * (block.eigenvalues - last.below) / (t - last.surveyed))
+        return np.where(known, rates, others), np.abs(rates) + np.where(known, 0.0, rough / elapsed)
 
 
 def shown(block: Eigenblock) -> Array:

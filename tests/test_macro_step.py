@@ -1,5 +1,8 @@
 """What the macro step promises: looks when they are needed, stiff forces, error estimates that are told."""
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +68,35 @@ def test_an_eigenvalue_that_speeds_up_is_not_missed():
     assert np.nanmax(solution.eigenvalues) < 2 + 1e-3
     # tol √h over the dozen steps, up to 20 long, that the run takes, add up to 0.025; Euler's own error is 1e-3
     assert np.linalg.norm(solution.series["w"] - fine.series["w"], axis=1).max() < 0.01
+
+
+def overtaking(rates, gaps):
+    """A sweep in which the eigenvalue that is lowest at the start comes first, exactly decoupled from the others."""
+    toy = MatrixSweep(rates, gaps, lr=0.2)
+    return toy, dvi.central_flow(toy.problem, GradientDescent(toy.lr), check=False)
+
+
+@given(st.floats(1.1, 1.9), st.floats(0.1, 0.9))
+@examples(10)
+def test_an_eigenvalue_that_overtakes_all_in_sight_is_not_missed(ahead, behind):
+    """No residual of the others shows it; it is looked for when one twice as fast as those in sight could be there."""
+    toy, flow = overtaking([0.6 * ahead, 0.6, 0.6 * behind], [8.7, 8.5, 8.3])
+    solution = run(flow, dvi.MacroStep(), toy.entry_times[0] + 5)
+    # no step is cut to less than h_start = 1/4 to land
+    assert solution.breakpoints[0][0] == pytest.approx(toy.entry_times[0], abs=0.25)
+    assert solution.breakpoints[0][1:] == ("enter", 1)
+
+
+@pytest.mark.parametrize("make", [dvi.MacroStep, partial(dvi.Euler, 0.25), partial(dvi.RungeKutta, 4)])
+def test_what_was_missed_is_told(make):
+    """One that nobody looked for is far above 2 when it is found."""
+    _, flow = overtaking([1, 0.6, 0.3], [9, 8.5, 8])
+    solution = run(flow, make(watch=Watch(survey_every=60)), 65)
+    (note,) = [note for note in solution.notes if "above 2" in note]
+    sharpness, t = (float(x) for x in re.search(r"up to ([\d.]+) at t = ([\d.]+)\.", note).groups())
+    assert 50 < t < 62
+    # the time is that of the end of a step of 1/16, in which it may have been pushed back already
+    assert sharpness == pytest.approx(0.2 + 0.04 * t, abs=0.04 / 16 + 1e-3)
 
 
 def test_a_look_far_from_the_edge_is_not_content_with_any_vector():
