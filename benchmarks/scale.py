@@ -27,10 +27,10 @@ def timed(problem: Problem) -> Iterator[dict[str, float]]:
     def clock(name: str) -> Any:
         call = getattr(problem, name)
 
-        def timed_call(*args: Any) -> Any:
+        def timed_call(*args: Any, **options: Any) -> Any:
             wait()
             start = time.perf_counter()
-            out = call(*args)
+            out = call(*args, **options)
             wait()
             spent[name] += time.perf_counter() - start
             return out

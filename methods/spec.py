@@ -61,7 +61,8 @@ class Method:
 
     ``f`` and ``P`` must be made of torch operations (or operators) that can be differentiated, must not modify
     their arguments in place, and must not read anything that changes from one step to the next except ν, g and
-    scheduled hyperparameters.
+    scheduled hyperparameters.  A flow calls them some times to differentiate them and then replays the tensor
+    operations that it saw (not with control flow that depends on numbers in ν or g, which is called every time).
 
     A part of ν that keeps nothing of itself (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no differential
     equation and is refused, unless ∂f/∂ν is diagonal and the method has an attribute ``memory`` > 0, unit times: in the
