@@ -143,6 +143,10 @@ class SpecCalculus:
         if self.elementwise:
             slopes = self.replays(self._nu_slopes, self.metric.at(t), nu, g)
             return max(float(x.abs().max()) for x in pytree.tree_leaves(slopes))
+        if self.accuracy == "second-order":  # log(I + J), which is found on the host
+            method, flat = self.metric.at(t), Flat(nu)
+            J = host(flat.matrix(lambda dnu: jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]))[0]
+            return float(np.abs(np.log(np.linalg.eigvals(np.eye(flat.size) + J).astype(complex))).max())
         v, size = pytree.tree_map(torch.ones_like, nu), 0.0
         for _ in range(8):
             image = jvp(lambda nu: self.nu_rate(nu, t, g), (nu,), (v,))[1]

@@ -124,8 +124,9 @@ class CompiledFlow:
             raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
 
     def gradient(self, y: State) -> Tensor:
-        """∇L(w) [d], not looked at: what :meth:`linearised` makes of it raises if it is not finite."""
-        return self.problem.value_and_grad(y.w, checked=False)[1]
+        """∇L(w) [d], NaN where the loss is not finite; :meth:`linearised` raises if it is not finite."""
+        loss, g = self.problem.value_and_grad(y.w, checked=False)
+        return torch.where(torch.isfinite(loss), g, torch.nan)
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
@@ -203,17 +204,18 @@ class CompiledFlow:
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
         return self.calculus.nu_decay(y.nu, y.t, g)
 
-    def in_domain(self, y: State) -> Tensor:
-        """Is P(ν) positive definite at y?  A bool [] on the device."""
-        P = self.calculus.P(y.nu, y.t)
-        facts = P.facts()
-        if facts is not None:
-            return sound(facts)
+    def in_domain(self, y: State) -> bool:
+        """Is P(ν) positive definite at y?"""
         try:
-            self.calculus.require(P, y.t)
+            self.calculus.checked_P(y.nu, y.t)
         except LeftDomainError:
-            return torch.zeros((), dtype=torch.bool, device=y.w.device)
-        return torch.ones((), dtype=torch.bool, device=y.w.device)
+            return False
+        return True
+
+    def sound(self, y: State) -> Tensor | None:
+        """The same as a bool [] on the device; None where the device cannot tell."""
+        facts = self.calculus.P(y.nu, y.t).facts()
+        return None if facts is None else sound(facts)
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""

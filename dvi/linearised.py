@@ -69,9 +69,11 @@ class LinearisedFlow:
         if facts is None:
             self.calculus.require(P, t, self.g)
         finite = torch.isfinite(self.g).all()
+        if not self.calculus.elementwise and not finite:  # a coupled ν is solved for, which numbers must be fit for
+            raise self._not_finite()
         healthy, *rest = host(torch.stack([finite, finite if facts is None else sound(facts)]), *self._parts())
         if not healthy[0]:
-            raise LossLeftDomainError(f"At t = {t:g}: the gradient of the loss has entries that are not finite")
+            raise self._not_finite()
         if not healthy[1]:
             self.calculus.require(P, t, self.g)
         if not k:
@@ -85,6 +87,9 @@ class LinearisedFlow:
         if rest:  # svec of Uᵀ∂P[ν̇_b]U: its upper triangle with the weights of the off-diagonals
             A, B = A - 2 * smat(index.weight * rest[0][0]), B + 2 * index.weight[:, None] * rest[0][1:].T
         return A, B, 0.5 * (G + G.T) - self.frame.M - smat(m)
+
+    def _not_finite(self) -> LossLeftDomainError:
+        return LossLeftDomainError(f"At t = {self.y.t:g}: the loss, or its gradient, is not finite.")
 
     def _parts(self) -> list[Tensor]:
         """Of what α, β and the gap are made, on the device."""

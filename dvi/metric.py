@@ -6,14 +6,11 @@ in P̃, where the edge is at 2.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from dvi.local import away, random_like
 from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar
 from dvi.replay import Replays
 
@@ -32,9 +29,9 @@ class Metric:
         self.scheduled = bool(method.scheduled)
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
-        #: is it diag(p) or p I, known by its p?
-        self.simple = type(self.P(nu, 0.0)) in (Diagonal, Scalar)
-        self.entrywise = self.simple and not self.stateless and self._is_entrywise(nu)
+        P = self.P(nu, 0.0)
+        #: is it known by a tensor p, as diag(p) or p I?
+        self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
@@ -52,7 +49,8 @@ class Metric:
         k = U.shape[1]
         rows, columns = torch.triu_indices(k, k, device=U.device)
         if self.simple:  # then [d, k] products are not needed
-            p, products = self._p_rates(nu, t, dnu), U[:, rows] * U[:, columns]
+            p: Tensor = self.replays.each(self._p_rate, self.at(t), (nu,), dnu)
+            products = U[:, rows] * U[:, columns]
             return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
 
         def rate(dnu: Nu) -> Tensor:
@@ -68,10 +66,8 @@ class Metric:
         PU: Tensor = jvp(lambda dt: self._scaled(self.method.at(t, dt), nu).apply(U), (dt,), (torch.ones_like(dt),))[1]
         return U.T @ PU
 
-    # ---- P̃ known by its p -----------------------------------------------------------------------------
-
     def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:
-        """d/ds p(ν + s·dν), [d] or []."""
+        """d/ds p(ν + s·dν) for P̃ = diag(p), [d], or p I, []."""
 
         def p(nu: Nu) -> Tensor:
             entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
@@ -79,36 +75,3 @@ class Metric:
 
         rate: Tensor = jvp(p, (nu,), (dnu,))[1]
         return rate
-
-    def _p_slopes(self, method: Method, nu: Nu) -> list[Tensor]:
-        """∂p/∂ν for every leaf of ν, entry by entry, like p."""
-        leaves, spec = pytree.tree_flatten(nu)
-        zeros = [torch.zeros_like(x) for x in leaves]
-        alone = [[*zeros[:i], torch.ones_like(x), *zeros[i + 1 :]] for i, x in enumerate(leaves)]
-        return [self._p_rate(method, nu, pytree.tree_unflatten(one, spec)) for one in alone]
-
-    def _p_rates(self, nu: Nu, t: float, dnu: Nu) -> Tensor:
-        """d/ds p(ν + s·dν) for a batch of dν: [b, d] or [b]."""
-        method = self.at(t)
-        if not self.entrywise:
-            return cast(Tensor, self.replays.each(self._p_rate, method, (nu,), dnu))
-        slopes = self.replays(self._p_slopes, method, nu)
-        parts = [
-            dx * slope if dx.ndim == slope.ndim + 1 else torch.outer(dx, slope)
-            for slope, dx in zip(slopes, pytree.tree_leaves(dnu), strict=True)
-        ]
-        return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-
-    def _is_entrywise(self, nu: Nu) -> bool:
-        """Is entry i of p made of the entries i of ν, and of its scalars?  A random probe must agree with that."""
-        method, generator = self.method.at(0.0), torch.Generator().manual_seed(2)
-        nu = away(nu, generator)
-        probe = pytree.tree_map(lambda x: x * random_like(x, generator), nu)
-        parts = []
-        for slope, dx in zip(self._p_slopes(method, nu), pytree.tree_leaves(probe), strict=True):
-            if dx.shape not in (slope.shape, ()):
-                return False
-            parts.append(slope * dx)
-        seen, largest = self._p_rate(method, nu, probe), max(float(x.abs().max()) for x in parts)
-        # Both sides are sums of a few products: some hundred eps of the largest.
-        return float((sum(parts) - seen).abs().max()) <= 1e3 * torch.finfo(seen.dtype).eps * largest

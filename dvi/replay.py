@@ -58,7 +58,7 @@ class Replay:
         leaves, spec = pytree.tree_flatten(args)
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
             return False
-        signature = spec, [(x.shape, x.dtype, x.device) for x in leaves]
+        signature = spec, [(x.shape, x.stride(), x.dtype, x.device) for x in leaves]
         if self._graph is None:
             self._calls += 1
             if self._calls == WARM:
@@ -77,45 +77,42 @@ class Replay:
             with recorder:
                 out = flat(*leaves)
             graph = recorder.finished(out)
+            same = all(_agree(graph, flat, [other(x, seed) for seed, x in enumerate(leaves)]) for other in _OTHERS)
         except Exception as error:  # whatever a user's function does that a trace does not allow
             logger.debug("%s is not replayed: %s", self.function, error)
             return
-        elsewhere = [_shaken(x, seed) for seed, x in enumerate(leaves)]
-        if all(_same(a, b) for a, b in zip(graph(*elsewhere), flat(*elsewhere), strict=True)):
+        if same:
             self._calls, self._graph = 0, graph
 
 
 class Replays:
     """The derivatives of a method's f and P that are replayed: functions of (method, pytrees of tensors, …)."""
 
-    #: members of a batch up to which replaying one by one is cheaper than a transform of all
-    LOOPED = 16
-
     def __init__(self, method: Method) -> None:
         self.method = method
-        self._known: dict[Callable[..., Any], Replay] = {}
+        self._known: dict[Any, Replay] = {}
 
     def __call__(self, function: Callable[..., Any], method: Method, *args: Any) -> Any:
         """function(method, *args)."""
         if method is not self.method:  # with schedules it is another one at every moment
             return function(method, *args)
-        return self._replay(function)(*args)
+        return self._replay(function, function)(*args)
 
     def each(self, function: Callable[..., Any], method: Method, args: tuple[Any, ...], *batches: Any) -> Any:
         """function(method, *args, *member) for every member of batches, pytrees with a leading dimension."""
-        number = len(pytree.tree_leaves(batches)[0])
-        if method is self.method and number <= self.LOOPED:
-            members = [pytree.tree_map(lambda x, b=b: x[b], batches) for b in range(number)]
-            replay = self._replay(function)
-            if replay.ready(*args, *members[0]):
-                found = [replay(*args, *member) for member in members]
-                return pytree.tree_map(lambda *xs: torch.stack(xs), *found)
-        return vmap(lambda *member: function(method, *args, *member))(*batches)
 
-    def _replay(self, function: Callable[..., Any]) -> Replay:
-        if function not in self._known:
-            self._known[function] = Replay(lambda *args: function(self.method, *args))
-        return self._known[function]
+        def all_of_them(method: Method, args: tuple[Any, ...], batches: tuple[Any, ...]) -> Any:
+            return vmap(lambda *member: function(method, *args, *member))(*batches)
+
+        if method is not self.method:
+            return all_of_them(method, args, batches)
+        number = len(pytree.tree_leaves(batches)[0])
+        return self._replay(all_of_them, (function, number))(args, batches)
+
+    def _replay(self, function: Callable[..., Any], key: Any) -> Replay:
+        if key not in self._known:
+            self._known[key] = Replay(lambda *args: function(self.method, *args))
+        return self._known[key]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -127,7 +124,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # so that no id is given away twice
+        self._lasting: set[int] = set()  # storages of inputs and constants
         for i, x in enumerate(inputs):
+            self._lasting.add(x.untyped_storage()._cdata)
             self._know(x, self._graph.placeholder(f"x{i}"))
 
     def _know(self, x: Tensor, node: fx.Node) -> None:
@@ -139,15 +138,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return x
         if id(x) not in self._nodes:  # made of no input: a constant
             name = f"constant{len(self._alive)}"
+            self._lasting.add(x.untyped_storage()._cdata)
             self._root.register_buffer(name, x)
             self._know(x, self._graph.get_attr(name))
         return self._nodes[id(x)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out one operation, and note it."""
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
-            raise RuntimeError(f"{func} asks for the value of a tensor")
+        if not _NUMBERS.isdisjoint(func.tags):
+            raise RuntimeError(f"{func} asks for the numbers in a tensor, or draws some")
         kwargs = kwargs or {}
+        self._refuse_lasting(func, args, kwargs)
         noted_args, noted_kwargs = pytree.tree_map(self._node, (args, kwargs))
         out = func(*args, **kwargs)
         node = self._graph.call_function(func, noted_args, noted_kwargs)
@@ -157,6 +158,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for i, x in enumerate(out):
                 self._know(x, self._graph.call_function(operator.getitem, (node, i)))
         return out  # other results are facts about shapes
+
+    def _refuse_lasting(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse to write into an input or a constant: what is written would last from one replay to the next."""
+        if not func._schema.is_mutable:
+            return
+        for i, argument in enumerate(func._schema.arguments):
+            x = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(x, Tensor):
+                self._node(x)
+                if x.untyped_storage()._cdata in self._lasting:
+                    raise RuntimeError(f"{func} writes into a constant or an argument")
 
     def finished(self, out: list[Tensor]) -> fx.GraphModule:
         """The graph that gives these tensors, without what they do not need."""
@@ -174,7 +186,27 @@ def _shaken(x: Tensor, seed: int) -> Tensor:
     return x * (0.9 + 0.2 * r)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding: the operations are the same, their order may not be."""
-    eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=100 * eps, atol=0.0, equal_nan=True)
+#: Arguments at which a trace must hold, made of those it was taken at: nearby, in another order, with other signs.
+_OTHERS = (
+    _shaken,
+    lambda x, seed: _shaken(x, seed).flip(tuple(range(x.ndim))),
+    lambda x, seed: -x if x.is_floating_point() else x,
+)
+
+#: Operations that make numbers, or a shape that depends on numbers, of a tensor, and those that draw numbers.
+_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
+def _agree(graph: Callable[..., list[Tensor]], function: Callable[..., list[Tensor]], at: list[Tensor]) -> bool:
+    """Do both give the same there, but for rounding (the operations are the same, their order may not be)?"""
+    try:
+        expected = function(*at)
+    except Exception:  # the function does not go there
+        return True
+    return all(
+        a.shape == b.shape
+        and torch.allclose(
+            a, b, rtol=100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0, atol=0.0, equal_nan=True
+        )
+        for a, b in zip(graph(*at), expected, strict=True)
+    )

@@ -190,7 +190,7 @@ class Flow(Protocol):
         ...
 
     def gradient(self, y: State) -> Tensor:
-        """∇L(w) [d], not looked at: what :meth:`linearised` makes of it raises if it is not finite."""
+        """∇L(w) [d], NaN where the loss is not finite; :meth:`linearised` raises if it is not finite."""
         ...
 
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
@@ -241,8 +241,12 @@ class Flow(Protocol):
         """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
         ...
 
-    def in_domain(self, y: State) -> Tensor:
-        """Is P(ν) positive definite at y?  A bool [] on the device."""
+    def in_domain(self, y: State) -> bool:
+        """Is P(ν) positive definite at y?"""
+        ...
+
+    def sound(self, y: State) -> Tensor | None:
+        """The same as a bool [] on the device; None where the device cannot tell."""
         ...
 
     def count_ccp(self) -> None:

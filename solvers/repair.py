@@ -20,26 +20,35 @@ class Repair:
     zero, however short the step.  Entries of ν that were positive at the start of the step and are not in the trial
     state are set to what mere forgetting would have left of them, start · exp(−decay · h), which the exact flow of an
     average of squares cannot fall below.  This is done where, and only where, P(ν) would not be positive definite
-    otherwise; whether it is, is decided on the device.
+    otherwise.
+
+    Args:
+        flow, start: of the step.
+        decay: how fast ν forgets there, per unit time, if it is known; then all is decided on the device, where the
+            device can tell whether P is positive definite.
     """
 
     flow: Flow
     start: State
-    decay: float  # per unit time
-
-    @classmethod
-    def towards(cls, flow: Flow, start: State) -> Repair:
-        """With the decay of ν where there is no gradient."""
-        return cls(flow, start, flow.nu_decay(start, torch.zeros_like(start.w)))
+    decay: float | None = None
 
     def __call__(self, y: State) -> State:
         """A trial state y, or where it has left the domain of P, the same with ν set back inside."""
-        if not pytree.tree_leaves(y.nu):
+        pairs = list(zip(pytree.tree_leaves(y.nu), pytree.tree_leaves(self.start.nu), strict=True))
+        if not pairs:
             return y
-        inside = self.flow.in_domain(y)
-        left = float(np.exp(-self.decay * max(y.t - self.start.t, 0.0)))
+        sound = None if self.decay is None else self.flow.sound(y)
+        if sound is None:
+            # Nothing to set back is the usual case; then P need not be made only to be looked at.
+            if not any(bool(((before > 0) & ~(now > 0)).any()) for now, before in pairs) or self.flow.in_domain(y):
+                return y
+            sound = torch.zeros((), dtype=torch.bool, device=y.w.device)
+        decay = self.decay
+        if decay is None:
+            decay = self.flow.nu_decay(self.start, torch.zeros_like(self.start.w))
+        left = float(np.exp(-decay * max(y.t - self.start.t, 0.0)))
 
         def back(now: Tensor, before: Tensor) -> Tensor:
-            return torch.where(inside | (now > 0) | ~(before > 0), now, left * before)
+            return torch.where(sound | (now > 0) | ~(before > 0), now, left * before)
 
         return State(y.w, pytree.tree_map(back, y.nu, self.start.nu), y.t)

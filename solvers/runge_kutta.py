@@ -142,7 +142,7 @@ class RungeKutta:
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair.towards(flow, y), self.near)
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), self.near)
         begin = memory.look or face.look(y)
         left = time_left(face, begin, memory)
         size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, max(APPROACH * left, self.landing))

@@ -278,7 +278,7 @@ class _Block:
     def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
         def shifted(nu: Any, before: Any) -> Any:
             there = combine([(1.0, nu), (1.0, dnu)])
-            return Repair.towards(self.flow, State(s.w, before, self.s.t))(State(s.w, there, s.t)).nu
+            return Repair(self.flow, State(s.w, before, self.s.t))(State(s.w, there, s.t)).nu
 
         return replace(s, w=s.w + dw, m=s.m + dm, nu=shifted(s.nu, self.s.nu), nu_now=shifted(s.nu_now, self.s.nu_now))
 

@@ -154,7 +154,7 @@ class TorchDiffEq:
         """
         tol = self.tolerance(y)
         landing = landing_time(tol)
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair.towards(flow, y), nearness(tol))
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), nearness(tol))
         begin = memory.look or face.look(y)
         left = time_left(face, begin, memory)
         found = None

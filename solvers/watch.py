@@ -238,7 +238,7 @@ class Watch:
         known = (overlap.max(axis=0) > 0.6) & (block.residuals < limit) & (last.block.residuals[match] < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
         others = np.full(block.size, fastest)
-        if found and last.surveyed < t:
+        if found and last.surveyed < t and np.isfinite(last.below):
             others = np.maximum(others, 1.5 * (block.eigenvalues - last.below) / (t - last.surveyed))
         return np.where(known, rates, others), np.abs(rates) + np.where(known, 0.0, rough / elapsed)
 

@@ -70,7 +70,7 @@ def test_a_landing_is_of_second_order_locally():
     off = []
     for h in (0.1, 0.05, 0.025):
         y = State(toy.weights(toy.entry - h / 2), flow.initial.nu, toy.entry - h / 2)
-        face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair.towards(flow, y))
+        face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair(flow, y))
         g = flow.value_and_grad(y)[1]
         end, held = face.land(y, g, h)
         assert held.shape[1] == 1
@@ -79,7 +79,7 @@ def test_a_landing_is_of_second_order_locally():
     assert np.diff(np.log2(off)) == pytest.approx([-2, -2], abs=0.15)  # the next term is h times as large
     # one that ends before the entry holds nothing, and is exact: the speed is constant there
     y = flow.initial
-    face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair.towards(flow, y))
+    face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair(flow, y))
     end, held = face.land(y, flow.value_and_grad(y)[1], 0.1)
     assert held.shape[1] == 0
     assert torch.allclose(end.w, toy.weights(0.1), rtol=0, atol=1e-14)
@@ -89,7 +89,7 @@ def test_an_arrival_is_found_on_eigenvalues_alone():
     toy = Circle(lr=0.5, a=1.0, angle=1.2, entry=1.37)
     flow = dvi.central_flow(toy.problem, GradientDescent(toy.lr), check=False)
     y = flow.initial
-    face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair.towards(flow, y))
+    face = Face(flow, SHARP, y.w.new_zeros(3, 0), repair=Repair(flow, y))
     begin = face.look(y)
     after = face.look(end := y.moved(begin.rate, 2.0))
     assert face.passed(after)

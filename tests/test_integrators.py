@@ -1,5 +1,6 @@
 """One contract and one table for all integrators, and the orders they promise."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -402,6 +403,50 @@ def test_a_second_moment_near_zero_is_no_obstacle(monkeypatch):
     assert run(flow, loose, 3, warm_start="auto", throw=False).status is dvi.Status.DIVERGED
 
 
+class Averaged(dvi.Method):
+    """RMSProp whose second moments are drawn towards their mean, with momentum."""
+
+    lr: float
+
+    def init(self, w):
+        return {"s": torch.zeros_like(w)}
+
+    def f(self, nu, g):
+        s = nu["s"]
+        return {"s": 0.05 * (g**2 + 0.1 * s.mean() - s)}
+
+    def P(self, nu):
+        return dvi.Diagonal((nu["s"].sqrt() + 1e-3) / self.lr)
+
+    def Q(self):
+        return dvi.methods.Filter([0.1], [1.0, -0.9])
+
+
+def test_a_coupled_state_with_momentum():
+    """ν's rate is a matrix logarithm there, and how fast ν forgets its spectral radius."""
+    problem = dvi.Problem(lambda w: 0.5 * (torch.exp(w[3]) * (w[:3] ** 2).sum()) - w[3], torch.ones(4).double())
+    flow = dvi.central_flow(problem, Averaged(0.2), check=False)
+    solution = run(flow, dvi.SemiImplicit(), 60, warm_start="auto", throw=False)
+    assert solution.status is dvi.Status.SUCCESS
+    y = flow.initial
+    J = -0.05 * torch.eye(4).double() + 0.05 * 0.1 / 4
+    expected = float(torch.log1p(torch.linalg.eigvalsh(J)).abs().max())
+    assert flow.nu_decay(y, flow.gradient(y)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_loss_that_is_infinite_where_its_gradient_is_not_is_noticed_in_a_stage():
+    """A wall that autodiff does not feel: the gradient is made NaN, and whoever uses it is told."""
+    problem = dvi.Problem(lambda w: (w**2).sum() + torch.where(w[0] > 1, torch.inf, 0.0), torch.ones(2).double())
+    flow = dvi.central_flow(problem, dvi.methods.GradientDescent(0.1), check=False)
+    beyond = dvi.solvers.State(torch.tensor([2.0, 1.0]).double(), {}, 0.0)
+    g = flow.gradient(beyond)
+    assert torch.isnan(g).all()
+    frame = flow.frame(flow.initial, torch.eye(2).double()[:, :1], torch.eye(2).double()[:, :1])
+    for k in (0, 1):
+        with pytest.raises(dvi.solvers.DomainError, match="not finite"):
+            flow.linearised(beyond, g, replace(frame, U=frame.U[:, :k], HU=frame.HU[:, :k], T=frame.T[:k])).drift(None)
+
+
 def test_states_outside_the_domain_are_mended_there_only():
     """An entry that was positive and is not any more is set to what forgetting leaves of it; a valid state stays."""
     from dvi.solvers.protocol import State
@@ -414,7 +459,7 @@ def test_states_outside_the_domain_are_mended_there_only():
         return State(problem.w0, {"v": torch.tensor(v, dtype=torch.float64)}, t)
 
     inside = at(1.0, 0.5, 0.0)
-    assert torch.equal(Repair.towards(flow, at(1.0, 1.0, 1.0))(inside).nu["v"], inside.nu["v"])
-    back = Repair.towards(flow, at(2.0, 4.0, 8.0))(at(1.0, -0.5, float("nan"), t=3.0))
+    assert torch.equal(Repair(flow, at(1.0, 1.0, 1.0))(inside).nu["v"], inside.nu["v"])
+    back = Repair(flow, at(2.0, 4.0, 8.0))(at(1.0, -0.5, float("nan"), t=3.0))
     left = np.exp(-3 * 0.1 / 0.9)  # an EMA forgets at the rate (1−β₂)/β₂
     assert back.nu["v"].tolist() == pytest.approx([1.0, 4 * left, 8 * left])

@@ -60,35 +60,64 @@ def test_a_replay_gives_what_the_function_gives(seed, d):
             torch.testing.assert_close(found, expected, rtol=10 * EPS, atol=0)
 
 
-def test_a_function_that_looks_at_numbers_is_called_as_it_is():
-    def f(x):
-        return x**2 if float(x.sum()) > 0 else -x
+def count(x):
+    return x * len(x[x > 0])
 
-    x = random(3).abs()
+
+def masked_mean(x):
+    return x * x[x > 0].mean() if bool(torch.isfinite(x).all()) else x
+
+
+def by_list(x):
+    """`tolist` takes numbers out of a tensor unseen: at other arguments the trace is wrong."""
+    return x * torch.tensor(x.tolist(), dtype=x.dtype)
+
+
+def sign_by_list(x):
+    """The same, and right at all arguments with the same signs."""
+    return x if x.tolist()[0] > 0 else -x
+
+
+def marks(x):
+    """Writes into a constant: what it wrote would still be there at the next replay."""
+    rates = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
+    rates[x > 0.5] = 2.0
+    return rates * x
+
+
+def draws(x):
+    return x * torch.rand(3, dtype=x.dtype).sign()
+
+
+@pytest.mark.parametrize("f", [count, masked_mean, by_list, sign_by_list, marks, draws])
+def test_a_function_whose_trace_would_not_hold_elsewhere_is_called_as_it_is(f):
+    x = torch.tensor([0.4, 0.9, 0.3], dtype=torch.float64)
     replay = traced(f, x)
     assert not replay.ready(x)
-    assert torch.equal(replay(-x), x)
+    for y in (x, x.flip(0), -x, 3 * x, x):
+        torch.testing.assert_close(replay(y), f(y), rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_function_whose_trace_would_hold_at_its_own_arguments_only_is_called_as_it_is():
-    """`tolist` takes numbers out of a tensor unseen by the recorder; at other arguments the trace is wrong."""
-
+def test_what_a_function_writes_into_its_own_results_is_replayed():
     def f(x):
-        return x * torch.tensor(x.tolist(), dtype=x.dtype)
+        out = torch.zeros(3, dtype=x.dtype)
+        out[x > 0] = 1.0
+        return out + torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype)
 
     x = random(3)
     replay = traced(f, x)
-    assert not replay.ready(x)
-    assert torch.equal(replay(2 * x), 4 * x**2)
+    assert replay.ready(x)
+    for y in (x, -x, x):
+        assert torch.equal(replay(y), f(y))
 
 
 def test_other_shapes_and_transforms_go_to_the_function():
     x = random(3)
     replay = traced(lambda x: torch.outer(x, x), x)
     assert replay.ready(x)
-    y, z = random(4), x.float()
-    assert not replay.ready(y)
-    assert not replay.ready(z)
+    y, z, apart = random(4), x.float(), random(6)[::2]
+    for other in (y, z, apart):
+        assert not replay.ready(other)
     assert torch.equal(replay(y), torch.outer(y, y))
     assert replay(z).dtype == torch.float32
     assert vmap(replay)(random(2, 3)).shape == (2, 3, 3)
@@ -132,24 +161,40 @@ def test_a_flow_is_the_same_before_and_after_its_derivatives_are_traced(name, se
         torch.testing.assert_close(found, expected, rtol=1e3 * EPS, atol=1e3 * EPS * float(expected.abs().max()))
 
 
-def test_which_preconditioners_are_entrywise():
-    """Not P made of a norm of ν, nor of neighbours; P made of entries and of scalars is."""
+class Floor(dvi.Method):
+    """P has a floor that depends on all of ν, and is not felt at the start."""
 
-    class Neighbours(dvi.Method):
-        def init(self, w):
-            return {"v": torch.zeros_like(w)}
+    def init(self, w):
+        return {"s": torch.zeros_like(w)}
 
-        def f(self, nu, g):
-            return {"v": 0.1 * (g**2 - nu["v"])}
+    def f(self, nu, g):
+        return {"s": 0.1 * (g**2 - nu["s"])}
 
+    def P(self, nu):
+        r = nu["s"].sqrt()
+        return dvi.Diagonal(torch.maximum(r, 0.5 * r.amax()))
+
+
+def test_a_coupling_of_P_that_comes_later_is_felt():
+    w = torch.ones(3, dtype=torch.float64)
+    problem = dvi.Problem(lambda w: (w**4).sum(), w)
+    often, U = dvi.central_flow(problem, Floor(), check=False), torch.eye(3, dtype=torch.float64)[:, :2]
+    for i in range(WARM + 2):
+        often.linearise(w, {"s": torch.tensor([1.0, 1.0, 1.1], dtype=torch.float64) + 0.01 * i}, U)
+    later = {"s": torch.tensor([1.0, 0.1, 3.0], dtype=torch.float64)}
+    new = dvi.central_flow(problem, Floor(), check=False)
+    new.calculus.metric.simple = False
+    found, expected = often.linearise(w, later, U), new.linearise(w, later, U)
+    assert torch.allclose(found.alpha, expected.alpha, rtol=1e3 * EPS, atol=0)
+    assert torch.allclose(found.beta, expected.beta, rtol=1e3 * EPS, atol=1e3 * EPS * float(expected.beta.abs().max()))
+
+
+def test_a_scalar_P_that_is_a_number_may_go_with_a_state():
+    class Idle(Floor):
         def P(self, nu):
-            return dvi.Diagonal(nu["v"] + nu["v"].roll(1) + 1)
+            return dvi.methods.Scalar(2.0)
 
-    class Largest(Neighbours):
-        def P(self, nu):
-            return dvi.methods.Scalar(nu["v"].max() + 1)
-
-    problem = CubicLoss.random(np.random.default_rng(0), 4).problem(np.ones(4))
-    expected = {Neighbours(): False, Largest(): False, **{m: True for n, m in METHODS.items()}}
-    for method, entrywise in expected.items():
-        assert dvi.central_flow(problem, method, check=False).calculus.metric.entrywise == entrywise, method
+    w = torch.ones(3, dtype=torch.float64)
+    flow = dvi.central_flow(dvi.Problem(lambda w: (w**4).sum(), w), Idle(), check=False)
+    lin = flow.linearise(w, flow.initial.nu, torch.eye(3, dtype=torch.float64)[:, :1])
+    assert lin.beta[0, 0] == pytest.approx(0.5 * 24**2 / 2)  # ½ T P⁻¹ T
