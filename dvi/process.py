@@ -192,9 +192,10 @@ class FlowProcess(Process):
         t, worst = max(self.missed, key=lambda pair: pair[1])
         return [
             f"{self.flow.name} flow: an effective sharpness above 2 was found that had not been seen coming, up to "
-            f"{worst:.3f} at t = {t:g}. The flow before that time has not oscillated along that direction, and should "
-            "have: give the integrator a watch=Watch(survey_every=10), to look around for directions more often, or "
-            "Watch(CriticalSubspace(slack=3)), to follow more of them."
+            f"{worst:.3f} at t = {t:g}. Either the flow before that time has not oscillated along that direction, and "
+            "should have: give the integrator a watch=Watch(survey_every=10), to look around for directions more "
+            "often, or Watch(CriticalSubspace(slack=3)), to follow more of them. Or a step has overshot (then there "
+            "is a note on its error, too): lower h_min."
         ]
 
     @staticmethod
