@@ -55,8 +55,10 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
 def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
     """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on).
 
-    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2.  It leaves with the step
-    from which on it is given none, once its eigenvalue has fallen off 2, or X has been silent long enough to mean it.
+    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2; where that X is less
+    than half of the next one, the direction arrived within the step, as long before its end as that share of it (X is
+    the mean over a step).  It leaves with the step from which on it is given none, once its eigenvalue has fallen off 2, or
+    X has been silent long enough to mean it.
     """
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
@@ -71,8 +73,9 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
         t = float(node["t"])
         early = rank > k and len(x_after) > k and x[k] < ARRIVING * x_after[k]
         if rank > k and at_edge > k and not early:
-            k = min(rank, at_edge)
-            found.append((t, "enter", k))
+            share = float(x[k] / x_after[k]) if len(x_after) > k and x_after[k] > 0 else 1.0
+            k, late = min(rank, at_edge), 0.0 if share >= 0.5 else (1 - share) * (float(after["t"]) - t)
+            found.append((t + late, "enter", k))
         elif rank < k:
             silent.append(t)
             meant = len(silent) >= 3 and t - silent[0] >= SILENT

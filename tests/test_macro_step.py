@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import dvi
 from dvi.methods import GradientDescent
 from dvi.problems.edge import MatrixSweep
+from dvi.series import breakpoints
 from dvi.solvers import secant
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import StepError
@@ -210,3 +211,27 @@ def test_a_cost_per_unit_time_holds_the_first_step_and_all_later_ones():
     assert cost.per_unit_time(0, 0.5) > 2 * cost.per_unit_time(0.5, 4)
     halves = 0.5 * (cost.per_unit_time(0, 2) + cost.per_unit_time(2, 4))
     assert halves == pytest.approx(expected)
+
+
+def test_an_arrival_within_a_step_is_dated_by_its_share_of_X():
+    """X is the mean over a step: a tenth of the next one's means that the direction arrived in its last tenth."""
+
+    def node(t, *variances, at=(2.0, 2.0)):
+        return {"t": t, "X": np.diag(variances), "eigenvalues": np.array(at)}
+
+    nodes = [
+        node(0.0, at=(1.8, 1.5)),
+        node(1.0, 0.1, at=(1.9, 1.5)),
+        node(6.0, 1.0, at=(2.0, 1.7)),
+        node(8.0, 1.1, 0.9),
+    ]
+    nodes.append(node(9.0, 1.1, 1.0))
+    assert breakpoints(nodes) == [(pytest.approx(1 + 0.9 * 5), "enter", 1), (8.0, "enter", 2)]
+
+
+def test_an_entry_that_was_not_foreseen_to_the_day_is_dated_all_the_same():
+    """On the sweep entries are known; landing a little late leaves a little X in the step before."""
+    problem = MatrixSweep([0.9, 0.5], [4.0, 3.7], lr=0.2, seed=3)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    times = [t for t, _, _ in run(flow, dvi.MacroStep(), 45).breakpoints]
+    assert times == pytest.approx(sorted(problem.entry_times), abs=0.25)  # no step is cut to less to land
