@@ -57,8 +57,8 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
 
     A direction enters with the step that gives it a positive X and brings its eigenvalue to 2; where that X is less
     than half of the next one, the direction arrived within the step, as long before its end as that share of it (X is
-    the mean over a step).  It leaves with the step from which on it is given none, once its eigenvalue has fallen off 2, or
-    X has been silent long enough to mean it.
+    the mean over a step).  It leaves with the step from which on it is given none, once its eigenvalue has fallen off
+    2, or X has been silent long enough to mean it.
     """
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
