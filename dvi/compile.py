@@ -13,7 +13,7 @@ P here and below is P̃ (:mod:`dvi.metric`): with momentum Q, the flow moves at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -144,8 +144,8 @@ class SpecCalculus:
             slopes = self.replays(self._nu_slopes, self.metric.at(t), nu, g)
             return max(float(x.abs().max()) for x in pytree.tree_leaves(slopes))
         if self.accuracy == "second-order":  # log(I + J), which is found on the host
-            method, flat = self.metric.at(t), Flat(nu)
-            J = host(flat.matrix(lambda dnu: jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]))[0]
+            flat = Flat(nu)
+            J = host(flat.matrix(_slope(self.metric.at(t), nu, g)))[0]
             return float(np.abs(np.log(np.linalg.eigvals(np.eye(flat.size) + J).astype(complex))).max())
         v, size = pytree.tree_map(torch.ones_like, nu), 0.0
         for _ in range(8):
@@ -224,10 +224,7 @@ class SpecCalculus:
 
         Entry by entry where J = ∂f/∂ν is diagonal, else by a dense or a matrix-free solve.
         """
-
-        def slope(dnu: Nu) -> Nu:
-            return jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]
-
+        slope = _slope(method, nu, g)
         paper = paper or (self.accuracy == "paper" and h is None)
         if self.elementwise:
             J = self._diagonal(method, nu, g)
@@ -249,13 +246,10 @@ class SpecCalculus:
         generator = torch.Generator().manual_seed(0)
         nu = away(nu, generator)
         method = self.method.at(0.0)
-
-        def slope(dnu: Nu) -> list[Tensor]:
-            return pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1])
-
-        ones = slope(pytree.tree_map(torch.ones_like, nu))
+        slope = _slope(method, nu, g)
+        ones = pytree.tree_leaves(slope(pytree.tree_map(torch.ones_like, nu)))
         probe = pytree.tree_map(lambda x: random_like(x, generator), nu)
-        for diagonal, seen, r in zip(ones, slope(probe), pytree.tree_leaves(probe), strict=True):
+        for diagonal, seen, r in zip(ones, pytree.tree_leaves(slope(probe)), pytree.tree_leaves(probe), strict=True):
             # Both sides are one product and the sums inside f: some hundred eps, relative to the largest entry, or to
             # 1, the size of ∂f/∂ν that would matter beside I.
             scale = max(1.0, float((diagonal * r).abs().max()), float(seen.abs().max()))
@@ -267,7 +261,7 @@ class SpecCalculus:
         method = self.method.at(0.0)
         if self.elementwise:
             ones = pytree.tree_map(torch.ones_like, nu)
-            J = pytree.tree_leaves(jvp(lambda nu: method.f(nu, g), (nu,), (ones,))[1])
+            J = pytree.tree_leaves(_slope(method, nu, g)(ones))
             lowest = min(float((1 + x).min()) for x in J)
             if self.memory and abs(lowest) <= _FORGOTTEN:
                 return
@@ -283,3 +277,8 @@ class SpecCalculus:
                 f"{self.method}: 1 + ∂f/∂ν = {lowest:.3g} is negative: ν overshoots at every step (it alternates), "
                 "which no flow in ν can follow."
             )
+
+
+def _slope(method: Method, nu: Nu, g: Tensor) -> Callable[[Nu], Nu]:
+    """dν ↦ ∂f/∂ν dν at (ν, g)."""
+    return lambda dnu: jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]

@@ -164,10 +164,8 @@ class Search:
         if not U.shape[1]:
             return D
         index = triu(U.shape[1])
-        response = balance.response(
-            nu, 2 * P.apply(U)
-        )  # HU = 2PU, as on the constraint: β is then symmetric for RMSProp
-        moved = calculus.metric.rates(nu, t, response, U)
+        # HU = 2PU, as on the constraint: β is then symmetric for RMSProp
+        moved = calculus.metric.rates(nu, t, balance.response(nu, 2 * P.apply(U)), U)
         beta = 2 * index.weight[:, None] * host(moved)[0].T
         try:
             found = ccp.solve(smat(beta @ svec(X)) - gap, beta).X

@@ -20,7 +20,6 @@ from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.linearised import Linearisation, LinearisedFlow
 from dvi.methods import Method, Nu, Preconditioner, as_method, validate
-from dvi.methods.preconditioners import sound
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
@@ -214,8 +213,7 @@ class CompiledFlow:
 
     def sound(self, y: State) -> Tensor | None:
         """The same as a bool [] on the device; None where the device cannot tell."""
-        facts = self.calculus.P(y.nu, y.t).facts()
-        return None if facts is None else sound(facts)
+        return self.calculus.P(y.nu, y.t).sound()
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from dvi.compile import LossLeftDomainError, SpecCalculus
 from dvi.methods import Nu, Preconditioner
-from dvi.methods.preconditioners import sound
 from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
 from dvi.solvers.svec import smat, svec, triu
 
@@ -65,13 +64,13 @@ class LinearisedFlow:
             LeftDomainError: if P(ν) is not positive definite.
         """
         k, t, P = self.frame.k, self.y.t, self._P
-        facts = P.facts(self.g)
-        if facts is None:
+        sound = P.sound(self.g)
+        if sound is None:
             self.calculus.require(P, t, self.g)
         finite = torch.isfinite(self.g).all()
         if not self.calculus.elementwise and not finite:  # a coupled ν is solved for, which numbers must be fit for
             raise self._not_finite()
-        healthy, *rest = host(torch.stack([finite, finite if facts is None else sound(facts)]), *self._parts())
+        healthy, *rest = host(torch.stack([finite, finite if sound is None else sound]), *self._parts())
         if not healthy[0]:
             raise self._not_finite()
         if not healthy[1]:

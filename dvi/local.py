@@ -87,4 +87,8 @@ def random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def away(nu: Nu, generator: torch.Generator) -> Nu:
     """A ν with every entry changed by up to a tenth: a coupling may vanish at a special one."""
-    return pytree.tree_map(lambda x: x * (1 + 0.1 * random_like(x, generator).tanh()), nu)
+
+    def moved(x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * random_like(x, generator).tanh()) if x.is_floating_point() else x
+
+    return pytree.tree_map(moved, nu)

@@ -18,6 +18,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dvi.local import away
 from dvi.methods import Method
 
 logger = logging.getLogger("dvi")
@@ -46,25 +47,29 @@ class Replay:
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
-        if not self.ready(*args):
+        leaves = self._served(args)
+        if leaves is None or self._graph is None:
             return self.function(*args)
-        assert self._graph is not None
-        return pytree.tree_unflatten(self._graph(*pytree.tree_leaves(args)), self._out)
+        return pytree.tree_unflatten(self._graph(*leaves), self._out)
 
     def ready(self, *args: Any) -> bool:
-        """Are these arguments served from the trace?  Counts as a call, and makes the trace when it is time."""
+        """Are these arguments served from the trace?  Counts as a call."""
+        return self._served(args) is not None
+
+    def _served(self, args: tuple[Any, ...]) -> list[Tensor] | None:
+        """The leaves of arguments that are served from the trace, which is made when it is time; None of others."""
         if self._calls < 0:
-            return False
+            return None
         leaves, spec = pytree.tree_flatten(args)
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
-            return False
+            return None
         signature = spec, [(x.shape, x.stride(), x.dtype, x.device) for x in leaves]
         if self._graph is None:
             self._calls += 1
             if self._calls == WARM:
                 self._trace(leaves, spec)
                 self._signature = signature
-        return self._graph is not None and signature == self._signature
+        return leaves if self._graph is not None and signature == self._signature else None
 
     def _trace(self, leaves: list[Tensor], spec: pytree.TreeSpec) -> None:
         def flat(*leaves: Tensor) -> list[Tensor]:
@@ -77,7 +82,7 @@ class Replay:
             with recorder:
                 out = flat(*leaves)
             graph = recorder.finished(out)
-            same = all(_agree(graph, flat, [other(x, seed) for seed, x in enumerate(leaves)]) for other in _OTHERS)
+            same = all(_agree(graph, flat, at) for at in _elsewhere(leaves))
         except Exception as error:  # whatever a user's function does that a trace does not allow
             logger.debug("%s is not replayed: %s", self.function, error)
             return
@@ -177,21 +182,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return fx.GraphModule(self._root, self._graph)
 
 
-def _shaken(x: Tensor, seed: int) -> Tensor:
-    """The tensor with every entry changed by up to a tenth, its sign kept."""
-    if not x.is_floating_point():
-        return x
-    generator = torch.Generator().manual_seed(seed)
-    r = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-    return x * (0.9 + 0.2 * r)
+def _elsewhere(leaves: list[Tensor]) -> list[list[Tensor]]:
+    """Arguments at which a trace must hold: near those it was taken at, in another order, with other signs."""
+    near: list[Tensor] = away(leaves, torch.Generator().manual_seed(0))
+    reverse = [x.flip(tuple(range(x.ndim))) for x in near]
+    return [near, reverse, [-x if x.is_floating_point() else x for x in leaves]]
 
-
-#: Arguments at which a trace must hold, made of those it was taken at: nearby, in another order, with other signs.
-_OTHERS = (
-    _shaken,
-    lambda x, seed: _shaken(x, seed).flip(tuple(range(x.ndim))),
-    lambda x, seed: -x if x.is_floating_point() else x,
-)
 
 #: Operations that make numbers, or a shape that depends on numbers, of a tensor, and those that draw numbers.
 _NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}

@@ -48,11 +48,10 @@ class Preconditioner(ABC):
             NotPositiveDefiniteError: naming the coordinates or the value.
         """
 
-    def facts(self, g: Tensor | None = None) -> Tensor | None:
-        """What :meth:`check` goes by, on the device, for callers that move it to the host with other things: [3].
+    def sound(self, g: Tensor | None = None) -> Tensor | None:
+        """What :meth:`check` finds, as a bool [] on the device, for callers that move it to the host with other things.
 
-        The smallest and the largest number in P, and whether a zero there is in the way; P is positive definite if
-        :func:`sound` says so of them.  None if only ``check`` itself can tell.
+        None if only ``check`` itself can tell.
         """
         return None
 
@@ -67,13 +66,6 @@ class Preconditioner(ABC):
     def __truediv__(self, lr: Tensor | float) -> Scaled:
         """P/η: the learning rate folded in."""
         return Scaled(self, 1 / lr)
-
-
-def sound(facts: Tensor) -> Tensor:
-    """Do the facts [3] of a preconditioner say that it is positive definite?  A bool []."""
-    low, high, zero = facts
-    positive: Tensor = (low >= 0) & (high > 0) & (high < float("inf")) & (zero == 0)  # false for NaN, too
-    return positive
 
 
 class Scaled(Preconditioner):
@@ -151,11 +143,11 @@ class Scalar(Preconditioner):
             return 1.0 / self.p
         return torch.tensor(1.0 / self.p, dtype=torch.float64, device="cpu")
 
-    def facts(self, g: Tensor | None = None) -> Tensor | None:
-        """See :meth:`Preconditioner.facts`; of a number there is nothing to move."""
+    def sound(self, g: Tensor | None = None) -> Tensor | None:
+        """Is p finite and positive?  Of a number there is nothing to move."""
         if not isinstance(self.p, Tensor) or self.p.ndim:
             return None
-        return torch.stack([self.p, self.p, (self.p == 0).to(self.p)])
+        return (self.p > 0) & (self.p < float("inf"))
 
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive."""
@@ -225,13 +217,13 @@ class Diagonal(Preconditioner):
         """The mask of p = 0."""
         return self.p == 0
 
-    def facts(self, g: Tensor | None = None) -> Tensor | None:
-        """See :meth:`Preconditioner.facts`; a zero is in the way where the gradient g [d] is not zero."""
+    def sound(self, g: Tensor | None = None) -> Tensor | None:
+        """Is p finite and positive, or zero only where the gradient g [d] is?"""
         if g is not None and len(self.p) != len(g):
             return None
         low, high = torch.aminmax(self.p)
-        stuck = torch.zeros_like(low) if g is None else ((self.p == 0) & (g != 0)).any().to(low)
-        return torch.stack([low, high, stuck])
+        positive = (low >= 0) & (high > 0) & (high < float("inf"))  # false for NaN, too
+        return positive if g is None else positive & ~((self.p == 0) & (g != 0)).any()
 
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless p is finite and positive, or zero only where the gradient is."""
@@ -255,4 +247,4 @@ class Diagonal(Preconditioner):
             )
 
 
-__all__ = ["Diagonal", "Preconditioner", "Scalar", "Scaled", "sound"]
+__all__ = ["Diagonal", "Preconditioner", "Scalar", "Scaled"]
