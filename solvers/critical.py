@@ -90,14 +90,21 @@ class CriticalSubspace:
         block = Eigenblock(V, upright(A(V)), np.zeros(V.shape[1]), np.full(V.shape[1], np.inf), draws)
         return self.survey(A, self._iterate(A, block, want, tol or self.tol), want, tol)
 
-    def follow(self, A: Operator, block: Eigenblock, want: float, tol: float | None = None) -> Eigenblock:
-        """The same eigenpairs for an operator that has moved a little; the block grows and shrinks as needed."""
+    def follow(
+        self, A: Operator, block: Eigenblock, want: float, tol: float | None = None, least: int = 1
+    ) -> Eigenblock:
+        """The same eigenpairs for an operator that has moved a little; the block grows and shrinks as needed.
+
+        Args:
+            A, block, want, tol: as in :meth:`start`, and what there was.
+            least: so many are converged, wherever their eigenvalues are.
+        """
         V = block.V
-        needed = self._needed(block.eigenvalues, want)
+        needed = self._needed(block.eigenvalues, want, least)
         if V.shape[1] > needed + self.slack + 1:  # two to spare: hysteresis, a block that breathes costs restarts
             V = V[:, : needed + self.slack]
         V = orthonormal_against(V, None, rounds=1)
-        return self._iterate(A, replace(block, V=V, AV=upright(A(V))), want, tol or self.tol)
+        return self._iterate(A, replace(block, V=V, AV=upright(A(V))), want, tol or self.tol, least)
 
     def survey(self, A: Operator, block: Eigenblock, want: float, tol: float | None = None) -> Eigenblock:
         """Look for an eigenvalue above ``want`` that the block is blind to, and take it in.
@@ -140,8 +147,8 @@ class CriticalSubspace:
 
     # ---- inside ---------------------------------------------------------------------------------------
 
-    def _needed(self, eigenvalues: Array, want: float) -> int:
-        return max(1, int((eigenvalues > want).sum()))
+    def _needed(self, eigenvalues: Array, want: float, least: int = 1) -> int:
+        return max(least, int((eigenvalues > want).sum()))
 
     def _fresh(self, example: Tensor, count: int, V: Tensor | None, draws: int) -> tuple[Tensor, int]:
         """Random orthonormal vectors, orthogonal to V; reproducible from the number of earlier draws."""
@@ -150,8 +157,8 @@ class CriticalSubspace:
         X = torch.randn(len(example), count, generator=generator, dtype=torch.float64, device="cpu").to(example)
         return orthonormal_against(X, V), draws + 1
 
-    def _iterate(self, A: Operator, block: Eigenblock, want: float, tol: float) -> Eigenblock:
-        """LOBPCG until all Ritz pairs above ``want`` are converged and ``slack`` more vectors are at hand."""
+    def _iterate(self, A: Operator, block: Eigenblock, want: float, tol: float, least: int = 1) -> Eigenblock:
+        """LOBPCG until all Ritz pairs above ``want``, and ``least``, are converged and ``slack`` more are at hand."""
         X, AX, draws = block.V, block.AV, block.draws
         d = X.shape[0]
         floor = 2e3 * torch.finfo(X.dtype).eps * max(1.0, float(np.abs(block.eigenvalues).max(initial=1.0)))
@@ -161,7 +168,7 @@ class CriticalSubspace:
             ritz, X, AX = _ritz(X, AX)
             R = torch.addcmul(AX, X, like(ritz, X), value=-1)
             (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
-            needed = self._needed(ritz, want)
+            needed = self._needed(ritz, want, min(least, d))
             converged = residuals <= tol
             # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
             hiding = residuals > np.maximum(want - ritz, tol)

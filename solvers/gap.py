@@ -10,7 +10,9 @@ from dvi.solvers import ccp
 from dvi.solvers.interval import partial_isometry
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, State, host
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.watch import AT_EDGE, Approach, Sighting
+from dvi.solvers.watch import AT_EDGE, LOOSE, Approach, Coupling, Sighting
+
+_COUPLED = 4.0
 
 
 def baumgarte(h: float) -> float:
@@ -53,6 +55,27 @@ def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) ->
     turns, m = np.zeros_like(rates), min(len(rates), len(rates_before))
     turns[:m] = np.clip((rates[:m] - rates_before[:m]) / ago, 0.0, np.abs(rates[:m]) / ago)
     return Approach(2 - gaps, rates, turns)
+
+
+def coupled(lin: Linearised, X: Array, h: float) -> Coupling:
+    """Which directions of the frame a step of h must hold, wherever their eigenvalues are.
+
+    A critical vector u turns towards v, whose eigenvalue is δ below 2, by ⟨T_uv, dw⟩/δ, and the force of its
+    oscillation turns with it: it pulls back at the rate Σ x_u |T_uv|²/δ (squares in the metric of P⁻¹, as in β, with
+    what ν adds).  With v in the frame that is foreseen, whatever the rate.  Without, it is made up for once a step
+    only, which overshoots where h times the rate is above ``_COUPLED``.
+    """
+    gaps, C = np.linalg.eigh(lin.gap)
+    x, Q = np.linalg.eigh(X)
+    found, z = LOOSE, svec(X)
+    force = max(2 * float(z @ lin.beta @ z), 0.0) ** 0.5
+    for j in np.flatnonzero(gaps > AT_EDGE):
+        pairs = [svec(0.5 * (np.outer(u, C[:, j]) + np.outer(C[:, j], u))) for u in Q.T]
+        squares = 2 * np.array([pair @ lin.beta @ pair for pair in pairs]) / gaps[j]  # |T_uv|²/δ
+        if h * float(x.clip(0.0) @ squares) > _COUPLED:
+            turn = 2 * float(x**2 @ squares / gaps[j]) ** 0.5 / force if force else 0.0
+            found = Coupling(int(j) + 1, max(turn, found.turn))
+    return found
 
 
 def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:

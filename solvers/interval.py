@@ -108,22 +108,27 @@ class Experience:
         bend: displacement of w that the bend of T was worth, over tr ∫X s(s + a) ds (nan: not known).
         slip: displacement of w that brought the gap back to zero, over H².
         sag: by how much an effective eigenvalue was above 2 before that, over H².
+        pull: the change of the force that was not foreseen, in parts of how far w had moved, over H².
     """
 
     bend: float = np.nan
     slip: float = np.nan
     sag: float = np.nan
+    pull: float = np.nan
 
-    #: What of the tolerance, tol·√H, a displacement that is owed may take; and by how much 2 may be passed.
+    #: What of the tolerance, tol·√H, a displacement that is owed may take; by how much 2 may be passed; what part of a
+    #: displacement the force may give back.
     SHARE = 0.5
     SAG = 0.005
+    PULL = 0.25
 
     def allows(self, tol: float, H: float, owed: Moments, slope: Slope) -> bool:
         """May the interval be H long, with these moments at its end?"""
         acted = float(np.trace(owed.second + slope.span * owed.first))
         bend = self.bend * acted if acted else 0.0
         budget = self.SHARE * tol * H**0.5
-        return bool(bend <= budget and self.slip * H**2 <= budget and self.sag * H**2 <= self.SAG)
+        slip, sag, pull = (H**2 * x for x in (self.slip, self.sag, self.pull))
+        return bool(bend <= budget and slip <= budget and sag <= self.SAG and pull <= self.PULL)
 
 
 UNKNOWN = Experience()

@@ -13,14 +13,15 @@ from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError
-from dvi.solvers.gap import anchored, approaching, baumgarte, multiplier, settled, transport
+from dvi.solvers.gap import anchored, approaching, baumgarte, coupled, multiplier, settled, transport
+from dvi.solvers.here import Here, critical_frame, evaluate
 from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.watch import Approach, Sighting, Watch, empty_frame
+from dvi.solvers.watch import LOOSE, Watch
 
 #: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
 SHARE = 0.5
@@ -28,35 +29,13 @@ ORDER = 1 / (3 - SHARE)
 #: In units of tol: what a step may have before it is rejected.
 ALLOWED = 4.0
 
+#: A change of the oscillation's force that was not foreseen, in parts of how far w has moved, that counts as an error
+#: of tol.  It is a lower bound of h times the rate at which the force pulls back, whatever the size of the step; where
+#: nothing is stiff it is below 0.1.
+PULL = 0.5
+
 _OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
 _UNSEEN = 2.01  # … or above this, where nothing was constrained because the eigenvalues were taken on trust
-
-
-@dataclass(frozen=True)
-class Here:
-    """All that is known at the start of a step.
-
-    Attributes:
-        loss, g: there.
-        seen, frame: the last look at the eigenvectors, and the critical frame then.
-        slope: how they had changed since the look before it, if there was one.
-        anchor: the weights for which the frame's T speaks (None: those of the frame).
-        owed: moments of X since the look (None: it was made here).
-        approach: where the eigenvalues in the frame are, and go (None: not known).
-        until: the moment until which there is no need to look.
-        experience: how far the model of the last interval was off at its end.
-    """
-
-    loss: float
-    g: Tensor
-    seen: Sighting
-    frame: Frame
-    slope: Slope | None = None
-    anchor: Tensor | None = None
-    owed: Moments | None = None
-    approach: Approach | None = None
-    experience: Experience = UNKNOWN
-    until: float = np.inf
 
 
 @dataclass(frozen=True)
@@ -67,9 +46,9 @@ class Accepted:
         y: the state at its end; here: what is known there, to start the next step from.
         X: the impulse of the step over its length, in ``X_frame``, with its share of the interval's correction.
         rate, end_rate: dy/dt at both ends.
-        error: the embedded estimate, or in an interval of one step the correction for T's bend, if that is larger; in
-            the norm of w, over √h.
-        bend: that correction in an interval of several steps, over the root of its length: too late to take them back.
+        error: the embedded estimate, or in an interval of one step the correction for T's bend, if that is larger, in
+            the norm of w, over √h; or what the change of the force stands for (``PULL``).
+        bend: these two in an interval of several steps, over the root of its length: too late to take them back.
         missed: an effective sharpness far above 2 at the end, where no shorter step could be tried; else 0.
     """
 
@@ -85,6 +64,19 @@ class Accepted:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A step that was not taken.
+
+    Attributes:
+        h: the length to try instead.
+        pulled: because of how the force had changed; a direction that is missing in the frame may be why.
+    """
+
+    h: float
+    pulled: bool = False
+
+
+@dataclass(frozen=True)
 class Corrected:
     """The end of a step after its corrections.
 
@@ -92,6 +84,7 @@ class Corrected:
         y: the state.
         X: the mean of X over the step, in the new frame.
         bend: the size of the correction for T's bend, in the norm of w, over the root of the interval's length.
+        pull: the change of the force that was not foreseen, over the displacement; in the norm of P.
         T: third derivatives of the new frame, and anchor: the weights for which they speak.
         experience: what the interval taught.
     """
@@ -99,6 +92,7 @@ class Corrected:
     y: State
     X: Array
     bend: float
+    pull: float
     T: Tensor
     anchor: Tensor
     experience: Experience = UNKNOWN
@@ -106,7 +100,7 @@ class Corrected:
 
 @dataclass
 class Attempt:
-    """One try of a macro step; ``run`` gives what was reached, or (a float) the step to try instead."""
+    """One try of a macro step; ``run`` gives what was reached, or that it was not accepted."""
 
     flow: Flow
     watch: Watch
@@ -130,7 +124,7 @@ class Attempt:
     def _repaired(self) -> Repair:
         return Repair(self.flow, self.y, self._decay)
 
-    def run(self) -> Accepted | float:
+    def run(self) -> Accepted | Rejected:
         """What was reached, or the length of the step to try instead.
 
         Raises:
@@ -180,31 +174,35 @@ class Attempt:
                 here = self._carried(here, end, lin, owed)
             shown = basis_ahead(flow, y, frame, self.here.seen, self.here.slope)
             return Accepted(end, here, smat(raw["z"]) / h, shown, begin, finish, error)
-        seen = self.watch.look(flow, end, self.here.seen, h, vectors_ahead(self.here.seen, self.here.slope, end.t))
+        guess = vectors_ahead(self.here.seen, self.here.slope, end.t)
+        seen = self.watch.look(flow, end, self.here.seen, h, guess, self.here.coupling)
         on_trust = silent if frame.k else self.since > 0
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
-            return 0.5 * h
+            return Rejected(0.5 * h)
         missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > _OVERSHOOT else 0.0
-        new = critical_frame(flow, self.watch, end, seen, h, frame.k)
+        new = critical_frame(flow, self.watch, end, seen, h, frame.k, self.here.coupling)
         corrected = self._correct(end, g, new, owed, X_end)
         if corrected is None:
             return self._retry(np.inf)
-        moved, bend = corrected.y, corrected.bend
+        moved, bend = corrected.y, max(corrected.bend, (corrected.pull / PULL) ** 2 * tol)
         if not self.since:  # the bend of one step; that of several is for the next interval to learn from
             if bend > ALLOWED * tol and not self.final:
-                return self._retry(bend)
+                return replace(self._retry(bend), pulled=corrected.pull > PULL)
             error = max(error, bend)
-        approach = None
+        approach, coupling = None, LOOSE
         if moved is not end:
             loss, g = flow.value_and_grad(moved)
         if new.k:
             lin = flow.linearised(moved, g, new)
             # what was seen from look to look is the rate in the middle of the interval
             approach = approaching(flow, lin, seen.rates, 0.5 * (self.since + h))
+            # as if of one unit at least: what is let go where steps are short would come back as they grow
+            coupling = coupled(lin, corrected.X, max(h, 1.0))
             new, seen = settled(flow, moved, new, lin.gap, seen, self.since + h)
         new = replace(new, T=corrected.T)
         slope = Slope.between(self.here.frame, self.here.seen, new, seen)
-        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
+        taught = corrected.experience
+        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, taught, coupling=coupling)
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
     def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
@@ -247,12 +245,12 @@ class Attempt:
             top = min(2.1, 1.1 * (top + float(seen.block.residuals[0]) + rise) + 0.1)
         return max(top, 1.1 * self._decay)
 
-    def _retry(self, error: float) -> float:
+    def _retry(self, error: float) -> Rejected:
         if not np.isfinite(error):
             if self.final:
                 raise DomainError("the state is not finite.")
-            return 0.5 * self.h
-        return float(self.h * np.clip(0.8 * (self.tol / error) ** ORDER, 0.2, 0.6))
+            return Rejected(0.5 * self.h)
+        return Rejected(float(self.h * np.clip(0.8 * (self.tol / error) ** ORDER, 0.2, 0.6)))
 
     def _embedded_error(
         self, start: dict[str, Any], raw: dict[str, Any], first: dict[str, Any], last: dict[str, Any], g: Tensor
@@ -286,11 +284,11 @@ class Attempt:
         flow, old, slope = self.flow, self.here.frame, self.here.slope
         H = self.since + self.h
         if not new.k:
-            return Corrected(end, np.zeros((0, 0)), 0.0, new.T, end.w)
+            return Corrected(end, np.zeros((0, 0)), 0.0, 0.0, new.T, end.w)
         try:
             lin = flow.linearised(end, g, new)
             X = Z_end = np.zeros((new.k, new.k))
-            moved, bend, secant, experience = end, 0.0, None, self.here.experience
+            moved, bend, pull, secant, experience = end, 0.0, 0.0, None, self.here.experience
             if old.k:
                 R = transport(flow, end, new, old)
                 S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
@@ -306,6 +304,9 @@ class Attempt:
                     # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
                     late = owed.bent(H, None if secant and secant.stiff else slope)
                     foreseen = flow.linearised(end, g, ahead(old, slope, H))
+                    if secant:
+                        change = now.w - foreseen.kick(owed.zeroth).w
+                        pull = _pull(flow, end, change, end.w - anchor, now.w)
                     change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
                     if secant:
                         change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
@@ -314,8 +315,12 @@ class Attempt:
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
                     experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
                     moved = self._repaired(_displaced(end, change))
-                    if bend > ALLOWED * self.tol and not self.final and not self.since:
-                        return Corrected(moved, X, bend, new.T, end.w)
+                    if (
+                        max(bend, (pull / PULL) ** 2 * self.tol) > ALLOWED * self.tol
+                        and not self.final
+                        and not self.since
+                    ):
+                        return Corrected(moved, X, bend, pull, new.T, end.w)
                     lin = flow.linearised(moved, g, new)
             # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
             Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X
@@ -327,15 +332,15 @@ class Attempt:
                 moved = self._repaired(_displaced(moved, kick.parts))
                 flow.velocity(moved, g)  # still in the domain?
             sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
-            experience = replace(experience, slip=slip / H**2, sag=sag / H**2)
+            experience = replace(experience, slip=slip / H**2, sag=sag / H**2, pull=pull / H**2)
         except DomainError:
             return None
         part = secant.part(moved.w - end.w) if secant else 0.0
         if not part:
-            return Corrected(moved, X + y / H, bend, new.T, end.w, experience)
+            return Corrected(moved, X + y / H, bend, pull, new.T, end.w, experience)
         # T was made before the corrections; what they change of it is a part of what the step has changed
         T = new.T + part * (new.T - like(skron(R), new.T) @ old.T)
-        return Corrected(moved, X + y / H, bend, T, moved.w, experience)
+        return Corrected(moved, X + y / H, bend, pull, T, moved.w, experience)
 
     def _worth(self, y: State, g: Tensor, change: tuple[Tensor, Any], H: float) -> float:
         """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
@@ -356,24 +361,9 @@ def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
     return State(w, nu, y.t)
 
 
-def evaluate(
-    flow: Flow,
-    watch: Watch,
-    y: State,
-    last: Sighting | None,
-    h: float,
-    known: tuple[float, Tensor] | None = None,
-) -> Here:
-    """All that a step from y needs to know; ``known``: loss and gradient, if at hand."""
-    if known is None:
-        loss, g = flow.value_and_grad(y)
-        known = float(loss), g
-    if not flow.constrained:
-        return Here(*known, watch.glance(flow, y, last), empty_frame(flow, y))
-    seen = watch.look(flow, y, last, h)
-    return Here(*known, seen, critical_frame(flow, watch, y, seen, h))
-
-
-def critical_frame(flow: Flow, watch: Watch, y: State, seen: Sighting, h: float, held: int = 0) -> Frame:
-    """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
-    return replace(watch.frame(flow, y, seen, h, held), on_edge=True)
+def _pull(flow: Flow, y: State, change: Tensor, moved: Tensor, force: Tensor) -> float:
+    """An unforeseen change of the force in parts of how far w has moved; where it rests, of a tenth of the force."""
+    both = torch.stack([change, moved, 0.1 * force], dim=1)
+    (squares,) = host((both * flow.precondition(y, both)).sum(dim=0, keepdim=True))
+    size = squares[0].clip(0.0)
+    return float(np.sqrt(size[0] / size[1:].max())) if size[1:].any() else 0.0

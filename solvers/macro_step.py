@@ -28,10 +28,11 @@ import numpy as np
 from dvi.solvers.critical import CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.gap import baumgarte, multiplier
+from dvi.solvers.here import Here, evaluate
 from dvi.solvers.hermite import hermite
-from dvi.solvers.macro_attempt import ALLOWED, SHARE, Accepted, Attempt, Here, evaluate, growth
+from dvi.solvers.macro_attempt import ALLOWED, SHARE, Accepted, Attempt, Rejected, growth
 from dvi.solvers.protocol import Flow, Node, State, StepResult
-from dvi.solvers.watch import Watch, landing_at, node
+from dvi.solvers.watch import Coupling, Watch, landing_at, node
 
 #: In units of tol: an error estimate from which on a step that is no longer than its error makes no sense.
 SENSELESS = 100.0
@@ -67,7 +68,7 @@ class MacroStep:
     """
 
     tol: float = 1e-3
-    h_min: float = 1 / 16
+    h_min: float = 1 / 256
     h_max: float = 20.0
     h_start: float = 0.25
     watch: Watch | None = None
@@ -128,11 +129,13 @@ class MacroStep:
                     ) from error
                 size, landing = max(self.h_min, length / 2), False
                 continue
-            if isinstance(tried, float):  # rejected: the step to try next
+            if isinstance(tried, Rejected):
+                size, landing = max(self.h_min, tried.h), False
                 # What was taken on trust may be why: look.  With directions held, the step's own error comes first.
                 if flow.constrained and here.seen.t < y.t and (not here.frame.k or attempt):
-                    here = evaluate(flow, watch, y, here.seen, tried, (here.loss, here.g))
-                size, landing = max(self.h_min, tried), False
+                    here = evaluate(flow, watch, y, here.seen, size, (here.loss, here.g), here.coupling)
+                elif tried.pulled and not here.coupling.bound and here.neighbour:
+                    here = evaluate(flow, watch, y, here.seen, size, (here.loss, here.g), Coupling(here.frame.k + 1))
                 continue
             self._require_sense(y, length, tried)
             return self._accept(flow, here, y, length, size, tried)

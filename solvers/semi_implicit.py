@@ -22,8 +22,8 @@ from torch import Tensor
 from dvi.solvers import ccp
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.gap import settled, transport
+from dvi.solvers.here import Here, critical_frame, evaluate
 from dvi.solvers.interval import Slope, ahead, vectors_ahead
-from dvi.solvers.macro_attempt import Here, critical_frame, evaluate
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec

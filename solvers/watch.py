@@ -13,6 +13,7 @@ from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
 AT_EDGE = 1e-3  # an effective eigenvalue is at the edge when it is this close to 2
 _SUDDEN = 4.0  # by how much an eigenvalue may speed up between two looks
+_TURNED = 0.05  # the part of the force that errors of coupled eigenvectors may be worth
 _UNKNOWN_RATE = 0.2  # per unit time, while nothing is known: early sharpening is rarely faster
 
 
@@ -76,6 +77,23 @@ class Approach:
 
 
 @dataclass(frozen=True)
+class Coupling:
+    """Which eigenvectors must be held because the critical ones turn towards them, wherever their eigenvalues are.
+
+    Attributes:
+        bound: so many leading ones.
+        turn: by what part of itself the force of the oscillation changes where critical vectors are off towards one of
+            them, for a residual of one.
+    """
+
+    bound: int = 0
+    turn: float = 0.0
+
+
+LOOSE = Coupling()
+
+
+@dataclass(frozen=True)
 class Watch:
     """Follows the eigenpairs and says which of them the constraint must hold over the next step.
 
@@ -97,8 +115,19 @@ class Watch:
     survey_soonest: float = np.inf
     patience: float = 10.0
 
-    def look(self, flow: Flow, y: State, last: Sighting | None, h: float, guess: Tensor | None = None) -> Sighting:
-        """The eigenpairs at y, down to what a step of h may bring to 2; started from ``guess`` or the last ones."""
+    def look(
+        self,
+        flow: Flow,
+        y: State,
+        last: Sighting | None,
+        h: float,
+        guess: Tensor | None = None,
+        coupling: Coupling = LOOSE,
+    ) -> Sighting:
+        """The eigenpairs at y, down to what a step of h may bring to 2, and those that are coupled to them.
+
+        The search starts from ``guess``, or from the last ones.
+        """
         A = flow.effective_hessian(y)
         if last is None:
             block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
@@ -111,7 +140,8 @@ class Watch:
         # But sharp beside their eigenvalue: any vector has a small residual where most eigenvalues are small.
         tol = max(self.subspace.tol, min(0.2, 0.15 * distance, 0.05 * abs(float(last.eigenvalues[0]))))
         block = last.block if guess is None else replace(last.block, V=guess)
-        block = self.subspace.follow(A, block, want, tol)
+        tol = min(tol, _TURNED / max(coupling.turn, 1e-9))
+        block = self.subspace.follow(A, block, want, tol, max(1, coupling.bound))
         surveyed = last.surveyed
         below, size = last.below, block.size
         if y.t >= self.due(last) * (1 - 1e-12):
@@ -196,24 +226,25 @@ class Watch:
         time = float(np.min(room / np.maximum(_SUDDEN * speeds, 1e-12)))
         return t + max(0.0, min(time, 3 * (t - last.t), 6 * h, self.patience))
 
-    def critical(self, seen: Sighting, h: float, held: int = 0) -> int:
+    def critical(self, seen: Sighting, h: float, held: int = 0, coupling: Coupling = LOOSE) -> int:
         """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only.
 
         Of those ``held`` now one is let go only when it has fallen half as far again below 2 as it takes to be held,
-        so that an eigenvalue that lingers there does not make k change at every step.
+        so that an eigenvalue that lingers there does not make k change at every step.  Coupled ones are held in any
+        case.
         """
         reach = seen.eigenvalues + self.lookahead * np.maximum(seen.rates, 0.0) * h + self.band
         reach[:held] += 0.5 * self.band
-        return min(leading(reach >= CRITICAL), leading(seen.block.residuals <= self._rough))
+        return min(max(leading(reach >= CRITICAL), coupling.bound), leading(seen.block.residuals <= self._rough))
 
     @property
     def _rough(self) -> float:
         """A residual up to which a vector serves as an eigenvector for a while."""
         return min(20 * self.subspace.tol, max(0.02, self.subspace.tol))
 
-    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, held: int = 0) -> Frame:
-        """The frame of the critical eigenvectors at y, ``held`` of which are held already."""
-        k = self.critical(seen, h, held)
+    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, held: int = 0, coupling: Coupling = LOOSE) -> Frame:
+        """The frame of the critical eigenvectors at y, ``held`` of which are held already, and of coupled ones."""
+        k = self.critical(seen, h, held, coupling)
         return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k])
 
     def _rates(self, last: Sighting, block: Eigenblock, t: float, found: bool) -> tuple[Array, Array]:

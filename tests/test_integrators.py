@@ -395,7 +395,7 @@ def test_a_second_moment_near_zero_is_no_obstacle(monkeypatch):
     problem = dvi.problems.sorting("transformer", "ce", n=20, width=6, depth=2)
     method = dvi.methods.RMSProp(lr=5e-4, beta2=0.99, eps=1e-8, bias_correction=True)
     flow = dvi.central_flow(problem, method)
-    loose = dvi.MacroStep(1e-2)  # lets the first step be as long as it is tried
+    loose = dvi.MacroStep(1e-2, h_min=0.25)  # lets the first step be as long as it is tried
     solution = run(flow, loose, 3, warm_start="auto")
     assert bool((solution.nu["v"] >= 0).all())
     # without the repair the run ends at once: the test looks at the right place

@@ -154,14 +154,15 @@ def test_an_interval_is_as_long_as_the_last_one_teaches():
     owed = Moments.none(1).after(X, 0.0, 2.0)
     acted = float(owed.second[0, 0] + owed.first[0, 0])
     budget = Experience.SHARE * 1e-3 * 2**0.5
-    assert Experience(0.9 * budget / acted, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
-    assert not Experience(1.1 * budget / acted, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
-    assert not Experience(0.0, 1.1 * budget / 4, 0.0).allows(1e-3, 2.0, owed, slope)
-    assert not Experience(0.0, 0.0, 1.1 * Experience.SAG / 4).allows(1e-3, 2.0, owed, slope)
+    assert Experience(0.9 * budget / acted, 0.0, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
+    assert not Experience(1.1 * budget / acted, 0.0, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
+    assert not Experience(0.0, 1.1 * budget / 4, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
+    assert not Experience(0.0, 0.0, 1.1 * Experience.SAG / 4, 0.0).allows(1e-3, 2.0, owed, slope)
+    assert not Experience(0.0, 0.0, 0.0, 1.1 * Experience.PULL / 4).allows(1e-3, 2.0, owed, slope)
     assert not Experience().allows(1e-3, 2.0, owed, slope)  # nothing is known
-    assert not Experience(np.nan, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
+    assert not Experience(np.nan, 0.0, 0.0, 0.0).allows(1e-3, 2.0, owed, slope)
     # where nothing has oscillated, nothing is owed, whatever T does
-    assert Experience(np.nan, 0.0, 0.0).allows(1e-3, 2.0, Moments.none(1), slope)
+    assert Experience(np.nan, 0.0, 0.0, 0.0).allows(1e-3, 2.0, Moments.none(1), slope)
 
 
 # ---- that waiting saves and does not spoil ---------------------------------------------------------------------

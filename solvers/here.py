@@ -1,0 +1,74 @@
+"""What a macro step knows where it starts: loss and gradient, the last look at the eigenvectors, the critical frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from dvi.solvers.critical import CRITICAL
+from dvi.solvers.interval import UNKNOWN, Experience, Moments, Slope
+from dvi.solvers.protocol import Flow, Frame, State
+from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_frame
+
+
+@dataclass(frozen=True)
+class Here:
+    """All that is known at the start of a step.
+
+    Attributes:
+        loss, g: there.
+        seen, frame: the last look at the eigenvectors, and the critical frame then.
+        slope: how they had changed since the look before it, if there was one.
+        anchor: the weights for which the frame's T speaks (None: those of the frame).
+        owed: moments of X since the look (None: it was made here).
+        approach: where the eigenvalues in the frame are, and go (None: not known).
+        until: the moment until which there is no need to look.
+        coupling: which directions of the frame must stay in it, wherever their eigenvalues go (see ``gap.coupled``).
+        experience: how far the model of the last interval was off at its end.
+    """
+
+    loss: float
+    g: Tensor
+    seen: Sighting
+    frame: Frame
+    slope: Slope | None = None
+    anchor: Tensor | None = None
+    owed: Moments | None = None
+    approach: Approach | None = None
+    experience: Experience = UNKNOWN
+    until: float = np.inf
+    coupling: Coupling = LOOSE
+
+    @property
+    def neighbour(self) -> bool:
+        """Is there an eigenvector beyond the frame whose eigenvalue is less than 1 below 2?"""
+        beyond = self.seen.eigenvalues[self.frame.k :]
+        return bool(self.frame.k and len(beyond) and beyond[0] > CRITICAL - 1)
+
+
+def evaluate(
+    flow: Flow,
+    watch: Watch,
+    y: State,
+    last: Sighting | None,
+    h: float,
+    known: tuple[float, Tensor] | None = None,
+    coupling: Coupling = LOOSE,
+) -> Here:
+    """All that a step from y needs to know; ``known``: loss and gradient, if at hand."""
+    if known is None:
+        loss, g = flow.value_and_grad(y)
+        known = float(loss), g
+    if not flow.constrained:
+        return Here(*known, watch.glance(flow, y, last), empty_frame(flow, y))
+    seen = watch.look(flow, y, last, h, coupling=coupling)
+    return Here(*known, seen, critical_frame(flow, watch, y, seen, h, coupling=coupling), coupling=coupling)
+
+
+def critical_frame(
+    flow: Flow, watch: Watch, y: State, seen: Sighting, h: float, held: int = 0, coupling: Coupling = LOOSE
+) -> Frame:
+    """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    return replace(watch.frame(flow, y, seen, h, held, coupling), on_edge=True)
