@@ -97,6 +97,10 @@ class Corrected:
     anchor: Tensor
     experience: Experience = UNKNOWN
 
+    def error(self, tol: float) -> float:
+        """The bend, or what the change of the force stands for, if that is more."""
+        return max(self.bend, (self.pull / PULL) ** 2 * tol)
+
 
 @dataclass
 class Attempt:
@@ -184,7 +188,7 @@ class Attempt:
         corrected = self._correct(end, g, new, owed, X_end)
         if corrected is None:
             return self._retry(np.inf)
-        moved, bend = corrected.y, max(corrected.bend, (corrected.pull / PULL) ** 2 * tol)
+        moved, bend = corrected.y, corrected.error(tol)
         if not self.since:  # the bend of one step; that of several is for the next interval to learn from
             if bend > ALLOWED * tol and not self.final:
                 return replace(self._retry(bend), pulled=corrected.pull > PULL)
@@ -304,23 +308,19 @@ class Attempt:
                     # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
                     late = owed.bent(H, None if secant and secant.stiff else slope)
                     foreseen = flow.linearised(end, g, ahead(old, slope, H))
-                    if secant:
-                        change = now.w - foreseen.kick(owed.zeroth).w
-                        pull = _pull(flow, end, change, end.w - anchor, now.w)
                     change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
                     if secant:
+                        unforeseen = now.w - foreseen.kick(owed.zeroth).w
+                        pull = _pull(flow, end, unforeseen, end.w - anchor, now.w)
                         change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
                     experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
                     moved = self._repaired(_displaced(end, change))
-                    if (
-                        max(bend, (pull / PULL) ** 2 * self.tol) > ALLOWED * self.tol
-                        and not self.final
-                        and not self.since
-                    ):
-                        return Corrected(moved, X, bend, pull, new.T, end.w)
+                    so_far = Corrected(moved, X, bend, pull, new.T, end.w)
+                    if so_far.error(self.tol) > ALLOWED * self.tol and not self.final and not self.since:
+                        return so_far
                     lin = flow.linearised(moved, g, new)
             # gap + β[Y − Z_end] ⪰ 0 ⟂ Y: the impulse that the end asks for against the one the stages were giving
             Y = ccp.solve(smat(lin.beta @ svec(Z_end)) - lin.gap, lin.beta).X

@@ -13,10 +13,12 @@ constraint is a model that is linear in w and exact in P(ν):
     4  there the impulse is corrected, with either sign, so that the constraint holds;
     5  X of the step is its impulse over h, stamped at the middle.
 
-The step is controlled by an embedded estimate and ends where an eigenvalue is predicted to arrive at 2; how long an
-interval between looks may be, the last one teaches.  Errors may be tol·√h: with the same tol for every step, the many
-short ones of a first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there
-is no frame, and no eigenvectors are sought while none can have come near it (``Sighting.until``).
+The step is controlled by an embedded estimate, and by how far the force of the oscillation changes unforeseen; it ends
+where an eigenvalue is predicted to arrive at 2; how long an interval between looks may be, the last one teaches.  An
+eigenvector towards which the critical ones turn fast is held with them, wherever its eigenvalue is
+(:func:`dvi.solvers.gap.coupled`).  Errors may be tol·√h: with the same tol for every step, the many short ones of a
+first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there is no frame,
+and no eigenvectors are sought while none can have come near it (``Sighting.until``).
 """
 
 from __future__ import annotations
