@@ -147,7 +147,7 @@ class CriticalSubspace:
 
     # ---- inside ---------------------------------------------------------------------------------------
 
-    def _needed(self, eigenvalues: Array, want: float, least: int = 1) -> int:
+    def _needed(self, eigenvalues: Array, want: float, least: int) -> int:
         return max(least, int((eigenvalues > want).sum()))
 
     def _fresh(self, example: Tensor, count: int, V: Tensor | None, draws: int) -> tuple[Tensor, int]:
@@ -168,7 +168,7 @@ class CriticalSubspace:
             ritz, X, AX = _ritz(X, AX)
             R = torch.addcmul(AX, X, like(ritz, X), value=-1)
             (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
-            needed = self._needed(ritz, want, min(least, d))
+            needed = self._needed(ritz, want, least)
             converged = residuals <= tol
             # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
             hiding = residuals > np.maximum(want - ritz, tol)

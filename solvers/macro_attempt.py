@@ -303,15 +303,15 @@ class Attempt:
                         now, then = lin.kick(R @ owed.zeroth @ R.T), flow.linearised(end, g, old).kick(owed.zeroth)
                         bent = combine([(1.0, now.parts), (-1.0, then.parts)])
                         Py = flow.precondition(end, bent[0][:, None])[:, 0]
-                        anchor = old.w if self.here.anchor is None else self.here.anchor
-                        secant = Secant.of(end.w - anchor, bent[0], Py)
+                        step = end.w - (old.w if self.here.anchor is None else self.here.anchor)
+                        secant = Secant.of(step, bent[0], Py)
                     # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
                     late = owed.bent(H, None if secant and secant.stiff else slope)
                     foreseen = flow.linearised(end, g, ahead(old, slope, H))
                     change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
                     if secant:
                         unforeseen = now.w - foreseen.kick(owed.zeroth).w
-                        pull = _pull(flow, end, unforeseen, end.w - anchor, now.w)
+                        pull = _pull(flow, end, unforeseen, step, now.w)
                         change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
@@ -335,12 +335,11 @@ class Attempt:
             experience = replace(experience, slip=slip / H**2, sag=sag / H**2, pull=pull / H**2)
         except DomainError:
             return None
+        T, anchor = new.T, end.w
         part = secant.part(moved.w - end.w) if secant else 0.0
-        if not part:
-            return Corrected(moved, X + y / H, bend, pull, new.T, end.w, experience)
-        # T was made before the corrections; what they change of it is a part of what the step has changed
-        T = new.T + part * (new.T - like(skron(R), new.T) @ old.T)
-        return Corrected(moved, X + y / H, bend, pull, T, moved.w, experience)
+        if part:  # T was made before the corrections; what they change of it is a part of what the step has changed
+            T, anchor = T + part * (T - like(skron(R), T) @ old.T), moved.w
+        return Corrected(moved, X + y / H, bend, pull, T, anchor, experience)
 
     def _worth(self, y: State, g: Tensor, change: tuple[Tensor, Any], H: float) -> float:
         """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""

@@ -139,8 +139,8 @@ class Watch:
         distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
         # But sharp beside their eigenvalue: any vector has a small residual where most eigenvalues are small.
         tol = max(self.subspace.tol, min(0.2, 0.15 * distance, 0.05 * abs(float(last.eigenvalues[0]))))
-        block = last.block if guess is None else replace(last.block, V=guess)
         tol = min(tol, _TURNED / max(coupling.turn, 1e-9))
+        block = last.block if guess is None else replace(last.block, V=guess)
         block = self.subspace.follow(A, block, want, tol, max(1, coupling.bound))
         surveyed = last.surveyed
         below, size = last.below, block.size
