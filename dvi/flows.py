@@ -151,11 +151,19 @@ class CompiledFlow:
 
     def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
         k = U.shape[1]
-        if third:
-            self._check_memory(k, U)
-        T = self.problem.hessian_gradient(y.w, U) if k and third else U.new_zeros(0, len(y.w))
+        T = self.third_derivatives(y, U) if k and third else U.new_zeros(0, len(y.w))
         (M,) = host(U.T @ HU)
         return Frame(y.w, U, HU, 0.5 * (M + M.T), T)
+
+    def third_derivatives(self, y: State, U: Tensor, squares: bool = False) -> Tensor:
+        """Rows ∇_w uᵢᵀH(w)uⱼ for the columns of U, see :meth:`dvi.Problem.hessian_gradient`.
+
+        Raises:
+            MemoryLimitError: if they would take more than ``max_gib``.
+        """
+        if not squares:
+            self._check_memory(U.shape[1], U)
+        return self.problem.hessian_gradient(y.w, U, squares)
 
     def _check_memory(self, k: int, U: Tensor) -> None:
         pairs = k * (k + 1) // 2

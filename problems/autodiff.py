@@ -84,16 +84,16 @@ class Autodiff:
                     done += k - i
         return rows
 
-    def weighted_squares(self, w: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        """Return the sum Σᵢ xᵢ T[uᵢ, uᵢ] [d]."""
+    def squares(self, w: Tensor, U: Tensor) -> Tensor:
+        """Rows T[uᵢ, uᵢ] [k, d]."""
         self._ledger.third_derivatives += len(U)
-        total = torch.zeros_like(w)
+        rows = torch.zeros_like(U)
         with explained("third"):
-            for leaf, gradient in self._gradients(w):
-                for u, weight in zip(U, x, strict=True):
-                    product = pull(gradient, leaf, u, again=True)
-                    total += weight * pull(product, leaf, u, keep=True)
-        return total
+            for x, gradient in self._gradients(w):
+                for row, u in zip(rows, U, strict=True):
+                    product = pull(gradient, x, u, again=True)
+                    row += pull(product, x, u, keep=True)
+        return rows
 
     def along(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices uᵢᵀ T[v] uⱼ [m, k, k], by the cheaper of T[v, uᵢ] and T[uᵢ, uⱼ]."""

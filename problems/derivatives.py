@@ -35,8 +35,8 @@ class Derivatives(Protocol):
     def pairs(self, w: Tensor, U: Tensor) -> Tensor:
         """Rows T[uᵢ, uⱼ] = ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for i ≤ j, row by row, unscaled."""
 
-    def weighted_squares(self, w: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        """Return the sum Σᵢ xᵢ T[uᵢ, uᵢ] [d]."""
+    def squares(self, w: Tensor, U: Tensor) -> Tensor:
+        """Rows T[uᵢ, uᵢ] [k, d]."""
 
     def along(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices uᵢᵀ T[v] uⱼ [m, k, k] for the rows v of V [m, d]."""

@@ -92,13 +92,10 @@ class FiniteDifference:
                 rows.append(norms[i] * norms[j] * row)
         return torch.stack(rows)
 
-    def weighted_squares(self, w: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        """Return the sum Σᵢ xᵢ T[uᵢ, uᵢ] [d]."""
+    def squares(self, w: Tensor, U: Tensor) -> Tensor:
+        """Rows T[uᵢ, uᵢ] [k, d]."""
         self._ledger.third_derivatives += len(U)
-        total = torch.zeros_like(w)
-        for u, weight in zip(U, x, strict=True):
-            total += weight * self._second_difference(w, u)
-        return total
+        return torch.stack([self._second_difference(w, u) for u in U])
 
     def along(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices uᵢᵀ T[v] uⱼ [m, k, k]."""

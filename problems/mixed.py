@@ -25,7 +25,7 @@ class Mixed:
         self.remember = self._third.remember
         self.hvp = self._second.hvp
         self.pairs = self._third.pairs
-        self.weighted_squares = self._third.weighted_squares
+        self.squares = self._third.squares
         self.along = self._third.along
 
     @property

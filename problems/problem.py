@@ -175,11 +175,10 @@ class Problem:
             return V.clone()
         return _finite(self._derivatives.hvp(w, _rows(V)).T, "Hessian-vector product")
 
-    def hessian_gradient(self, w: Tensor, U: Tensor) -> Tensor:
-        """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order.
+    def hessian_gradient(self, w: Tensor, U: Tensor, squares: bool = False) -> Tensor:
+        """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order; ``squares``: i = j only, [k, d].
 
-        That is ``torch.triu_indices(k, k)``, row by row, with off-diagonal rows times √2: the rows' inner product with
-        svec(X) is ∇³L[UXUᵀ].
+        Off-diagonal rows are times √2, in the order of ``torch.triu_indices``: svec(X) @ rows is ∇³L[UXUᵀ].
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
@@ -191,6 +190,8 @@ class Problem:
         k = U.shape[1]
         if k == 0:
             return U.new_zeros(0, self.dim)
+        if squares:
+            return _finite(self._derivatives.squares(w, _rows(U)), "third derivative")
         rows = self._derivatives.pairs(w, _rows(U))
         i, j = torch.triu_indices(k, k, device=self.device)
         rows[i != j] *= math.sqrt(2)
@@ -211,7 +212,7 @@ class Problem:
         weights, directions = self._principal_directions(U, X)
         if len(weights) == 0:
             return torch.zeros_like(w)
-        return _finite(self._derivatives.weighted_squares(w, directions, weights), "third derivative")
+        return _finite(weights @ self._derivatives.squares(w, directions), "third derivative")
 
     def hessian_derivative(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices Uᵀ (d/dε H(w+εv)) U [m, k, k] for U [d, k] and each column v of V [d, m].

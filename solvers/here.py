@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL
-from dvi.solvers.interval import UNKNOWN, Experience, Moments, Slope
+from dvi.solvers.interval import UNKNOWN, Experience, Moments, Slope, Taken
 from dvi.solvers.protocol import Flow, Frame, State
 from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_frame
 
@@ -27,6 +27,7 @@ class Here:
         until: the moment until which there is no need to look.
         coupling: which directions of the frame must stay in it, wherever their eigenvalues go (see ``gap.coupled``).
         experience: how far the model of the last interval was off at its end.
+        taken: which third derivatives the last look took (None: all, where nothing was known before).
     """
 
     loss: float
@@ -40,6 +41,7 @@ class Here:
     experience: Experience = UNKNOWN
     until: float = np.inf
     coupling: Coupling = LOOSE
+    taken: Taken | None = None
 
     @property
     def neighbour(self) -> bool:
@@ -68,7 +70,14 @@ def evaluate(
 
 
 def critical_frame(
-    flow: Flow, watch: Watch, y: State, seen: Sighting, h: float, held: int = 0, coupling: Coupling = LOOSE
+    flow: Flow,
+    watch: Watch,
+    y: State,
+    seen: Sighting,
+    h: float,
+    held: int = 0,
+    coupling: Coupling = LOOSE,
+    third: bool = True,
 ) -> Frame:
-    """The critical frame; where oscillations act on ν inside a step, the eigenvalue is 2."""
-    return replace(watch.frame(flow, y, seen, h, held, coupling), on_edge=True)
+    """The critical frame, with T if asked for; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    return replace(watch.frame(flow, y, seen, h, held, coupling, third), on_edge=True)

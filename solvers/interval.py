@@ -1,7 +1,7 @@
 """The interval between two looks at the eigenvectors: what is foreseen in it, and what is owed at its end.
 
-A look costs a block of products with the Hessian and k(k+1)/2 third derivatives, a step some six gradients.  So looks
-are made when they are needed, not at every step: in between T follows its slope from the look before, the gap is
+A look costs a block of products with the Hessian and k to k(k+1)/2 third derivatives, a step some six gradients.  So
+looks are made when they are needed, not at every step: in between T follows its slope from the look before, the gap is
 linear in w, and the moments of X are kept, from which the next look makes up for what T has bent meanwhile.
 """
 
@@ -98,6 +98,21 @@ class Moments:
         quadratic = (self.second + slope.span * self.first) / (H * (H + slope.span))
         bent: Array = linear + slope.known @ (quadratic - linear) @ slope.known
         return bent
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which third derivatives the last look took.
+
+    Attributes:
+        axes: those along these orthonormal directions of its frame, [k, m]; None: all.
+        looks: how many looks it has been since all were taken.
+        whole: when that was.
+    """
+
+    axes: Array | None
+    looks: int
+    whole: float
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dvi.solvers.repair import Repair
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
+from dvi.solvers.thirds import tempered, with_thirds
 from dvi.solvers.watch import LOOSE, Watch
 
 #: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
@@ -184,8 +185,10 @@ class Attempt:
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return Rejected(0.5 * h)
         missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > _OVERSHOOT else 0.0
-        new = critical_frame(flow, self.watch, end, seen, h, frame.k, self.here.coupling)
-        corrected = self._correct(end, g, new, owed, X_end)
+        new = critical_frame(flow, self.watch, end, seen, h, frame.k, self.here.coupling, third=False)
+        R = transport(flow, end, new, self.here.frame)
+        new, taken = with_thirds(flow, end, new, seen, self.here, R, X_end)
+        corrected = self._correct(end, g, new, R, owed, X_end)
         if corrected is None:
             return self._retry(np.inf)
         moved, bend = corrected.y, corrected.error(tol)
@@ -204,9 +207,11 @@ class Attempt:
             coupling = coupled(lin, corrected.X, max(h, 1.0))
             new, seen = settled(flow, moved, new, lin.gap, seen, self.since + h)
         new = replace(new, T=corrected.T)
-        slope = Slope.between(self.here.frame, self.here.seen, new, seen)
+        slope = tempered(Slope.between(self.here.frame, self.here.seen, new, seen), self.here, R, end.t)
         taught = corrected.experience
-        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, taught, coupling=coupling)
+        here = Here(
+            float(loss), g, seen, new, slope, corrected.anchor, None, approach, taught, coupling=coupling, taken=taken
+        )
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
     def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
@@ -280,7 +285,7 @@ class Attempt:
 
     # ---- the end of the step --------------------------------------------------------------------------
 
-    def _correct(self, end: State, g: Tensor, new: Frame, owed: Moments, X_end: Array) -> Corrected | None:
+    def _correct(self, end: State, g: Tensor, new: Frame, R: Array, owed: Moments, X_end: Array) -> Corrected | None:
         """What the change of frame owes since the last look, then the signed correction of the impulse to the gap.
 
         None if that leaves the domain of P.
@@ -294,7 +299,6 @@ class Attempt:
             X = Z_end = np.zeros((new.k, new.k))
             moved, bend, pull, secant, experience = end, 0.0, 0.0, None, self.here.experience
             if old.k:
-                R = transport(flow, end, new, old)
                 S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
                 X = R @ (owed.zeroth - (self.here.owed.zeroth if self.here.owed else 0.0)) @ R.T / self.h
                 Z_end = R @ (H * X_end) @ R.T

@@ -209,6 +209,10 @@ class Flow(Protocol):
         """The frame of orthonormal eigenvectors V [d, k] of the effective Hessian A, given AV; T only if asked for."""
         ...
 
+    def third_derivatives(self, y: State, U: Tensor, squares: bool = False) -> Tensor:
+        """∇_w of uᵢᵀHuⱼ for all pairs of columns of U [d, k], [k(k+1)/2, d], svec order; or for i = j only, [k, d]."""
+        ...
+
     def linearised(self, y: State, g: Tensor, frame: Frame) -> Linearised:
         """α, β, the gap and the drift at y in a frame anchored at or near y."""
         ...

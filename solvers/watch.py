@@ -104,8 +104,8 @@ class Watch:
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
         survey_every: unit times between random look-arounds for an eigenvalue the block is blind to, at most.
         survey_soonest: and at least, where one may have come to 2 that rises twice as fast as those in sight.
-        patience: unit times for which a sighting far from 2 is believed, at most (six times that of the others, where
-            those near 2 are held).
+        patience: unit times for which a sighting far from 2 is believed, at most (2.5 times that of the others, where
+            those near 2 are held: after more, eigenvectors extrapolated so far may have lost one that rises).
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
@@ -165,7 +165,7 @@ class Watch:
 
     def quiet(self, flow: Flow, y: State, seen: Sighting, held: int, until: float) -> bool:
         """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?"""
-        if until - seen.t > 6 * self.patience:
+        if until - seen.t > 4 * self.patience:
             return False
         if seen.block.size == held:
             return seen.block.V.shape[0] == held  # there are no others
@@ -242,10 +242,19 @@ class Watch:
         """A residual up to which a vector serves as an eigenvector for a while."""
         return min(20 * self.subspace.tol, max(0.02, self.subspace.tol))
 
-    def frame(self, flow: Flow, y: State, seen: Sighting, h: float, held: int = 0, coupling: Coupling = LOOSE) -> Frame:
+    def frame(
+        self,
+        flow: Flow,
+        y: State,
+        seen: Sighting,
+        h: float,
+        held: int = 0,
+        coupling: Coupling = LOOSE,
+        third: bool = True,
+    ) -> Frame:
         """The frame of the critical eigenvectors at y, ``held`` of which are held already, and of coupled ones."""
         k = self.critical(seen, h, held, coupling)
-        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k])
+        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k], third)
 
     def _rates(self, last: Sighting, block: Eigenblock, t: float, found: bool) -> tuple[Array, Array]:
         """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest.

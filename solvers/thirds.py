@@ -1,0 +1,83 @@
+"""Which third derivatives a look takes anew.
+
+T of k directions is k(k+1)/2 contractions of ∇³L, most of what a look costs.  But w is pushed by T[X] alone: by T[q, q]
+along the k axes q of the oscillation.  The others only say how X answers to the gap.  There T as extrapolated from
+earlier looks serves, as an old Jacobian serves Newton's method: what that leaves of the gap, the next look sees and
+makes up for, and by how much it was off bounds the interval between looks.  So T is taken along the axes of X, and
+whole once in k looks; where a direction is new, has just arrived, or turns fast; and where nothing oscillates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from dvi.solvers.here import Here
+from dvi.solvers.interval import Slope, Taken, ahead
+from dvi.solvers.protocol import Array, Flow, Frame, State, like
+from dvi.solvers.svec import dimension, skron, svec
+from dvi.solvers.watch import AT_EDGE, Sighting
+
+_OSCILLATES = 1e-2  # a direction with less than this part of the largest entry of X is as good as at rest
+_ASIDE = 0.5  # a direction is new, or at rest, whose part outside what is known, or oscillates, is larger
+
+
+def with_thirds(
+    flow: Flow, end: State, new: Frame, seen: Sighting, here: Here, R: Array, X: Array
+) -> tuple[Frame, Taken]:
+    """The frame of a look with its third derivatives, and which of them were taken.
+
+    Args:
+        flow, end: where the look is made.
+        new: the frame there, without T.
+        seen: the eigenvalues there.
+        here: what the last look knew.
+        R: the rotation from its frame to the new one, [k', k].
+        X: oscillation covariance at the end, in the last look's frame, [k, k].
+    """
+    last, axes = here.taken, None
+    if last and last.looks < new.k and not here.coupling.bound:
+        axes = _axes(new.k, seen, here, R, X)
+    if last is None or axes is None or axes.shape[1] >= dimension(new.k):
+        return replace(new, T=flow.third_derivatives(end, new.U)), Taken(None, 0, end.t)
+    foreseen = like(skron(R), new.U) @ ahead(here.frame, here.slope, end.t - here.seen.t).T
+    squares = flow.third_derivatives(end, new.U @ like(axes, new.U), squares=True)
+    return replace(new, T=nearest(foreseen, axes, squares)), Taken(axes, last.looks + 1, last.whole)
+
+
+def tempered(slope: Slope | None, here: Here, R: Array, t: float) -> Slope | None:
+    """The slope of T at t, where the last look did not take all of it.
+
+    By what it was off there, it had come to be off since all were taken, and not in the last interval alone.
+    """
+    if slope is None or here.slope is None or here.taken is None or here.taken.axes is None:
+        return slope
+    S = _squares(R @ here.taken.axes, slope.T)
+    turn = slope.T - like(skron(R), slope.T) @ here.slope.T
+    late = 1 - (t - here.seen.t) / (t - here.taken.whole)
+    return replace(slope, T=slope.T - late * (turn - S.T @ (S @ turn)))
+
+
+def _squares(axes: Array, example: Tensor) -> Tensor:
+    """Rows svec(qqᵀ) [m, n] for the columns q of axes [k, m]: orthonormal if they are."""
+    return like(svec(axes.T[:, :, None] * axes.T[:, None, :]), example)
+
+
+def nearest(T: Tensor, axes: Array, squares: Tensor) -> Tensor:
+    """The T [n, d] nearest to a given T with T[q, q] = ``squares`` [m, d] for orthonormal q, columns of axes [k, m]."""
+    S = _squares(axes, T)
+    return T + S.T @ (squares - S @ T)
+
+
+def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | None:
+    """The axes of the oscillation in the new frame [k, m]; None where all third derivatives are needed."""
+    if here.slope is None or not X.any():
+        return None
+    x, Q = np.linalg.eigh(R @ X @ R.T)
+    active = Q[:, x > _OSCILLATES * x[-1]]
+    new = np.eye(k) - R @ here.slope.known @ R.T
+    arrived = np.eye(k)[:, seen.eigenvalues[:k] > 2 - AT_EDGE]
+    aside = np.hstack([new, arrived - active @ (active.T @ arrived)])
+    return None if np.linalg.norm(aside, 2) > _ASIDE else Q
