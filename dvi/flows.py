@@ -150,8 +150,7 @@ class CompiledFlow:
         return self._frame(y, U, HU, third)
 
     def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
-        k = U.shape[1]
-        T = self.third_derivatives(y, U) if k and third else U.new_zeros(0, len(y.w))
+        T = self.third_derivatives(y, U) if third else U.new_zeros(0, len(y.w))
         (M,) = host(U.T @ HU)
         return Frame(y.w, U, HU, 0.5 * (M + M.T), T)
 

@@ -80,6 +80,8 @@ def coupled(lin: Linearised, X: Array, h: float) -> Coupling:
 
 def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
     """The rotation from the old frame to the new one: polar factor of U'ᵀPU, also when k changed."""
+    if not new.k or not old.k:
+        return np.zeros((new.k, old.k))
     return partial_isometry(host(new.U.T @ flow.precondition(end, old.U))[0])
 
 

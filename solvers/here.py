@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL
-from dvi.solvers.interval import UNKNOWN, Experience, Moments, Slope, Taken
+from dvi.solvers.interval import UNKNOWN, WHOLE, Experience, Moments, Slope, Taken
 from dvi.solvers.protocol import Flow, Frame, State
 from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_frame
 
@@ -27,7 +27,7 @@ class Here:
         until: the moment until which there is no need to look.
         coupling: which directions of the frame must stay in it, wherever their eigenvalues go (see ``gap.coupled``).
         experience: how far the model of the last interval was off at its end.
-        taken: which third derivatives the last look took (None: all, where nothing was known before).
+        taken: which third derivatives the last look took (by default all of them).
     """
 
     loss: float
@@ -41,7 +41,7 @@ class Here:
     experience: Experience = UNKNOWN
     until: float = np.inf
     coupling: Coupling = LOOSE
-    taken: Taken | None = None
+    taken: Taken = WHOLE
 
     @property
     def neighbour(self) -> bool:
@@ -66,18 +66,10 @@ def evaluate(
     if not flow.constrained:
         return Here(*known, watch.glance(flow, y, last), empty_frame(flow, y))
     seen = watch.look(flow, y, last, h, coupling=coupling)
-    return Here(*known, seen, critical_frame(flow, watch, y, seen, h, coupling=coupling), coupling=coupling)
+    frame = critical_frame(flow, y, seen, watch.critical(seen, h, coupling=coupling))
+    return Here(*known, seen, frame, coupling=coupling)
 
 
-def critical_frame(
-    flow: Flow,
-    watch: Watch,
-    y: State,
-    seen: Sighting,
-    h: float,
-    held: int = 0,
-    coupling: Coupling = LOOSE,
-    third: bool = True,
-) -> Frame:
-    """The critical frame, with T if asked for; where oscillations act on ν inside a step, the eigenvalue is 2."""
-    return replace(watch.frame(flow, y, seen, h, held, coupling, third), on_edge=True)
+def critical_frame(flow: Flow, y: State, seen: Sighting, k: int, third: bool = True) -> Frame:
+    """The frame of k critical eigenvectors; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    return replace(seen.frame(flow, y, k, third), on_edge=True)

@@ -105,14 +105,17 @@ class Taken:
     """Which third derivatives the last look took.
 
     Attributes:
-        axes: those along these orthonormal directions of its frame, [k, m]; None: all.
+        axes: those along these orthonormal directions of its frame, [k, k]; None: all.
         looks: how many looks it has been since all were taken.
         whole: when that was.
     """
 
-    axes: Array | None
-    looks: int
-    whole: float
+    axes: Array | None = None
+    looks: int = 0
+    whole: float = np.nan
+
+
+WHOLE = Taken()
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ class Attempt:
         if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
             return Rejected(0.5 * h)
         missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > _OVERSHOOT else 0.0
-        new = critical_frame(flow, self.watch, end, seen, h, frame.k, self.here.coupling, third=False)
+        held = self.watch.critical(seen, h, frame.k, self.here.coupling)
+        new = critical_frame(flow, end, seen, held, third=False)
         R = transport(flow, end, new, self.here.frame)
         new, taken = with_thirds(flow, end, new, seen, self.here, R, X_end)
         corrected = self._correct(end, g, new, R, owed, X_end)

@@ -211,7 +211,7 @@ class _Block:
         seen = self.watch.look(flow, s.state, here.seen, length, vectors_ahead(here.seen, here.slope, s.t))
         if seen.eigenvalues[0] > _OVERSHOOT and not single:
             return 0.5 * length
-        new = critical_frame(flow, self.watch, s.state, seen, length)
+        new = critical_frame(flow, s.state, seen, self.watch.critical(seen, length))
         if single or not new.k:
             mean = smat(impulse.Z) / length if frame.k else np.zeros((0, 0))
             return _Taken(s, Here(float(loss), g, seen, new), mean, frame, rate, 0.0, path)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dvi.solvers.here import Here
 from dvi.solvers.interval import Slope, Taken, ahead
 from dvi.solvers.protocol import Array, Flow, Frame, State, like
-from dvi.solvers.svec import dimension, skron, svec
+from dvi.solvers.svec import skron, svec
 from dvi.solvers.watch import AT_EDGE, Sighting
 
 _OSCILLATES = 1e-2  # a direction with less than this part of the largest entry of X is as good as at rest
@@ -37,14 +37,12 @@ def with_thirds(
         R: the rotation from its frame to the new one, [k', k].
         X: oscillation covariance at the end, in the last look's frame, [k, k].
     """
-    last, axes = here.taken, None
-    if last and last.looks < new.k and not here.coupling.bound:
-        axes = _axes(new.k, seen, here, R, X)
-    if last is None or axes is None or axes.shape[1] >= dimension(new.k):
-        return replace(new, T=flow.third_derivatives(end, new.U)), Taken(None, 0, end.t)
+    axes = _axes(new.k, seen, here, R, X) if here.taken.looks < new.k and not here.coupling.bound else None
+    if axes is None:
+        return replace(new, T=flow.third_derivatives(end, new.U)), Taken(whole=end.t)
     foreseen = like(skron(R), new.U) @ ahead(here.frame, here.slope, end.t - here.seen.t).T
     squares = flow.third_derivatives(end, new.U @ like(axes, new.U), squares=True)
-    return replace(new, T=nearest(foreseen, axes, squares)), Taken(axes, last.looks + 1, last.whole)
+    return replace(new, T=nearest(foreseen, axes, squares)), Taken(axes, here.taken.looks + 1, here.taken.whole)
 
 
 def tempered(slope: Slope | None, here: Here, R: Array, t: float) -> Slope | None:
@@ -52,7 +50,7 @@ def tempered(slope: Slope | None, here: Here, R: Array, t: float) -> Slope | Non
 
     By what it was off there, it had come to be off since all were taken, and not in the last interval alone.
     """
-    if slope is None or here.slope is None or here.taken is None or here.taken.axes is None:
+    if slope is None or here.slope is None or here.taken.axes is None:
         return slope
     S = _squares(R @ here.taken.axes, slope.T)
     turn = slope.T - like(skron(R), slope.T) @ here.slope.T
@@ -72,8 +70,8 @@ def nearest(T: Tensor, axes: Array, squares: Tensor) -> Tensor:
 
 
 def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | None:
-    """The axes of the oscillation in the new frame [k, m]; None where all third derivatives are needed."""
-    if here.slope is None or not X.any():
+    """The axes of the oscillation in the new frame [k, k]; None where all third derivatives are needed."""
+    if k < 2 or here.slope is None or not X.any():
         return None
     x, Q = np.linalg.eigh(R @ X @ R.T)
     active = Q[:, x > _OSCILLATES * x[-1]]

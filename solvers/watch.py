@@ -51,6 +51,10 @@ class Sighting:
         """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
         return shown(self.block)
 
+    def frame(self, flow: Flow, y: State, k: int, third: bool = True) -> Frame:
+        """The frame at y of the k leading eigenvectors that were seen there, with T if asked for."""
+        return flow.frame(y, self.block.V[:, :k], self.block.AV[:, :k], third)
+
 
 @dataclass(frozen=True)
 class Approach:
@@ -104,7 +108,7 @@ class Watch:
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
         survey_every: unit times between random look-arounds for an eigenvalue the block is blind to, at most.
         survey_soonest: and at least, where one may have come to 2 that rises twice as fast as those in sight.
-        patience: unit times for which a sighting far from 2 is believed, at most (2.5 times that of the others, where
+        patience: unit times for which a sighting far from 2 is believed, at most (four times that of the others, where
             those near 2 are held: after more, eigenvectors extrapolated so far may have lost one that rises).
     """
 
@@ -242,19 +246,9 @@ class Watch:
         """A residual up to which a vector serves as an eigenvector for a while."""
         return min(20 * self.subspace.tol, max(0.02, self.subspace.tol))
 
-    def frame(
-        self,
-        flow: Flow,
-        y: State,
-        seen: Sighting,
-        h: float,
-        held: int = 0,
-        coupling: Coupling = LOOSE,
-        third: bool = True,
-    ) -> Frame:
-        """The frame of the critical eigenvectors at y, ``held`` of which are held already, and of coupled ones."""
-        k = self.critical(seen, h, held, coupling)
-        return flow.frame(y, seen.block.V[:, :k], seen.block.AV[:, :k], third)
+    def frame(self, flow: Flow, y: State, seen: Sighting, h: float) -> Frame:
+        """The frame of the critical eigenvectors at y."""
+        return seen.frame(flow, y, self.critical(seen, h))
 
     def _rates(self, last: Sighting, block: Eigenblock, t: float, found: bool) -> tuple[Array, Array]:
         """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest.

@@ -22,10 +22,17 @@ seeds = st.integers(0, 10_000)
 F64 = torch.float64
 
 
+def along(Q, T):
+    """T[q, q] for the columns q of Q, from all of T [n, d]."""
+    return torch.tensor(np.stack([svec(np.outer(q, q)) @ T for q in Q.T]))
+
+
 @pytest.mark.parametrize("derivatives", ["autodiff", "mixed", "finite-difference"])
 def test_squares_are_the_diagonal_of_all_pairs(derivatives):
     problem = digits(n=30, width=4, derivatives=derivatives)
-    U = torch.linalg.qr(torch.randn(problem.dim, 3, dtype=F64, generator=torch.Generator().manual_seed(0)))[0]
+    U = torch.zeros(problem.dim, 3, dtype=F64)  # columns of length 1 to the last bit: nothing rounds in scaling them
+    for i, column in enumerate(U.T):
+        column[torch.randperm(problem.dim, generator=torch.Generator().manual_seed(i))[:4]] = 0.5
     before = problem.ledger.counts["third_derivatives"]
     squares = problem.hessian_gradient(problem.w0, U, squares=True)
     assert problem.ledger.counts["third_derivatives"] - before == 3
@@ -42,8 +49,7 @@ def test_the_nearest_T_pushes_as_the_true_one_and_is_left_alone_aside(seed, k):
     guess, true = rng.normal(size=(2, n, d))
     Q = orthogonal(rng, k)
     X = Q @ np.diag(rng.uniform(size=k)) @ Q.T
-    squares = np.stack([svec(np.outer(q, q)) @ true for q in Q.T])
-    T = thirds.nearest(torch.tensor(guess), Q, torch.tensor(squares)).numpy()
+    T = thirds.nearest(torch.tensor(guess), Q, along(Q, true)).numpy()
     np.testing.assert_allclose(svec(X) @ T, svec(X) @ true, atol=1e-13)  # T[X], what moves w, is exact
     turned = skron(Q.T) @ (T - guess)  # in the basis of the axes
     off_diagonal = svec(np.ones((k, k)) - np.eye(k)) > 0
@@ -59,8 +65,7 @@ def test_a_slope_is_counted_from_when_all_were_taken(seed, k):
     T0, dT = rng.normal(size=(2, n, d))
     Q, R = orthogonal(rng, k), orthogonal(rng, k)
     whole, partly, now = 0.0, *np.cumsum(rng.uniform(0.5, 2, 2))
-    squares = np.stack([svec(np.outer(q, q)) @ (T0 + partly * dT) for q in Q.T])
-    known = thirds.nearest(torch.tensor(T0), Q, torch.tensor(squares)).numpy()  # foreseen without a slope
+    known = thirds.nearest(torch.tensor(T0), Q, along(Q, T0 + partly * dT)).numpy()  # foreseen without a slope
     naive = (skron(R) @ (T0 + now * dT - known)) / (now - partly)
 
     def slope(T):
