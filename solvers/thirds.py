@@ -4,7 +4,7 @@ T of k directions is k(k+1)/2 contractions of ∇³L, most of what a look costs.
 along the k axes q of the oscillation.  The others only say how X answers to the gap.  There T as extrapolated from
 earlier looks serves, as an old Jacobian serves Newton's method: what that leaves of the gap, the next look sees and
 makes up for, and by how much it was off bounds the interval between looks.  So T is taken along the axes of X, and
-whole once in k looks; where a direction is new, has just arrived, or turns fast; and where nothing oscillates.
+whole once in 2k looks; where a direction is new, has just arrived, or turns fast; and where nothing oscillates.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dvi.solvers.protocol import Array, Flow, Frame, State, like
 from dvi.solvers.svec import skron, svec
 from dvi.solvers.watch import AT_EDGE, Sighting
 
+_LAST = 2  # for so many looks for each direction a T that has followed its slopes is believed
 _OSCILLATES = 1e-2  # a direction with less than this part of the largest entry of X is as good as at rest
 _ASIDE = 0.5  # a direction is new, or at rest, whose part outside what is known, or oscillates, is larger
 
@@ -37,7 +38,7 @@ def with_thirds(
         R: the rotation from its frame to the new one, [k', k].
         X: oscillation covariance at the end, in the last look's frame, [k, k].
     """
-    axes = _axes(new.k, seen, here, R, X) if here.taken.looks < new.k and not here.coupling.bound else None
+    axes = _axes(new.k, seen, here, R, X) if here.taken.looks < _LAST * new.k and not here.coupling.bound else None
     if axes is None:
         return replace(new, T=flow.third_derivatives(end, new.U)), Taken(whole=end.t)
     foreseen = like(skron(R), new.U) @ ahead(here.frame, here.slope, end.t - here.seen.t).T

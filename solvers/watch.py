@@ -108,8 +108,8 @@ class Watch:
         lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
         survey_every: unit times between random look-arounds for an eigenvalue the block is blind to, at most.
         survey_soonest: and at least, where one may have come to 2 that rises twice as fast as those in sight.
-        patience: unit times for which a sighting far from 2 is believed, at most (four times that of the others, where
-            those near 2 are held: after more, eigenvectors extrapolated so far may have lost one that rises).
+        patience: unit times for which a sighting far from 2 is believed, at most (six times that of the others, where
+            those near 2 are held and the others known not to come near it).
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
@@ -169,14 +169,15 @@ class Watch:
 
     def quiet(self, flow: Flow, y: State, seen: Sighting, held: int, until: float) -> bool:
         """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?"""
-        if until - seen.t > 4 * self.patience:
+        if until - seen.t > 6 * self.patience:
             return False
         if seen.block.size == held:
             return seen.block.V.shape[0] == held  # there are no others
         ahead = self.lookahead * np.maximum(seen.rates, 0.0) * (until - seen.t)
         room = CRITICAL - self.band - seen.eigenvalues - np.minimum(seen.block.residuals, 0.1) - ahead
         risen = self._risen(flow, y, seen)
-        return bool(np.all(risen[held:] < 0.5 * room[held:]))
+        # one that has sunk because P grew is on its way all the same
+        return bool(np.all(np.maximum(risen[held:], 0.0) < 0.5 * room[held:]))
 
     def _risen(self, flow: Flow, y: State, seen: Sighting) -> Array:
         """By how much the eigenvalues have risen since they were seen because P fell, [m]."""

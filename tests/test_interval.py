@@ -232,3 +232,8 @@ def test_an_eigenvalue_that_is_not_held_ends_the_wait():
     assert not watch.quiet(Still(), None, seen, 2, 1.0)  # none beyond the held ones is followed
     falling = type("Falling", (), {"precondition": lambda self, y, U: 0.9 * U})()
     assert not watch.quiet(falling, None, seen, 1, 5.0)  # 1.8/0.9 = 2, by P alone
+    # P that grew has let λ sink to 1.8/1.25 in the old basis, but its rate, seen as P grew, takes it to 1.965: RMSProp
+    # on digits missed an arrival so, since −0.36 < ½(1.95 − 1.965)
+    growing = type("Growing", (), {"precondition": lambda self, y, U: 1.25 * U})()
+    assert watch.quiet(growing, None, seen, 1, 5.0)
+    assert not watch.quiet(growing, None, seen, 1, 11.0)
