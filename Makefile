@@ -25,6 +25,7 @@ docs: $(DOCS)
 	@echo "the pages are in docs/_build/html/index.html"
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
