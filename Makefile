@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
+BENCH := $(VENV)/.bench
 
 .PHONY: demo test lint docs bench clean
 
@@ -24,8 +25,7 @@ docs: $(DOCS)
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "the pages are in docs/_build/html/index.html"
 
-bench: $(INSTALLED)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+bench: $(BENCH)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -33,8 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(DOCS): $(INSTALLED)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+$(DOCS) $(BENCH): $(VENV)/.%: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from dvi.solvers.critical import CRITICAL
 from dvi.solvers.here import Here
 from dvi.solvers.interval import Slope, Taken, ahead
 from dvi.solvers.protocol import Array, Flow, Frame, State, like
@@ -38,7 +39,7 @@ def with_thirds(
         R: the rotation from its frame to the new one, [k', k].
         X: oscillation covariance at the end, in the last look's frame, [k, k].
     """
-    axes = _axes(new.k, seen, here, R, X) if here.taken.looks < _LAST * new.k and not here.coupling.bound else None
+    axes = _axes(new.k, seen, here, R, X)
     if axes is None:
         return replace(new, T=flow.third_derivatives(end, new.U)), Taken(whole=end.t)
     foreseen = like(skron(R), new.U) @ ahead(here.frame, here.slope, end.t - here.seen.t).T
@@ -72,11 +73,11 @@ def nearest(T: Tensor, axes: Array, squares: Tensor) -> Tensor:
 
 def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | None:
     """The axes of the oscillation in the new frame [k, k]; None where all third derivatives are needed."""
-    if k < 2 or here.slope is None or not X.any():
+    if k < 2 or here.slope is None or not X.any() or here.coupling.bound or here.taken.looks >= _LAST * k:
         return None
     x, Q = np.linalg.eigh(R @ X @ R.T)
     active = Q[:, x > _OSCILLATES * x[-1]]
     new = np.eye(k) - R @ here.slope.known @ R.T
-    arrived = np.eye(k)[:, seen.eigenvalues[:k] > 2 - AT_EDGE]
+    arrived = np.eye(k)[:, seen.eigenvalues[:k] > CRITICAL - AT_EDGE]
     aside = np.hstack([new, arrived - active @ (active.T @ arrived)])
     return None if np.linalg.norm(aside, 2) > _ASIDE else Q

@@ -176,15 +176,17 @@ class Watch:
         ahead = self.lookahead * np.maximum(seen.rates, 0.0) * (until - seen.t)
         room = CRITICAL - self.band - seen.eigenvalues - np.minimum(seen.block.residuals, 0.1) - ahead
         risen = self._risen(flow, y, seen)
-        # one that has sunk because P grew is on its way all the same
-        return bool(np.all(np.maximum(risen[held:], 0.0) < 0.5 * room[held:]))
+        return bool(np.all(risen[held:] < 0.5 * room[held:]))
 
     def _risen(self, flow: Flow, y: State, seen: Sighting) -> Array:
-        """By how much the eigenvalues have risen since they were seen because P fell, [m]."""
+        """By how much the eigenvalues have risen since they were seen because P fell, [m]; 0 where P grew.
+
+        What has sunk so is not further from 2: the rates, seen as P grew, take it there all the same.
+        """
         if seen.U is None:
             return np.full(seen.block.size, np.inf)
         (length,) = host((seen.U * flow.precondition(y, seen.U)).sum(dim=0))
-        risen: Array = seen.eigenvalues * (1 / np.maximum(length, 1e-12) - 1)
+        risen: Array = np.maximum(seen.eigenvalues * (1 / np.maximum(length, 1e-12) - 1), 0.0)
         return risen
 
     def glance(self, flow: Flow, y: State, last: Sighting | None, every: float = 1.0) -> Sighting:
