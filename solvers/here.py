@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from dvi.solvers.bending import Past
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.interval import UNKNOWN, WHOLE, Experience, Moments, Slope, Taken
 from dvi.solvers.protocol import Flow, Frame, State
@@ -28,6 +29,7 @@ class Here:
         coupling: which directions of the frame must stay in it, wherever their eigenvalues go (see ``gap.coupled``).
         experience: how far the model of the last interval was off at its end.
         taken: which third derivatives the last look took (by default all of them).
+        past: what the last look leaves to learn from about how the force bends.
     """
 
     loss: float
@@ -42,6 +44,7 @@ class Here:
     until: float = np.inf
     coupling: Coupling = LOOSE
     taken: Taken = WHOLE
+    past: Past | None = None
 
     @property
     def neighbour(self) -> bool:

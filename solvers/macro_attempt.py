@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
+from dvi.solvers.bending import Bending, Past
 from dvi.solvers.errors import DomainError
 from dvi.solvers.gap import anchored, approaching, baumgarte, coupled, multiplier, settled, transport
 from dvi.solvers.here import Here, critical_frame, evaluate
 from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host, like
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.rkc import rkc, stages
-from dvi.solvers.secant import Secant
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.thirds import tempered, with_thirds
+from dvi.solvers.thirds import OSCILLATES, tempered, with_thirds
 from dvi.solvers.watch import LOOSE, Watch
 
 #: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
@@ -88,6 +88,7 @@ class Corrected:
         pull: the change of the force that was not foreseen, over the displacement; in the norm of P.
         T: third derivatives of the new frame, and anchor: the weights for which they speak.
         experience: what the interval taught.
+        past: what the next look may learn from (None: nothing).
     """
 
     y: State
@@ -97,6 +98,7 @@ class Corrected:
     T: Tensor
     anchor: Tensor
     experience: Experience = UNKNOWN
+    past: Past | None = None
 
     def error(self, tol: float) -> float:
         """The bend, or what the change of the force stands for, if that is more."""
@@ -120,6 +122,11 @@ class Attempt:
     def since(self) -> float:
         """Unit times since the last look."""
         return self.y.t - self.here.seen.t
+
+    @property
+    def _anchor(self) -> Tensor:
+        """The weights for which the frame's T speaks."""
+        return self.here.frame.w if self.here.anchor is None else self.here.anchor
 
     @cached_property
     def _decay(self) -> float:
@@ -209,10 +216,8 @@ class Attempt:
             new, seen = settled(flow, moved, new, lin.gap, seen, self.since + h)
         new = replace(new, T=corrected.T)
         slope = tempered(Slope.between(self.here.frame, self.here.seen, new, seen), self.here, R, end.t)
-        taught = corrected.experience
-        here = Here(
-            float(loss), g, seen, new, slope, corrected.anchor, None, approach, taught, coupling=coupling, taken=taken
-        )
+        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
+        here = replace(here, coupling=coupling, taken=taken, past=corrected.past)
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
     def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
@@ -237,10 +242,9 @@ class Attempt:
     def _carried(self, here: Here, end: State, lin: Linearised, owed: Moments) -> Here:
         """The frame of the last look, its gap carried on to the end: from there on w moves along another T."""
         frame = anchored(self.flow, end, here.frame, lin.gap)
-        anchor = here.frame.w if here.anchor is None else here.anchor
         before = np.empty(0) if here.approach is None else here.approach.rates
         approach = approaching(self.flow, lin, before, self.h)
-        return replace(here, frame=frame, anchor=anchor, owed=owed, approach=approach)
+        return replace(here, frame=frame, anchor=self._anchor, owed=owed, approach=approach)
 
     def _radius(self) -> float:
         """Spectral radius of the flow's Jacobian: at most the effective sharpness in w, and ν's own decay."""
@@ -295,29 +299,33 @@ class Attempt:
         H = self.since + self.h
         if not new.k:
             return Corrected(end, np.zeros((0, 0)), 0.0, 0.0, new.T, end.w)
+        bending: Bending | None = None
+        past: Past | None = None
         try:
             lin = flow.linearised(end, g, new)
             X = Z_end = np.zeros((new.k, new.k))
-            moved, bend, pull, secant, experience = end, 0.0, 0.0, None, self.here.experience
+            moved, bend, pull, experience = end, 0.0, 0.0, self.here.experience
             if old.k:
                 S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
                 X = R @ (owed.zeroth - (self.here.owed.zeroth if self.here.owed else 0.0)) @ R.T / self.h
                 Z_end = R @ (H * X_end) @ R.T
                 if owed.zeroth.any():
+                    last = self.here.past
                     if old.k == new.k and np.trace(S) > old.k - 0.5:
-                        now, then = lin.kick(R @ owed.zeroth @ R.T), flow.linearised(end, g, old).kick(owed.zeroth)
-                        bent = combine([(1.0, now.parts), (-1.0, then.parts)])
-                        Py = flow.precondition(end, bent[0][:, None])[:, 0]
-                        step = end.w - (old.w if self.here.anchor is None else self.here.anchor)
-                        secant = Secant.of(step, bent[0], Py)
+                        bending = Bending(flow, end, g, new, lin, self._critical(lin, R, X_end), R @ owed.zeroth @ R.T)
+                        w, T = (self._anchor, old.T) if last is None else (last.w, last.T)
+                        bending.add(end.w - w, new.T - like(skron(R), T) @ T)
                     # Where the force pulls back strongly the trapezoid rule, which is stable; else T's bend is known.
-                    late = owed.bent(H, None if secant and secant.stiff else slope)
+                    late = owed.bent(H, None if bending and bending.stiff else slope)
                     foreseen = flow.linearised(end, g, ahead(old, slope, H))
                     change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
-                    if secant:
-                        unforeseen = now.w - foreseen.kick(owed.zeroth).w
-                        pull = _pull(flow, end, unforeseen, step, now.w)
-                        change = combine([(1.0, change), (0.5 * secant.implicit(change[0]), bent)])
+                    if bending:
+                        pull = bending.pull(foreseen.kick(owed.zeroth))
+                        change = bending.along(change)
+                        if last is not None and last.reversed_by(change[0]):  # there is more than one stiff direction
+                            bending.add(last.step, like(skron(R), last.turn) @ last.turn)
+                        change = bending.implicit(change)
+                        past = bending.past(change[0])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
@@ -341,10 +349,15 @@ class Attempt:
         except DomainError:
             return None
         T, anchor = new.T, end.w
-        part = secant.part(moved.w - end.w) if secant else 0.0
-        if part:  # T was made before the corrections; what they change of it is a part of what the step has changed
-            T, anchor = T + part * (T - like(skron(R), T) @ old.T), moved.w
-        return Corrected(moved, X + y / H, bend, pull, T, anchor, experience)
+        if bending and bending.stiff:  # T was made before the corrections
+            T, anchor = bending.turned(moved.w - end.w), moved.w
+        return Corrected(moved, X + y / H, bend, pull, T, anchor, experience, past)
+
+    def _critical(self, lin: Linearised, R: Array, X: Array) -> Array:
+        """As many directions of the new frame as oscillate, those with the least gaps [k, a]."""
+        x = np.linalg.eigvalsh(R @ X @ R.T)
+        critical: Array = np.linalg.eigh(lin.gap)[1][:, : int((x > OSCILLATES * x[-1]).sum())]
+        return critical
 
     def _worth(self, y: State, g: Tensor, change: tuple[Tensor, Any], H: float) -> float:
         """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
@@ -363,11 +376,3 @@ def growth(tol: float, error: float) -> float:
 def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
     w, nu = combine([(1.0, y.parts), (1.0, change)])
     return State(w, nu, y.t)
-
-
-def _pull(flow: Flow, y: State, change: Tensor, moved: Tensor, force: Tensor) -> float:
-    """An unforeseen change of the force in parts of how far w has moved; where it rests, of a tenth of the force."""
-    both = torch.stack([change, moved, 0.1 * force], dim=1)
-    (squares,) = host((both * flow.precondition(y, both)).sum(dim=0, keepdim=True))
-    size = squares[0].clip(0.0)
-    return float(np.sqrt(size[0] / size[1:].max())) if size[1:].any() else 0.0

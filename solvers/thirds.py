@@ -21,8 +21,10 @@ from dvi.solvers.protocol import Array, Flow, Frame, State, like
 from dvi.solvers.svec import skron, svec
 from dvi.solvers.watch import AT_EDGE, Sighting
 
+#: A direction with less than this part of the largest eigenvalue of X is as good as at rest.
+OSCILLATES = 1e-2
+
 _LAST = 2  # for so many looks for each direction a T that has followed its slopes is believed
-_OSCILLATES = 1e-2  # a direction with less than this part of the largest entry of X is as good as at rest
 _ASIDE = 0.5  # a direction is new, or at rest, whose part outside what is known, or oscillates, is larger
 
 
@@ -76,7 +78,7 @@ def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | Non
     if k < 2 or here.slope is None or not X.any() or here.coupling.bound or here.taken.looks >= _LAST * k:
         return None
     x, Q = np.linalg.eigh(R @ X @ R.T)
-    active = Q[:, x > _OSCILLATES * x[-1]]
+    active = Q[:, x > OSCILLATES * x[-1]]
     new = np.eye(k) - R @ here.slope.known @ R.T
     arrived = np.eye(k)[:, seen.eigenvalues[:k] > CRITICAL - AT_EDGE]
     aside = np.hstack([new, arrived - active @ (active.T @ arrived)])
