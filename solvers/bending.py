@@ -17,7 +17,7 @@ from dvi.solvers.svec import skron, smat, svec
 #: Of (w, ν).
 Change = tuple[Tensor, Any]
 
-_SINGULAR = 1e-10  # of β, whose square root is the condition number of P⁻¹T
+_SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as good as zero
 _REVERSED = -0.8  # cosine between two corrections in a row up to which the second one takes the first one back
 
 
@@ -47,8 +47,8 @@ class Past:
 class Bending:
     """Displacements of w, and how T and the force changed over them, the last one first.
 
-    What counts of the force is its part along the constraint: X takes the rest back, and across it T may turn a hundred
-    times faster.
+    What is learned of the force is its part along the constraint: X takes the rest back, and across it T may turn a
+    hundred times faster.
 
     Attributes:
         flow, end, g: where that is learned, and the gradient there.

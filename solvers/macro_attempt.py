@@ -321,7 +321,6 @@ class Attempt:
                     change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.kick(S @ late @ S).parts)])
                     if bending:
                         pull = bending.pull(foreseen.kick(owed.zeroth))
-                        change = bending.along(change)
                         if last is not None and last.reversed_by(change[0]):  # there is more than one stiff direction
                             bending.add(last.step, like(skron(R), last.turn) @ last.turn)
                         change = bending.implicit(change)
