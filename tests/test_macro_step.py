@@ -176,12 +176,12 @@ def test_a_stiff_force_of_oscillations_does_not_force_tiny_steps(monkeypatch):
     at_rest = LR * np.array([np.trace(X) for X in solution.X[-20:]])  # Σ = UXUᵀ with UᵀU = η
     np.testing.assert_allclose(at_rest, 2.0, rtol=1e-3)
     monkeypatch.setattr(secant, "_STIFF", np.inf)  # without it: the shortest steps, and what they cost
-    assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 10 * len(solution.ledger.t)
+    assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 6 * len(solution.ledger.t)
 
 
 @pytest.mark.parametrize(
     ("q", "slope", "start"),
-    [([30.0, 20.0], [1.0, 1.0], [0.7, 1.2]), ([5.0, 5.0, 80.0], [1.0, 1.0, 3.0], [0.7, 1.2, 0.5])],
+    [([5.9, 49.7], [2.8, 2.2], [1.2, 1.0]), ([58.9, 42.7, 40.8], [2.4, 1.8, 1.3], [1.2, 1.0, 0.8])],
 )
 def test_where_corrections_reverse_one_another_two_directions_are_stiff(monkeypatch, q, slope, start):
     flow, rest = stiff_problem(q, slope, start)
