@@ -21,6 +21,12 @@ _SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as go
 _REVERSED = -0.8  # cosine between two corrections in a row up to which the second one takes the first one back
 
 
+def displaced(y: State, change: Change) -> State:
+    """The state with that change, at the same moment."""
+    w, nu = combine([(1.0, y.parts), (1.0, change)])
+    return State(w, nu, y.t)
+
+
 @dataclass(frozen=True)
 class Past:
     """What a look leaves for the next one to learn from.
@@ -68,6 +74,7 @@ class Bending:
     steps: list[Tensor] = field(default_factory=list)
     turns: list[Tensor] = field(default_factory=list)
     forces: list[Change] = field(default_factory=list)
+    secant: Secant = field(init=False)  # from what has been added
 
     @cached_property
     def now(self) -> Rate:
@@ -92,9 +99,8 @@ class Bending:
         """What is left of a change of (w, ν) once the constraint has taken its part back."""
         if not self.critical.shape[1]:
             return change
-        C, (w, nu) = self.critical, combine([(1.0, self.end.parts), (1.0, change)])
-        opened = self.flow.linearised(State(w, nu, self.end.t), self.g, self.frame).gap - self.lin.gap
-        S = skron(C.T)
+        opened = self.flow.linearised(displaced(self.end, change), self.g, self.frame).gap - self.lin.gap
+        C, S = self.critical, skron(self.critical.T)
         z = np.linalg.lstsq(S @ self.lin.beta @ S.T, -svec(C.T @ opened @ C), rcond=_SINGULAR)[0]
         left: Change = combine([(1.0, change), (1.0, self.lin.kick(C @ smat(z) @ C.T).parts)])
         return left

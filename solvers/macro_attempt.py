@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
-from dvi.solvers.bending import Bending, Past
+from dvi.solvers.bending import Bending, Change, Past, displaced
 from dvi.solvers.errors import DomainError
 from dvi.solvers.gap import anchored, approaching, baumgarte, coupled, multiplier, settled, transport
 from dvi.solvers.here import Here, critical_frame, evaluate
@@ -216,8 +216,19 @@ class Attempt:
             new, seen = settled(flow, moved, new, lin.gap, seen, self.since + h)
         new = replace(new, T=corrected.T)
         slope = tempered(Slope.between(self.here.frame, self.here.seen, new, seen), self.here, R, end.t)
-        here = Here(float(loss), g, seen, new, slope, corrected.anchor, None, approach, corrected.experience)
-        here = replace(here, coupling=coupling, taken=taken, past=corrected.past)
+        here = Here(
+            float(loss),
+            g,
+            seen,
+            new,
+            slope=slope,
+            anchor=corrected.anchor,
+            approach=approach,
+            experience=corrected.experience,
+            coupling=coupling,
+            taken=taken,
+            past=corrected.past,
+        )
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
     def _wait(self, end: State, error: float, owed: Moments, X: Array, lin: Linearised) -> float:
@@ -329,7 +340,7 @@ class Attempt:
                     bend = size / H**SHARE
                     acted = float(np.trace(owed.second + slope.span * owed.first)) if slope else np.nan
                     experience = replace(experience, bend=size / acted if acted > 0 else np.nan)
-                    moved = self._repaired(_displaced(end, change))
+                    moved = self._repaired(displaced(end, change))
                     so_far = Corrected(moved, X, bend, pull, new.T, end.w)
                     if so_far.error(self.tol) > ALLOWED * self.tol and not self.final and not self.since:
                         return so_far
@@ -341,7 +352,7 @@ class Attempt:
             if y.any():
                 kick = lin.kick(y)
                 slip = self._worth(end, g, kick.parts, H)
-                moved = self._repaired(_displaced(moved, kick.parts))
+                moved = self._repaired(displaced(moved, kick.parts))
                 flow.velocity(moved, g)  # still in the domain?
             sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
             experience = replace(experience, slip=slip / H**2, sag=sag / H**2, pull=pull / H**2)
@@ -358,7 +369,7 @@ class Attempt:
         critical: Array = np.linalg.eigh(lin.gap)[1][:, : int((x > OSCILLATES * x[-1]).sum())]
         return critical
 
-    def _worth(self, y: State, g: Tensor, change: tuple[Tensor, Any], H: float) -> float:
+    def _worth(self, y: State, g: Tensor, change: Change, H: float) -> float:
         """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
         size = float(change[0].norm())
         if not pytree.tree_leaves(y.nu):
@@ -370,8 +381,3 @@ class Attempt:
 def growth(tol: float, error: float) -> float:
     """By how much the next step may be longer than one with this error estimate."""
     return float(np.clip(0.85 * (tol / max(error, 1e-300)) ** ORDER, 0.3, 2.0))
-
-
-def _displaced(y: State, change: tuple[Tensor, Any]) -> State:
-    w, nu = combine([(1.0, y.parts), (1.0, change)])
-    return State(w, nu, y.t)

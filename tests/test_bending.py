@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp
-from dvi.solvers.bending import Bending, Past
+from dvi.solvers.bending import Bending, Past, displaced
 from dvi.solvers.protocol import State, combine
 
 
@@ -52,9 +52,8 @@ def test_a_change_along_the_constraint_leaves_the_gap_of_what_is_critical(method
     direction = (torch.tensor(rng.normal(size=6)), y.nu and {"v": torch.tensor(rng.uniform(-1, 1, size=6))})
 
     def opened(size):
-        change = combine([(size, direction)])
-        w, nu = combine([(1.0, y.parts), (1.0, bending.along(change))])
-        return float(np.abs(C.T @ (flow.linearised(State(w, nu, y.t), g, frame).gap - lin.gap) @ C).max(initial=0.0))
+        moved = displaced(y, bending.along(combine([(size, direction)])))
+        return float(np.abs(C.T @ (flow.linearised(moved, g, frame).gap - lin.gap) @ C).max(initial=0.0))
 
     # linear in w, so exact for gradient descent; P(ν) is not linear, and P is seen at second order
     scale = 1.0 + float(np.abs(frame.M).max()) + float(frame.T.norm())
