@@ -17,7 +17,7 @@ from dvi.solvers.svec import skron, smat, svec
 #: Of (w, ν).
 Change = tuple[Tensor, Any]
 
-_SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as good as zero
+SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as good as zero
 _REVERSED = -0.8  # cosine between two corrections in a row up to which the second one takes the first one back
 
 
@@ -101,7 +101,7 @@ class Bending:
             return change
         opened = self.flow.linearised(displaced(self.end, change), self.g, self.frame).gap - self.lin.gap
         C, S = self.critical, skron(self.critical.T)
-        z = np.linalg.lstsq(S @ self.lin.beta @ S.T, -svec(C.T @ opened @ C), rcond=_SINGULAR)[0]
+        z = np.linalg.lstsq(S @ self.lin.beta @ S.T, -svec(C.T @ opened @ C), rcond=SINGULAR)[0]
         left: Change = combine([(1.0, change), (1.0, self.lin.kick(C @ smat(z) @ C.T).parts)])
         return left
 

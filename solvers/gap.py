@@ -14,6 +14,17 @@ from dvi.solvers.watch import AT_EDGE, LOOSE, Approach, Coupling, Sighting
 
 _COUPLED = 4.0
 
+#: A direction with less than this part of the largest eigenvalue of X is as good as at rest.
+OSCILLATES = 1e-2
+
+
+def oscillating(X: Array) -> Array:
+    """The axes of X [k, k] along which it oscillates, [k, a]."""
+    if not X.any():
+        return np.zeros((len(X), 0))
+    x, Q = np.linalg.eigh(X)
+    return Q[:, x > OSCILLATES * x[-1]]
+
 
 def baumgarte(h: float) -> float:
     """The rate at which a gap is closed, per unit time."""

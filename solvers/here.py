@@ -15,6 +15,32 @@ from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_
 
 
 @dataclass(frozen=True)
+class Stiffness:
+    """How fast the force pulls back, where stages must follow the frame for it.
+
+    Attributes:
+        rate: per unit time, for which stages are chosen: at first as the change of the force over a frozen step shows,
+            then as much as the errors of the steps ask for.
+        times: short steps with a frozen frame in a row that it has cost; the frame is followed from the third on.
+    """
+
+    rate: float
+    times: int = 3
+
+    @property
+    def lasting(self) -> bool:
+        """Is it to be followed?"""
+        return self.times >= 3
+
+    def after(self, error: float) -> Stiffness:
+        """What to take next, after a step with that error, in units of tol: stages too few show there."""
+        return replace(self, rate=self.rate * float(np.clip(error, _LESS, _MORE)))
+
+
+_LESS, _MORE = 0.9, 1.5
+
+
+@dataclass(frozen=True)
 class Here:
     """All that is known at the start of a step.
 
@@ -30,6 +56,7 @@ class Here:
         experience: how far the model of the last interval was off at its end.
         taken: which third derivatives the last look took (by default all of them).
         past: what the last look leaves to learn from about how the force bends.
+        stiffness: how fast the force pulls back, where that keeps steps short (None: it does not).
     """
 
     loss: float
@@ -45,6 +72,7 @@ class Here:
     coupling: Coupling = LOOSE
     taken: Taken = WHOLE
     past: Past | None = None
+    stiffness: Stiffness | None = None
 
     @property
     def neighbour(self) -> bool:

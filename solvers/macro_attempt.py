@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 from dvi.solvers import ccp
 from dvi.solvers.bending import Bending, Change, Past, displaced
 from dvi.solvers.errors import DomainError
-from dvi.solvers.gap import anchored, approaching, baumgarte, coupled, multiplier, settled, transport
-from dvi.solvers.here import Here, critical_frame, evaluate
+from dvi.solvers.gap import anchored, approaching, baumgarte, coupled, multiplier, oscillating, settled, transport
+from dvi.solvers.here import Here, Stiffness, critical_frame, evaluate
 from dvi.solvers.interval import FARTHEST, UNKNOWN, Experience, Moments, Slope, ahead, basis_ahead, vectors_ahead
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import skron, smat, svec
-from dvi.solvers.thirds import OSCILLATES, tempered, with_thirds
+from dvi.solvers.thirds import tempered, with_thirds
 from dvi.solvers.watch import LOOSE, Watch
 
 #: What a step of h allows is h^(1/2) times tol; an estimate of order h³ then falls like h^(5/2).
@@ -35,7 +35,8 @@ ALLOWED = 4.0
 #: nothing is stiff it is below 0.1.
 PULL = 0.5
 
-_OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
+TINY = 0.1  # a step that ends with a look, so short that following the frame in longer ones is cheaper
+OVERSHOOT = 2.2  # an effective sharpness above this at the end of a step: the constraint's model failed, reject
 _UNSEEN = 2.01  # … or above this, where nothing was constrained because the eigenvalues were taken on trust
 
 
@@ -71,10 +72,12 @@ class Rejected:
     Attributes:
         h: the length to try instead.
         pulled: because of how the force had changed; a direction that is missing in the frame may be why.
+        stiffness: with which to follow the frame then (None: it is to be frozen).
     """
 
     h: float
     pulled: bool = False
+    stiffness: Stiffness | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Corrected:
         T: third derivatives of the new frame, and anchor: the weights for which they speak.
         experience: what the interval taught.
         past: what the next look may learn from (None: nothing).
+        stiffness: how fast the force pulls back, as far as its change over the interval tells (None: slowly).
     """
 
     y: State
@@ -99,6 +103,7 @@ class Corrected:
     anchor: Tensor
     experience: Experience = UNKNOWN
     past: Past | None = None
+    stiffness: Stiffness | None = None
 
     def error(self, tol: float) -> float:
         """The bend, or what the change of the force stands for, if that is more."""
@@ -189,9 +194,9 @@ class Attempt:
         guess = vectors_ahead(self.here.seen, self.here.slope, end.t)
         seen = self.watch.look(flow, end, self.here.seen, h, guess, self.here.coupling)
         on_trust = silent if frame.k else self.since > 0
-        if seen.eigenvalues[0] > (_UNSEEN if on_trust else _OVERSHOOT) and not self.final:
+        if seen.eigenvalues[0] > (_UNSEEN if on_trust else OVERSHOOT) and not self.final:
             return Rejected(0.5 * h)
-        missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > _OVERSHOOT else 0.0
+        missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > OVERSHOOT else 0.0
         held = self.watch.critical(seen, h, frame.k, self.here.coupling)
         new = critical_frame(flow, end, seen, held, third=False)
         R = transport(flow, end, new, self.here.frame)
@@ -228,6 +233,7 @@ class Attempt:
             coupling=coupling,
             taken=taken,
             past=corrected.past,
+            stiffness=corrected.stiffness if h <= TINY and not self.since else None,
         )
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
@@ -312,6 +318,7 @@ class Attempt:
             return Corrected(end, np.zeros((0, 0)), 0.0, 0.0, new.T, end.w)
         bending: Bending | None = None
         past: Past | None = None
+        stiffness: Stiffness | None = None
         try:
             lin = flow.linearised(end, g, new)
             X = Z_end = np.zeros((new.k, new.k))
@@ -335,6 +342,9 @@ class Attempt:
                         if last is not None and last.reversed_by(change[0]):  # there is more than one stiff direction
                             bending.add(last.step, like(skron(R), last.turn) @ last.turn)
                         change = bending.implicit(change)
+                        if bending.stiff:
+                            times = self.here.stiffness.times if self.here.stiffness else 0
+                            stiffness = Stiffness(-float(bending.secant.rates.min()) / H, min(times + 1, 3))
                         past = bending.past(change[0])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
@@ -361,12 +371,11 @@ class Attempt:
         T, anchor = new.T, end.w
         if bending and bending.stiff:  # T was made before the corrections
             T, anchor = bending.turned(moved.w - end.w), moved.w
-        return Corrected(moved, X + y / H, bend, pull, T, anchor, experience, past)
+        return Corrected(moved, X + y / H, bend, pull, T, anchor, experience, past, stiffness)
 
     def _critical(self, lin: Linearised, R: Array, X: Array) -> Array:
         """As many directions of the new frame as oscillate, those with the least gaps [k, a]."""
-        x = np.linalg.eigvalsh(R @ X @ R.T)
-        critical: Array = np.linalg.eigh(lin.gap)[1][:, : int((x > OSCILLATES * x[-1]).sum())]
+        critical: Array = np.linalg.eigh(lin.gap)[1][:, : oscillating(R @ X @ R.T).shape[1]]
         return critical
 
     def _worth(self, y: State, g: Tensor, change: Change, H: float) -> float:

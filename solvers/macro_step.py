@@ -23,12 +23,13 @@ and no eigenvectors are sought while none can have come near it (``Sighting.unti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dvi.solvers.critical import CriticalSubspace
 from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.followed import Followed
 from dvi.solvers.gap import baumgarte, multiplier
 from dvi.solvers.here import Here, evaluate
 from dvi.solvers.hermite import hermite
@@ -122,7 +123,8 @@ class MacroStep:
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing
             try:
-                tried = Attempt(flow, watch, self.tol, here, y, length, final, closing).run()
+                kind = Followed if Followed.suits(here, y, length) else Attempt
+                tried = kind(flow, watch, self.tol, here, y, length, final, closing).run()
             except DomainError as error:
                 if final:
                     raise StepError(
@@ -130,6 +132,9 @@ class MacroStep:
                         "Lower lr, warm-start with real optimizer steps, or lower h_min."
                     ) from error
                 size, landing = max(self.h_min, length / 2), False
+                continue
+            if isinstance(tried, Rejected) and kind is Followed:
+                here, size = replace(here, stiffness=tried.stiffness), max(self.h_min, tried.h)
                 continue
             if isinstance(tried, Rejected):
                 size, landing = max(self.h_min, tried.h), False

@@ -123,3 +123,8 @@ def skron(G: Array) -> Array:
     i, j = of.rows, of.columns
     product = at_row.take(i, 1) * at_column.take(j, 1) + at_row.take(j, 1) * at_column.take(i, 1)
     return np.asarray(product * of.weight, dtype=np.float64)
+
+
+def outer(Q: Array) -> Array:
+    """Return the rows svec(qqᵀ) [m, n] for the columns q of Q [k, m]: orthonormal if they are."""
+    return svec(Q.T[:, :, None] * Q.T[:, None, :])

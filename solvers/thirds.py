@@ -15,14 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL
+from dvi.solvers.gap import oscillating
 from dvi.solvers.here import Here
 from dvi.solvers.interval import Slope, Taken, ahead
 from dvi.solvers.protocol import Array, Flow, Frame, State, like
-from dvi.solvers.svec import skron, svec
+from dvi.solvers.svec import outer, skron
 from dvi.solvers.watch import AT_EDGE, Sighting
-
-#: A direction with less than this part of the largest eigenvalue of X is as good as at rest.
-OSCILLATES = 1e-2
 
 _LAST = 2  # for so many looks for each direction a T that has followed its slopes is believed
 _ASIDE = 0.5  # a direction is new, or at rest, whose part outside what is known, or oscillates, is larger
@@ -56,20 +54,15 @@ def tempered(slope: Slope | None, here: Here, R: Array, t: float) -> Slope | Non
     """
     if slope is None or here.slope is None or here.taken.axes is None:
         return slope
-    S = _squares(R @ here.taken.axes, slope.T)
+    S = like(outer(R @ here.taken.axes), slope.T)
     turn = slope.T - like(skron(R), slope.T) @ here.slope.T
     late = 1 - (t - here.seen.t) / (t - here.taken.whole)
     return replace(slope, T=slope.T - late * (turn - S.T @ (S @ turn)))
 
 
-def _squares(axes: Array, example: Tensor) -> Tensor:
-    """Rows svec(qqᵀ) [m, n] for the columns q of axes [k, m]: orthonormal if they are."""
-    return like(svec(axes.T[:, :, None] * axes.T[:, None, :]), example)
-
-
 def nearest(T: Tensor, axes: Array, squares: Tensor) -> Tensor:
     """The T [n, d] nearest to a given T with T[q, q] = ``squares`` [m, d] for orthonormal q, columns of axes [k, m]."""
-    S = _squares(axes, T)
+    S = like(outer(axes), T)
     return T + S.T @ (squares - S @ T)
 
 
@@ -77,8 +70,8 @@ def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | Non
     """The axes of the oscillation in the new frame [k, k]; None where all third derivatives are needed."""
     if k < 2 or here.slope is None or not X.any() or here.coupling.bound or here.taken.looks >= _LAST * k:
         return None
-    x, Q = np.linalg.eigh(R @ X @ R.T)
-    active = Q[:, x > OSCILLATES * x[-1]]
+    X = R @ X @ R.T
+    active, Q = oscillating(X), np.linalg.eigh(X)[1]
     new = np.eye(k) - R @ here.slope.known @ R.T
     arrived = np.eye(k)[:, seen.eigenvalues[:k] > CRITICAL - AT_EDGE]
     aside = np.hstack([new, arrived - active @ (active.T @ arrived)])
