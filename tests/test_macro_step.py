@@ -1,7 +1,7 @@
 """What the macro step promises: looks when they are needed, stiff forces, error estimates that are told."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,8 +17,9 @@ from dvi.problems.edge import MatrixSweep
 from dvi.series import breakpoints
 from dvi.solvers import bending, gap, secant
 from dvi.solvers.critical import Eigenblock
-from dvi.solvers.errors import StepError
-from dvi.solvers.here import Here
+from dvi.solvers.errors import ConvergenceError, StepError
+from dvi.solvers.followed import Followed
+from dvi.solvers.here import Here, Stiffness
 from dvi.solvers.macro_attempt import Accepted
 from dvi.solvers.protocol import State
 from dvi.solvers.secant import Secant
@@ -181,6 +182,47 @@ def test_a_stiff_force_of_oscillations_does_not_force_tiny_steps(monkeypatch):
 
 @pytest.mark.parametrize(
     ("q", "slope", "start"),
+    [([40.0], [2.0], [0.5]), ([58.9, 42.7, 40.8], [2.4, 1.8, 1.3], [1.2, 1.0, 0.8])],
+)
+def test_stages_that_follow_the_frame_take_long_steps_where_the_force_is_stiff(q, slope, start):
+    flow, rest = stiff_problem(q, slope, start)
+    integrator = dvi.MacroStep()
+    y = State(flow.problem.w0, {}, 0.0)
+    memory, steps, asked = integrator.init(flow, y), [], 30.0
+    while y.t < asked - 1e-9:
+        if memory.here is not None and memory.here.frame.k:  # as if short steps had shown that it is stiff
+            memory = replace(memory, here=replace(memory.here, stiffness=Stiffness(LR * 2 * max(q))))
+        result = integrator.step(flow, memory, y, asked - y.t)
+        steps.append(result.y.t - y.t)
+        y, memory = result.y, result.memory
+    np.testing.assert_allclose(y.w[2:], rest, atol=1e-4)
+    assert max(steps) > 2.0  # some 50 rates of the force; the step of the paper's scheme would have to be below 0.02
+    lin = flow.linearised(y, memory.here.g, memory.here.frame)
+    np.testing.assert_allclose(lin.gap, 0.0, atol=1e-4)
+    np.testing.assert_allclose(lin.drift(gap.multiplier(flow, lin, 0.0)).w, 0.0, atol=1e-3)
+
+
+def test_a_step_that_runs_away_while_it_follows_is_made_with_a_frozen_frame(monkeypatch):
+    flow, rest = stiff_problem([40.0], [2.0], [0.5])
+
+    def runs_away(self, at):
+        raise ConvergenceError("the stages run away")
+
+    integrator = dvi.MacroStep()
+    y = State(flow.problem.w0, {}, 0.0)
+    memory = integrator.init(flow, y)
+    while memory.here is None or not memory.here.frame.k:
+        result = integrator.step(flow, memory, y, 30.0)
+        y, memory = result.y, result.memory
+    monkeypatch.setattr(Followed, "_stage", runs_away)
+    memory = replace(memory, here=replace(memory.here, stiffness=Stiffness(100.0)))
+    result = integrator.step(flow, memory, y, 30.0)
+    assert result.y.t > y.t
+    assert bool(torch.isfinite(result.y.w).all())
+
+
+@pytest.mark.parametrize(
+    ("q", "slope", "start"),
     [([5.9, 49.7], [2.8, 2.2], [1.2, 1.0]), ([58.9, 42.7, 40.8], [2.4, 1.8, 1.3], [1.2, 1.0, 0.8])],
 )
 def test_where_corrections_reverse_one_another_two_directions_are_stiff(monkeypatch, q, slope, start):
@@ -263,10 +305,16 @@ def test_without_its_neighbour_the_steps_are_short_or_in_vain(monkeypatch):
     assert [kind for _, kind, _ in held.breakpoints] == ["enter"]  # held is not at the edge
     monkeypatch.setattr(gap, "_COUPLED", np.inf)
     monkeypatch.setattr(Here, "neighbour", False)
+    followed = run(fast.flow, integrator, 30)
+    monkeypatch.setattr(Followed, "suits", lambda *_: False)
     alone = run(gentle.flow, integrator, 30)
     assert max(X.shape[0] for X in alone.X) == 1
     assert alone.ledger.counts[-1]["gradients"] > 3 * held.ledger.counts[-1]["gradients"]
     assert run(fast.flow, integrator, 30, throw=False).status is dvi.Status.DIVERGED
+    # … but not where the stages follow it as it turns
+    monkeypatch.undo()
+    exact = run(fast.flow, dvi.MacroStep(1e-5, h_max=1.0), 30)
+    np.testing.assert_allclose(followed.w, exact.w, atol=1e-3)
 
 
 def test_what_a_coupled_neighbour_does_to_the_force():

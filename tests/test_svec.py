@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvi.solvers.svec import dimension, order, skron, smat, svec, triu
+from dvi.solvers.svec import dimension, order, outer, skron, smat, svec, triu
 
 EPS = np.finfo(np.float64).eps
 
@@ -137,3 +137,13 @@ def test_shared_indices_cannot_be_overwritten():
     assert index is triu(3)
     with pytest.raises(ValueError, match="read-only"):
         index.weight[0] = 2.0
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 6))
+def test_outer_gives_the_quadratic_forms_of_columns(seed, k, m):
+    rng = np.random.default_rng(seed)
+    Q, A = rng.normal(size=(k, m)), symmetric(rng, k, k)
+    found = outer(Q)
+    assert found.shape == (m, dimension(k))
+    forms = np.einsum("ij,ik,kj->j", Q, A, Q)
+    np.testing.assert_allclose(found @ svec(A), forms, atol=1e3 * EPS * (1 + np.abs(A).max() * np.square(Q).sum()))
