@@ -203,7 +203,7 @@ def test_stages_that_follow_the_frame_take_long_steps_where_the_force_is_stiff(q
 
 
 def test_a_step_that_runs_away_while_it_follows_is_made_with_a_frozen_frame(monkeypatch):
-    flow, rest = stiff_problem([40.0], [2.0], [0.5])
+    flow, _ = stiff_problem([40.0], [2.0], [0.5])
 
     def runs_away(self, at):
         raise ConvergenceError("the stages run away")
