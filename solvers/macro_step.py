@@ -16,9 +16,10 @@ constraint is a model that is linear in w and exact in P(ν):
 The step is controlled by an embedded estimate, and by how far the force of the oscillation changes unforeseen; it ends
 where an eigenvalue is predicted to arrive at 2; how long an interval between looks may be, the last one teaches.  An
 eigenvector towards which the critical ones turn fast is held with them, wherever its eigenvalue is
-(:func:`dvi.solvers.gap.coupled`).  Errors may be tol·√h: with the same tol for every step, the many short ones of a
-first transient would make nearly all of the error, which the flow then carries along.  Far from 2 there is no frame,
-and no eigenvectors are sought while none can have come near it (``Sighting.until``).
+(:func:`dvi.solvers.gap.coupled`).  Where the force pulls back so fast that steps become tiny, stages follow the frame
+instead of holding it (:mod:`dvi.solvers.followed`).  Errors may be tol·√h: with the same tol for every step, the many
+short ones of a first transient would make nearly all of the error, which the flow then carries along.  Far from 2
+there is no frame, and no eigenvectors are sought while none can have come near it (``Sighting.until``).
 """
 
 from __future__ import annotations
