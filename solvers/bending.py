@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvi.solvers.gap import closing
 from dvi.solvers.protocol import Array, Flow, Frame, Linearised, Rate, State, combine, host
 from dvi.solvers.secant import Secant
-from dvi.solvers.svec import skron, smat, svec
 
 #: Of (w, ν).
 Change = tuple[Tensor, Any]
 
-SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as good as zero
 _REVERSED = -0.8  # cosine between two corrections in a row up to which the second one takes the first one back
 
 
@@ -100,9 +99,8 @@ class Bending:
         if not self.critical.shape[1]:
             return change
         opened = self.flow.linearised(displaced(self.end, change), self.g, self.frame).gap - self.lin.gap
-        C, S = self.critical, skron(self.critical.T)
-        z = np.linalg.lstsq(S @ self.lin.beta @ S.T, -svec(C.T @ opened @ C), rcond=SINGULAR)[0]
-        left: Change = combine([(1.0, change), (1.0, self.lin.kick(C @ smat(z) @ C.T).parts)])
+        back = self.lin.kick(closing(self.lin, opened, self.critical))
+        left: Change = combine([(1.0, change), (1.0, back.parts)])
         return left
 
     def pull(self, foreseen: Rate) -> float:

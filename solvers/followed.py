@@ -4,7 +4,7 @@ Where w is pushed by the oscillation along several directions at once that pull 
 time, what a frozen frame is wrong by, and is made up for at the end of a step, overshoots at any step worth the name.
 But such a flow is no more than mildly stiff *if its right side is what it is where each stage is*: eigenvectors, gap,
 and T along the axes of X, that is the force itself.  Then more stages damp what is stiff (a rate of 60 over a step of
-one unit takes 12), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.
+one unit takes 10), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.
 
 A stage costs a block product or two with the Hessian and a contraction for each axis of the oscillation, some tens of
 gradients, where a frozen one costs one, and sends the eigensolver's small matrices to the host.
@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import polar
 from torch import Tensor
 
 from dvi.solvers import ccp
-from dvi.solvers.bending import SINGULAR
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.gap import approaching, baumgarte, coupled, multiplier, oscillating, transport
+from dvi.solvers.gap import approaching, baumgarte, closing, coupled, multiplier, oscillating, transport
 from dvi.solvers.here import Here, critical_frame
 from dvi.solvers.interval import Slope, Taken, ahead
 from dvi.solvers.macro_attempt import ALLOWED, OVERSHOOT, SHARE, Accepted, Attempt, Rejected
 from dvi.solvers.protocol import Array, Frame, Linearised, Rate, State, host, like
 from dvi.solvers.rkc import rkc, stages
-from dvi.solvers.svec import skron, smat, svec
+from dvi.solvers.svec import smat, svec
 from dvi.solvers.thirds import nearest, tempered
 
 _SAFE = 1.2  # a secant sees a little less than the spectral radius
@@ -45,7 +45,7 @@ class Followed(Attempt):
 
     def __post_init__(self) -> None:
         self._block: Eigenblock = self.here.seen.block
-        self._axes = np.zeros((self.here.frame.k, 0))
+        self._X = np.zeros((self.here.frame.k, self.here.frame.k))  # of the last evaluation
         self._warm: list[ccp.CCPResult | None] = [None]
 
     @staticmethod
@@ -131,7 +131,6 @@ class Followed(Attempt):
 
     def _drift(self, lin: Linearised) -> tuple[Array, Rate]:
         self._X = multiplier(self.flow, lin, baumgarte(self.h), self._warm)
-        self._axes = oscillating(self._X)
         return self._X, lin.drift(self._X)
 
     def _frame(self, state: State, bent: Array) -> Frame:
@@ -140,11 +139,10 @@ class Followed(Attempt):
         subspace = replace(self.watch.subspace, max_iterations=_SOON)
         self._block = subspace.follow(flow.effective_hessian(state), self._block, np.inf, least=old.k)
         U = flow.basis(state, self._block.V[:, : old.k])
-        left, _, right = np.linalg.svd(host(U.T @ flow.precondition(state, old.U))[0])
-        T = ahead(old, self.here.slope, state.t - self.y.t).T
-        if self._axes.shape[1]:
-            axes = like(left @ right @ self._axes, U)
-            T = nearest(T, self._axes, flow.third_derivatives(state, U @ axes, squares=True))
+        T, axes = ahead(old, self.here.slope, state.t - self.y.t).T, oscillating(self._X)
+        if axes.shape[1]:
+            turn, _ = polar(host(U.T @ flow.precondition(state, old.U))[0])
+            T = nearest(T, axes, flow.third_derivatives(state, U @ like(turn @ axes, U), squares=True))
         return replace(old, w=state.w, M=old.M + smat(bent), T=T)
 
     def _slip(self, end: State, g: Tensor, lin: Linearised, R: Array, X: Array, bent: Array) -> float:
@@ -155,6 +153,4 @@ class Followed(Attempt):
         old = self.here.frame
         (G,) = host(2 * old.U.T @ self.flow.precondition(end, old.U))
         opened = lin.gap - R @ (G - old.M - smat(bent)) @ R.T
-        S = skron(axes.T)
-        z = np.linalg.lstsq(S @ lin.beta @ S.T, -svec(axes.T @ opened @ axes), rcond=SINGULAR)[0]
-        return self._worth(end, g, lin.kick(axes @ smat(z) @ axes.T).parts, self.h)
+        return self._worth(end, g, lin.kick(closing(lin, opened, axes)).parts, self.h)

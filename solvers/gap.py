@@ -13,6 +13,7 @@ from dvi.solvers.svec import skron, smat, svec
 from dvi.solvers.watch import AT_EDGE, LOOSE, Approach, Coupling, Sighting
 
 _COUPLED = 4.0
+_SINGULAR = 1e-10  # an eigenvalue of β, in parts of the largest, that is as good as zero
 
 #: A direction with less than this part of the largest eigenvalue of X is as good as at rest.
 OSCILLATES = 1e-2
@@ -24,6 +25,13 @@ def oscillating(X: Array) -> Array:
         return np.zeros((len(X), 0))
     x, Q = np.linalg.eigh(X)
     return Q[:, x > OSCILLATES * x[-1]]
+
+
+def closing(lin: Linearised, opened: Array, axes: Array) -> Array:
+    """The impulse [k, k], of any sign, that takes back by how much the gap has opened [k, k], on the axes [k, a]."""
+    S = skron(axes.T)
+    z = np.linalg.lstsq(S @ lin.beta @ S.T, -svec(axes.T @ opened @ axes), rcond=_SINGULAR)[0]
+    return axes @ smat(z) @ axes.T
 
 
 def baumgarte(h: float) -> float:

@@ -13,6 +13,9 @@ from dvi.solvers.interval import UNKNOWN, WHOLE, Experience, Moments, Slope, Tak
 from dvi.solvers.protocol import Flow, Frame, State
 from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_frame
 
+_LASTING = 3  # short steps in a row
+_LESS, _MORE = 0.9, 1.5  # by how much the rate may change from one step to the next
+
 
 @dataclass(frozen=True)
 class Stiffness:
@@ -25,19 +28,16 @@ class Stiffness:
     """
 
     rate: float
-    times: int = 3
+    times: int = _LASTING
 
     @property
     def lasting(self) -> bool:
         """Is it to be followed?"""
-        return self.times >= 3
+        return self.times >= _LASTING
 
     def after(self, error: float) -> Stiffness:
         """What to take next, after a step with that error, in units of tol: stages too few show there."""
         return replace(self, rate=self.rate * float(np.clip(error, _LESS, _MORE)))
-
-
-_LESS, _MORE = 0.9, 1.5
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,7 @@ class Attempt:
                         change = bending.implicit(change)
                         if bending.stiff:
                             times = self.here.stiffness.times if self.here.stiffness else 0
-                            stiffness = Stiffness(-float(bending.secant.rates.min()) / H, min(times + 1, 3))
+                            stiffness = Stiffness(-float(bending.secant.rates.min()) / H, times + 1)
                         past = bending.past(change[0])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE
