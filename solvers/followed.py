@@ -2,12 +2,16 @@
 
 Where w is pushed by the oscillation along several directions at once that pull it back at ten or a hundred per unit
 time, what a frozen frame is wrong by, and is made up for at the end of a step, overshoots at any step worth the name.
-But such a flow is no more than mildly stiff *if its right side is what it is where each stage is*: eigenvectors, gap,
-and T along the axes of X, that is the force itself.  Then more stages damp what is stiff (a rate of 60 over a step of
-one unit takes 10), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.
+But such a flow is no more than mildly stiff *if its right side is what it is where each stage is*: eigenvectors, gap
+and third derivatives, that is the force itself.  Then more stages damp what is stiff (a rate of 60 over a step of
+two units takes 14), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.  How many stages,
+a power method for the Jacobian of that right side tells, one evaluation a step.
 
-A stage costs a block product or two with the Hessian and a contraction for each axis of the oscillation, some tens of
-gradients, where a frozen one costs one, and sends the eigensolver's small matrices to the host.
+Baumgarte's term also holds back a direction that is about to arrive, by what it rises in 1/γ.  So where one arrives γ
+is as large as that needs, and if that is more than the rate, which the stages bear, the step holds its frame.
+
+A stage costs some block products with the Hessian and all third derivatives of the frame, some tens of gradients, where
+a frozen one costs one, and sends the eigensolver's small matrices to the host.
 """
 
 from __future__ import annotations
@@ -18,25 +22,37 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.linalg import polar
-from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.gap import approaching, baumgarte, closing, coupled, multiplier, oscillating, transport
-from dvi.solvers.here import Here, critical_frame
-from dvi.solvers.interval import Slope, Taken, ahead
-from dvi.solvers.macro_attempt import ALLOWED, OVERSHOOT, SHARE, Accepted, Attempt, Rejected
+from dvi.solvers.gap import approaching, baumgarte, coupled, multiplier, transport
+from dvi.solvers.here import Here, Stiffness, critical_frame
+from dvi.solvers.interval import Slope, Taken
+from dvi.solvers.macro_attempt import ALLOWED, OVERSHOOT, SHARE, Accepted, Attempt, Rejected, growth
 from dvi.solvers.protocol import Array, Frame, Linearised, Rate, State, host, like
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import smat, svec
-from dvi.solvers.thirds import nearest, tempered
+from dvi.solvers.thirds import tempered
+from dvi.solvers.watch import AT_EDGE
 
-_SAFE = 1.2  # a secant sees a little less than the spectral radius
-_MOST = 100.0  # h times the rate, at most: more stages would not help
-_SOON = 20  # block products at a stage; where all is well it takes one to three
+_SAFE = 1.2  # the rate at the start of a step is not the largest in it
+_MOST = 600.0  # h times the rate, at most: 31 stages
+_SOON = 40  # block products at a stage; where all is well it takes two to four
+_SHARP = 0.1  # eigenvectors of the evaluations that are compared, in parts of the watch's tolerance
+_PROBE = 0.01  # how far apart these are, in units of tol: ten times as far the force has saturated
+_FIRST = 3  # evaluations for a rate of which nothing is known
+_HELD_BACK = 3 * AT_EDGE  # by that much below 2 a direction may be kept as it arrives
 _LEAST = 0.01  # a step up to which a frozen frame does better
-_GENTLE = 1.0  # h times the rate up to which a frozen frame will do
+_PROBES = 2  # evaluations a step besides the stages
+
+
+def _needed(here: Here, h: float) -> float:
+    """The rate at which a gap must be closed lest directions that arrive within h, or soon after, be held back."""
+    if here.approach is None:
+        return 0.0
+    soon = here.approach.arrivals() < h + 1 / baumgarte(h)
+    return float(here.approach.rates[soon].max(initial=0.0)) / _HELD_BACK
 
 
 @dataclass
@@ -45,20 +61,17 @@ class Followed(Attempt):
 
     def __post_init__(self) -> None:
         self._block: Eigenblock = self.here.seen.block
-        self._X = np.zeros((self.here.frame.k, self.here.frame.k))  # of the last evaluation
         self._warm: list[ccp.CCPResult | None] = [None]
+        self._gamma = max(baumgarte(self.h), _needed(self.here, self.h))
 
     @staticmethod
     def suits(here: Here, y: State, h: float) -> bool:
         """Is a step of h from y to be made like this?"""
-        silent = here.approach is not None and here.approach.none_within(h)
-        return (
-            here.stiffness is not None
-            and here.stiffness.lasting
-            and here.frame.k > 0
-            and y.t == here.seen.t
-            and not silent
-        )
+        if here.stiffness is None or not here.stiffness.lasting or not here.frame.k or y.t != here.seen.t:
+            return False
+        if here.approach is None:
+            return True
+        return _needed(here, h) < max(baumgarte(h), here.stiffness.rate) and not here.approach.none_within(h)
 
     def run(self) -> Accepted | Rejected:
         """What was reached, or the length of the step to try instead.
@@ -69,13 +82,10 @@ class Followed(Attempt):
         flow, y, h, tol, here = self.flow, self.y, self.h, self.tol, self.here
         assert here.stiffness is not None  # or it does not suit
         old = here.frame
-        X, begin = self._drift(flow.linearised(y, here.g, old))
-        s = stages(h, max(self._radius(), min(_SAFE * here.stiffness.rate, _MOST / h)))
-        still = np.zeros(len(svec(X)))
-        start = {"w": y.w, "nu": y.nu, "t": y.t, "z": still, "M": still}
-        bent = host((old.T @ begin.w)[None])[0][0]
-        first = {"w": begin.w, "nu": begin.nu, "t": 1.0, "z": svec(X), "M": bent}
+        start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(old.k * (old.k + 1) // 2)}
         try:
+            first, stiffness = self._begin(start, here.stiffness)
+            s = stages(h, max(self._radius(), min(_SAFE * stiffness.rate, _MOST / h)))
             raw = rkc(self._stage, start, h, s, first)
         except ConvergenceError:  # the stages have run away
             return self._again(0.5 * h)
@@ -91,66 +101,63 @@ class Followed(Attempt):
         new = critical_frame(flow, end, seen, self.watch.critical(seen, h, old.k, here.coupling))
         R = transport(flow, end, new, old)
         mean = R @ (smat(raw["z"]) / h) @ R.T
-        X, self._warm = self._X, [None]
+        self._warm = [None]
         lin = flow.linearised(end, g, new)
         _, finish = self._drift(lin)
-        last = {"w": finish.w, "nu": finish.nu}
-        error = (
-            max(self._embedded_error(start, raw, first, last, g), self._slip(end, g, lin, R, X, raw["M"])) / h**SHARE
-        )
+        error = self._embedded_error(start, raw, first, {"w": finish.w, "nu": finish.nu}, g) / h**SHARE
         if not np.isfinite(error) or (error > ALLOWED * tol and not self.final):
             return self._again(self._retry(error).h)
-        stiffness = here.stiffness.after(error / tol)
-        approach = approaching(flow, lin, seen.rates, 0.5 * h) if new.k else None
         found = Here(
             float(loss),
             g,
             seen,
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
-            approach=approach,
+            approach=approaching(flow, lin, seen.rates, 0.5 * h) if new.k else None,
             coupling=coupled(lin, mean, max(h, 1.0)) if new.k else here.coupling,
             taken=Taken(whole=end.t),
-            stiffness=stiffness if h * stiffness.rate > _GENTLE and h > _LEAST else None,
+            stiffness=stiffness.passed(h > (s + _PROBES) * stiffness.held or growth(tol, error) >= 2),
         )
-        return Accepted(end, found, mean, new, begin, finish, error, missed=missed)
+        return Accepted(end, found, mean, new, Rate(first["w"], first["nu"]), finish, error, missed=missed)
 
     def _again(self, h: float) -> Rejected:
         """A shorter step, and more stages for its length; with a frozen frame if that has been tried."""
         assert self.here.stiffness is not None
-        return Rejected(h, stiffness=self.here.stiffness.after(np.inf) if h > _LEAST else None)
+        return Rejected(h, stiffness=self.here.stiffness.more() if h > _LEAST else None)
 
-    def _stage(self, at: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, start: dict[str, Any], known: Stiffness) -> tuple[dict[str, Any], Stiffness]:
+        """The right side where the step starts, and the rate there, by the power method from where it was left."""
+        first = self._stage(start, _SHARP)
+        block, warm, direction, rate = self._block, self._warm[0], known.direction, 0.0
+        v = torch.randn(len(self.y.w), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        v = v.to(self.y.w) if direction is None else direction
+        for _ in range(_FIRST if direction is None else 1):
+            length = _PROBE * self.tol / float(v.norm())
+            moved = self._stage({**start, "w": self.y.w + length * v}, _SHARP)
+            self._block, self._warm = block, [warm]
+            change = (moved["w"] - first["w"]) / length
+            before, after = (float(x @ self.flow.precondition(self.y, x[:, None])[:, 0]) for x in (v, change))
+            if after <= 0:  # the same everywhere
+                break
+            rate, v = max(rate, (after / before) ** 0.5), change
+        return first, replace(known, rate=rate * known.factor, direction=v / v.norm())
+
+    def _stage(self, at: dict[str, Any], sharp: float = 1.0) -> dict[str, Any]:
         """The flow's right side where a stage is."""
-        flow = self.flow
         state = self._repaired(State(at["w"], at["nu"], at["t"]))
-        g = flow.gradient(state)
-        frame = self._frame(state, at["M"])
-        X, rate = self._drift(flow.linearised(state, g, frame))
-        return {"w": rate.w, "nu": rate.nu, "t": 1.0, "z": svec(X), "M": host((frame.T @ rate.w)[None])[0][0]}
+        g = self.flow.gradient(state)
+        X, rate = self._drift(self.flow.linearised(state, g, self._frame(state, sharp)))
+        return {"w": rate.w, "nu": rate.nu, "t": 1.0, "z": svec(X)}
 
     def _drift(self, lin: Linearised) -> tuple[Array, Rate]:
-        self._X = multiplier(self.flow, lin, baumgarte(self.h), self._warm)
-        return self._X, lin.drift(self._X)
+        X = multiplier(self.flow, lin, self._gamma, self._warm)
+        return X, lin.drift(X)
 
-    def _frame(self, state: State, bent: Array) -> Frame:
-        """The critical frame at a stage: T as it is there along the axes of X, M = UᵀHU changed by ``bent`` [n]."""
+    def _frame(self, state: State, sharp: float) -> Frame:
+        """The critical frame at a stage, turned to be as near as can be to the one at the start."""
         flow, old = self.flow, self.here.frame
-        subspace = replace(self.watch.subspace, max_iterations=_SOON)
+        subspace = replace(self.watch.subspace, max_iterations=_SOON, tol=sharp * self.watch.subspace.tol)
         self._block = subspace.follow(flow.effective_hessian(state), self._block, np.inf, least=old.k)
-        U = flow.basis(state, self._block.V[:, : old.k])
-        T, axes = ahead(old, self.here.slope, state.t - self.y.t).T, oscillating(self._X)
-        if axes.shape[1]:
-            turn, _ = polar(host(U.T @ flow.precondition(state, old.U))[0])
-            T = nearest(T, axes, flow.third_derivatives(state, U @ like(turn @ axes, U), squares=True))
-        return replace(old, w=state.w, M=old.M + smat(bent), T=T)
-
-    def _slip(self, end: State, g: Tensor, lin: Linearised, R: Array, X: Array, bent: Array) -> float:
-        """How far w is from where the gap, of what oscillates, is as the stages had it."""
-        axes = oscillating(R @ X @ R.T)
-        if not axes.shape[1]:
-            return 0.0
-        old = self.here.frame
-        (G,) = host(2 * old.U.T @ self.flow.precondition(end, old.U))
-        opened = lin.gap - R @ (G - old.M - smat(bent)) @ R.T
-        return self._worth(end, g, lin.kick(closing(lin, opened, axes)).parts, self.h)
+        V, AV = self._block.V[:, : old.k], self._block.AV[:, : old.k]
+        turn, _ = polar(host(flow.basis(state, V).T @ flow.precondition(state, old.U))[0])
+        return replace(flow.frame(state, V @ like(turn, V), AV @ like(turn, V)), on_edge=True)

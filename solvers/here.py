@@ -14,7 +14,8 @@ from dvi.solvers.protocol import Flow, Frame, State
 from dvi.solvers.watch import LOOSE, Approach, Coupling, Sighting, Watch, empty_frame
 
 _LASTING = 3  # short steps in a row
-_LESS, _MORE = 0.9, 1.5  # by how much the rate may change from one step to the next
+_VAIN = 2  # followed steps in a row that do not pay
+_MORE = 1.5  # by how much the rate is taken to be larger after a step that has failed
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,34 @@ class Stiffness:
 
     Attributes:
         rate: per unit time, for which stages are chosen: at first as the change of the force over a frozen step shows,
-            then as much as the errors of the steps ask for.
+            then as the right side has it.
         times: short steps with a frozen frame in a row that it has cost; the frame is followed from the third on.
+        direction: the one along which it pulls back fastest [d] (None: not known).
+        factor: by which the rate is larger than at the start of a step, as far as steps have failed by it.
+        held: how long the last step with a frozen frame was.
+        vain: followed steps in a row that cost more per unit time than such short ones, and do not grow.
     """
 
     rate: float
     times: int = _LASTING
+    direction: Tensor | None = None
+    factor: float = 1.0
+    held: float = 0.0
+    vain: int = 0
 
     @property
     def lasting(self) -> bool:
         """Is it to be followed?"""
         return self.times >= _LASTING
 
-    def after(self, error: float) -> Stiffness:
-        """What to take next, after a step with that error, in units of tol: stages too few show there."""
-        return replace(self, rate=self.rate * float(np.clip(error, _LESS, _MORE)))
+    def more(self) -> Stiffness:
+        """What to take after a step that has failed: it may have had too few stages."""
+        return replace(self, factor=_MORE * self.factor)
+
+    def passed(self, pays: bool) -> Stiffness | None:
+        """What to take next after a step that was accepted; nothing if following has not paid for some steps."""
+        vain = 0 if pays else self.vain + 1
+        return replace(self, factor=0.5 * (1 + self.factor), vain=vain) if vain < _VAIN else None
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,9 @@ class Attempt:
             if bend > ALLOWED * tol and not self.final:
                 return replace(self._retry(bend), pulled=corrected.pull > PULL)
             error = max(error, bend)
-        approach, coupling = None, LOOSE
+        approach, coupling, kept = None, LOOSE, None
+        if self.here.stiffness and self.here.stiffness.lasting:  # held for once, because a direction arrives
+            kept = self.here.stiffness.passed(False)
         if moved is not end:
             loss, g = flow.value_and_grad(moved)
         if new.k:
@@ -233,7 +235,7 @@ class Attempt:
             coupling=coupling,
             taken=taken,
             past=corrected.past,
-            stiffness=corrected.stiffness if h <= TINY and not self.since else None,
+            stiffness=kept or (corrected.stiffness if h <= TINY and not self.since else None),
         )
         return Accepted(moved, here, corrected.X, new, begin, finish, error, bend if self.since else 0.0, missed)
 
@@ -344,7 +346,7 @@ class Attempt:
                         change = bending.implicit(change)
                         if bending.stiff:
                             times = self.here.stiffness.times if self.here.stiffness else 0
-                            stiffness = Stiffness(-float(bending.secant.rates.min()) / H, times + 1)
+                            stiffness = Stiffness(-float(bending.secant.rates.min()) / H, times + 1, held=H)
                         past = bending.past(change[0])
                     size = self._worth(end, g, change, H)
                     bend = size / H**SHARE

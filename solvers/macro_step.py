@@ -119,7 +119,8 @@ class MacroStep:
                 room = here.until - y.t
                 if not here.frame.k:  # with nothing held a step is long, and nothing else would make it look around
                     room = min(room, max(watch.due(here.seen) - y.t, self.h_start))
-                length = landing_at(here.seen, y.t, min(size, room), self.h_start, here.approach)
+                followed = here.frame.k if Followed.suits(here, y, size) else 0
+                length = landing_at(here.seen, y.t, min(size, room), self.h_start, here.approach, followed)
             length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing

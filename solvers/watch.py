@@ -285,15 +285,18 @@ def shown(block: Eigenblock) -> Array:
     return block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)]
 
 
-def landing_at(seen: Sighting, t: float, h: float, shortest: float, approach: Approach | None = None) -> float:
+def landing_at(
+    seen: Sighting, t: float, h: float, shortest: float, approach: Approach | None = None, followed: int = 0
+) -> float:
     """The step h from t, cut (not below ``shortest``) to end where the next eigenvalue is predicted to arrive at 2.
 
-    Those in the frame are where ``approach`` says (at t), the others where the last look saw them go.
+    Those in the frame are where ``approach`` says (at t), the others where the last look saw them go.  The leading
+    ``followed`` may arrive within a step, whose stages see to it.
     """
     arrivals = Approach(seen.eigenvalues, seen.rates, np.zeros(seen.block.size)).arrivals() - (t - seen.t)
     if approach is not None:
         arrivals[: len(approach.values)] = approach.arrivals()
-    for arrival in arrivals:
+    for arrival in arrivals[followed:]:
         if arrival < h:
             h = max(min(h, shortest), arrival)
         elif arrival < 1.7 * h:

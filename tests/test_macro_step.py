@@ -15,7 +15,7 @@ import dvi
 from dvi.methods import GradientDescent
 from dvi.problems.edge import MatrixSweep
 from dvi.series import breakpoints
-from dvi.solvers import bending, gap, secant
+from dvi.solvers import bending, followed, gap, secant
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import ConvergenceError, StepError
 from dvi.solvers.followed import Followed
@@ -182,21 +182,29 @@ def test_a_stiff_force_of_oscillations_does_not_force_tiny_steps(monkeypatch):
     assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 7 * len(solution.ledger.t)
 
 
+def following(flow, asked, rate=1.0, always=False):
+    """Run with the first step with a direction at the edge made as if short steps had shown that the force is stiff."""
+    integrator = dvi.MacroStep()
+    y = State(flow.problem.w0, {}, 0.0)
+    memory, states = integrator.init(flow, y), [y]
+    while y.t < asked - 1e-9:
+        here = memory.here
+        if here is not None and here.frame.k and (always or here.stiffness is None):
+            memory = replace(memory, here=replace(here, stiffness=Stiffness(rate)))
+        result = integrator.step(flow, memory, y, asked - y.t)
+        y, memory = result.y, result.memory
+        states.append(y)
+    return states, memory
+
+
 @pytest.mark.parametrize(
     ("q", "slope", "start"),
     [([40.0], [2.0], [0.5]), ([58.9, 42.7, 40.8], [2.4, 1.8, 1.3], [1.2, 1.0, 0.8])],
 )
 def test_stages_that_follow_the_frame_take_long_steps_where_the_force_is_stiff(q, slope, start):
     flow, rest = stiff_problem(q, slope, start)
-    integrator = dvi.MacroStep()
-    y = State(flow.problem.w0, {}, 0.0)
-    memory, steps, asked = integrator.init(flow, y), [], 30.0
-    while y.t < asked - 1e-9:
-        if memory.here is not None and memory.here.frame.k:  # as if short steps had shown that it is stiff
-            memory = replace(memory, here=replace(memory.here, stiffness=Stiffness(LR * 2 * max(q))))
-        result = integrator.step(flow, memory, y, asked - y.t)
-        steps.append(result.y.t - y.t)
-        y, memory = result.y, result.memory
+    states, memory = following(flow, 30.0)
+    y, steps = states[-1], np.diff([y.t for y in states])
     np.testing.assert_allclose(y.w[2:], rest, atol=1e-4)
     assert max(steps) > 2.0  # some 50 rates of the force; the step of the paper's scheme would have to be below 0.02
     lin = flow.linearised(y, memory.here.g, memory.here.frame)
@@ -204,10 +212,60 @@ def test_stages_that_follow_the_frame_take_long_steps_where_the_force_is_stiff(q
     np.testing.assert_allclose(lin.drift(gap.multiplier(flow, lin, 0.0)).w, 0.0, atol=1e-3)
 
 
+@given(st.lists(st.tuples(st.floats(2.0, 60.0), st.floats(0.5, 3.0), st.floats(0.7, 1.3)), min_size=1, max_size=3))
+@examples(15)
+def test_the_rate_of_a_followed_step_is_that_of_the_dense_jacobian(draws):
+    """Of the drift with X of Baumgarte type, eigenvectors and third derivatives taken at each point, by differences."""
+    flow, _ = stiff_problem(*zip(*draws, strict=True))
+    (*_, y), memory = following(flow, 2.0)
+    assume(memory.here.frame.k == 1 and 2 - memory.here.seen.eigenvalues[0] < 1e-3)
+
+    def drift(w):
+        state = State(w, {}, y.t)
+        A = flow.effective_hessian(state)(torch.eye(len(w), dtype=w.dtype))
+        v = torch.linalg.eigh(A)[1][:, -1:]
+        lin = flow.linearised(state, flow.gradient(state), flow.frame(state, v, A @ v))
+        return lin.drift(gap.multiplier(flow, lin, gap.baumgarte(0.1))).w
+
+    step = 1e-6 * torch.eye(len(y.w), dtype=y.w.dtype)
+    J = np.stack([((drift(y.w + e) - drift(y.w - e)) / 2e-6).numpy() for e in step], axis=1)
+    watch = Watch(dvi.solvers.critical.CriticalSubspace(tol=1e-6))
+    attempt = Followed(flow, watch, 1e-3, replace(memory.here, stiffness=Stiffness(1.0)), y, 0.1, False)
+    start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(1)}
+    _, found = attempt._begin(start, Stiffness(1.0))
+    for _ in range(6):  # one more evaluation for each step that starts there
+        _, found = attempt._begin(start, found)
+    exact = np.abs(np.linalg.eigvals(J)).max()
+    # J is not normal: what one evaluation gives may be more than the spectral radius, but not above its norm
+    assert 0.9 * exact < found.rate < 1.1 * np.linalg.norm(J, 2)
+
+
+@pytest.mark.parametrize("speed", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("rate", [1.0, 20.0])
+def test_directions_that_arrive_at_followed_steps_are_not_held_back(monkeypatch, speed, rate):
+    """Three eigenvalues rise to 2 one after the other, at r = 0.004 to 0.024 per unit; γ = 2 keeps one r/2e below 2.
+
+    So γ is larger, if the force's own rate is; else the step before an arrival holds its frame.
+    """
+    problem = MatrixSweep([speed] * 3, [0.1, 0.3, 0.5], lr=0.2, seed=1)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    asked = problem.entry_times[-1] + 10
+
+    def worst(states):
+        return max(float((y.w - problem.weights(y.t)).norm()) for y in states)
+
+    states, memory = following(flow, asked, rate, always=True)
+    assert memory.here.frame.k == 3
+    assert worst(states) < followed._HELD_BACK / np.e / 0.2 + 1e-3  # in w, over |T| = 0.2; and tol
+    if speed > 0.5:
+        monkeypatch.setattr(followed, "_HELD_BACK", np.inf)
+        assert worst(following(flow, asked, rate, always=True)[0]) > 0.015
+
+
 def test_a_step_that_runs_away_while_it_follows_is_made_with_a_frozen_frame(monkeypatch):
     flow, _ = stiff_problem([40.0], [2.0], [0.5])
 
-    def runs_away(self, at):
+    def runs_away(self, at, sharp=1.0):
         raise ConvergenceError("the stages run away")
 
     integrator = dvi.MacroStep()
@@ -244,10 +302,10 @@ def test_where_corrections_reverse_one_another_two_directions_are_stiff(monkeypa
 )
 def test_with_three_stiff_directions_following_takes_fewer_steps(monkeypatch, q, slope, start):
     flow, rest = stiff_problem(q, slope, start)
-    followed = run(flow, dvi.MacroStep(), 30)
-    np.testing.assert_allclose(followed.w[2:], rest, atol=1e-3)
+    fast = run(flow, dvi.MacroStep(), 30)
+    np.testing.assert_allclose(fast.w[2:], rest, atol=1e-3)
     monkeypatch.setattr(Followed, "suits", lambda *_: False)  # 77 and 273 steps, 92 and 245
-    assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 2 * len(followed.ledger.t)
+    assert len(run(flow, dvi.MacroStep(), 30).ledger.t) > 2 * len(fast.ledger.t)
 
 
 # ---- a critical eigenvector that turns towards another ------------------------------------------------------
@@ -322,7 +380,7 @@ def test_without_its_neighbour_the_steps_are_short_or_in_vain(monkeypatch):
     assert [kind for _, kind, _ in held.breakpoints] == ["enter"]  # held is not at the edge
     monkeypatch.setattr(gap, "_COUPLED", np.inf)
     monkeypatch.setattr(Here, "neighbour", False)
-    followed = run(fast.flow, integrator, 30)
+    turning = run(fast.flow, integrator, 30)
     monkeypatch.setattr(Followed, "suits", lambda *_: False)
     alone = run(gentle.flow, integrator, 30)
     assert max(X.shape[0] for X in alone.X) == 1
@@ -331,7 +389,7 @@ def test_without_its_neighbour_the_steps_are_short_or_in_vain(monkeypatch):
     # … but not where the stages follow it as it turns
     monkeypatch.undo()
     exact = run(fast.flow, dvi.MacroStep(1e-5, h_max=1.0), 30)
-    np.testing.assert_allclose(followed.w, exact.w, atol=1e-3)
+    np.testing.assert_allclose(turning.w, exact.w, atol=1e-3)
 
 
 def test_what_a_coupled_neighbour_does_to_the_force():
