@@ -7,8 +7,8 @@ and third derivatives, that is the force itself.  Then more stages damp what is 
 two units takes 14), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.  How many stages,
 a power method for the Jacobian of that right side tells, one evaluation a step.
 
-Baumgarte's term also holds back a direction that is about to arrive, by what it rises in 1/γ.  So where one arrives γ
-is as large as that needs, and if that is more than the rate, which the stages bear, the step holds its frame.
+Baumgarte's term also holds back a direction that is about to arrive, by what it rises in 1/γ.  So γ is as large as the
+stages bear anyway, a good part of the rate, and where a direction arrives too fast for that the step holds its frame.
 
 A stage costs some block products with the Hessian and all third derivatives of the frame, some tens of gradients, where
 a frozen one costs one, and sends the eigensolver's small matrices to the host.
@@ -24,7 +24,7 @@ import torch
 from scipy.linalg import polar
 
 from dvi.solvers import ccp
-from dvi.solvers.critical import Eigenblock
+from dvi.solvers.critical import CRITICAL, Eigenblock
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.gap import approaching, baumgarte, coupled, multiplier, transport
 from dvi.solvers.here import Here, Stiffness, critical_frame
@@ -36,12 +36,13 @@ from dvi.solvers.svec import smat, svec
 from dvi.solvers.thirds import tempered
 from dvi.solvers.watch import AT_EDGE
 
-_SAFE = 1.2  # the rate at the start of a step is not the largest in it
+_SAFE = 1.5  # the rate at the start of a step is not the largest in it
 _MOST = 600.0  # h times the rate, at most: 31 stages
 _SOON = 40  # block products at a stage; where all is well it takes two to four
 _SHARP = 0.1  # eigenvectors of the evaluations that are compared, in parts of the watch's tolerance
 _PROBE = 0.01  # how far apart these are, in units of tol: ten times as far the force has saturated
 _FIRST = 3  # evaluations for a rate of which nothing is known
+_PULL = 0.5  # of the rate, at which a gap is closed
 _HELD_BACK = 3 * AT_EDGE  # by that much below 2 a direction may be kept as it arrives
 _LEAST = 0.01  # a step up to which a frozen frame does better
 _PROBES = 2  # evaluations a step besides the stages
@@ -51,8 +52,9 @@ def _needed(here: Here, h: float) -> float:
     """The rate at which a gap must be closed lest directions that arrive within h, or soon after, be held back."""
     if here.approach is None:
         return 0.0
+    below = CRITICAL - here.approach.values > _HELD_BACK  # one that is nearer can only be held back by less
     soon = here.approach.arrivals() < h + 1 / baumgarte(h)
-    return float(here.approach.rates[soon].max(initial=0.0)) / _HELD_BACK
+    return float(here.approach.rates[below & soon].max(initial=0.0)) / _HELD_BACK
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Followed(Attempt):
     def __post_init__(self) -> None:
         self._block: Eigenblock = self.here.seen.block
         self._warm: list[ccp.CCPResult | None] = [None]
-        self._gamma = max(baumgarte(self.h), _needed(self.here, self.h))
+        assert self.here.stiffness is not None  # or it does not suit
+        self._gamma = max(baumgarte(self.h), _PULL * self.here.stiffness.rate, _needed(self.here, self.h))
 
     @staticmethod
     def suits(here: Here, y: State, h: float) -> bool:
@@ -103,7 +106,7 @@ class Followed(Attempt):
         mean = R @ (smat(raw["z"]) / h) @ R.T
         self._warm = [None]
         lin = flow.linearised(end, g, new)
-        _, finish = self._drift(lin)
+        X, finish = self._drift(lin)
         error = self._embedded_error(start, raw, first, {"w": finish.w, "nu": finish.nu}, g) / h**SHARE
         if not np.isfinite(error) or (error > ALLOWED * tol and not self.final):
             return self._again(self._retry(error).h)
@@ -113,7 +116,7 @@ class Followed(Attempt):
             seen,
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
-            approach=approaching(flow, lin, seen.rates, 0.5 * h) if new.k else None,
+            approach=approaching(flow, lin, seen.rates, 0.5 * h, X) if new.k else None,
             coupling=coupled(lin, mean, max(h, 1.0)) if new.k else here.coupling,
             taken=Taken(whole=end.t),
             stiffness=stiffness.passed(h > (s + _PROBES) * stiffness.held or growth(tol, error) >= 2),

@@ -56,10 +56,13 @@ def multiplier(
     return solved.X if on is None else on @ solved.X @ on.T
 
 
-def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) -> Approach | None:
+def approaching(
+    flow: Flow, lin: Linearised, rates_before: Array, ago: float, X: Array | None = None
+) -> Approach | None:
     """Where the eigenvalues in the frame are and go: with X on those at the edge only, on none that is on its way.
 
     Args:
+        X: of the oscillation, if it is known better.
         rates_before: of as many of the leading ones as are known, ``ago`` unit times ago.
 
     Returns:
@@ -67,7 +70,7 @@ def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) ->
     """
     gaps, C = np.linalg.eigh(lin.gap)
     try:
-        X = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE])
+        X = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE]) if X is None else X
     except ccp.CCPError:
         return None
     rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(X)), C)

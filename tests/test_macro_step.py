@@ -259,6 +259,7 @@ def test_directions_that_arrive_at_followed_steps_are_not_held_back(monkeypatch,
     assert worst(states) < followed._HELD_BACK / np.e / 0.2 + 1e-3  # in w, over |T| = 0.2; and tol
     if speed > 0.5:
         monkeypatch.setattr(followed, "_HELD_BACK", np.inf)
+        monkeypatch.setattr(followed, "_PULL", 0.0)
         assert worst(following(flow, asked, rate, always=True)[0]) > 0.015
 
 
