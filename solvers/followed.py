@@ -90,14 +90,13 @@ class Followed(Attempt):
             first, stiffness = self._begin(start, here.stiffness)
             s = stages(h, max(self._radius(), min(_SAFE * stiffness.rate, _MOST / h)))
             raw = rkc(self._stage, start, h, s, first)
+            end = self._repaired(State(raw["w"], raw["nu"], y.t + h))
+            raw["nu"] = end.nu
+            loss, g = flow.value_and_grad(end)
+            guess = torch.cat([self._block.V, here.seen.block.V[:, self._block.size :]], dim=1)
+            seen = self.watch.look(flow, end, here.seen, h, guess, here.coupling)
         except ConvergenceError:  # the stages have run away
             return self._again(0.5 * h)
-        end = self._repaired(State(raw["w"], raw["nu"], y.t + h))
-        raw["nu"] = end.nu
-
-        loss, g = flow.value_and_grad(end)
-        guess = torch.cat([self._block.V, here.seen.block.V[:, self._block.size :]], dim=1)
-        seen = self.watch.look(flow, end, here.seen, h, guess, here.coupling)
         if seen.eigenvalues[0] > OVERSHOOT and not self.final:
             return self._again(0.5 * h)
         missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > OVERSHOOT else 0.0
@@ -117,7 +116,9 @@ class Followed(Attempt):
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
             approach=approaching(flow, lin, seen.rates, 0.5 * h, X) if new.k else None,
-            coupling=coupled(lin, mean, max(h, 1.0)) if new.k else here.coupling,
+            coupling=replace(coupled(lin, mean, max(h, 1.0)), turn=0.0)
+            if new.k
+            else here.coupling,  # stages see to that
             taken=Taken(whole=end.t),
             stiffness=stiffness.passed(h > (s + _PROBES) * stiffness.held or growth(tol, error) >= 2),
         )
