@@ -86,7 +86,7 @@ class CriticalSubspace:
         Raises:
             ConvergenceError: if that takes more than ``max_iterations`` block products.
         """
-        V, draws = self._fresh(example, 1 + self.slack, None, 0)
+        V, draws = self.fresh(example, 1 + self.slack, None, 0)
         block = Eigenblock(V, upright(A(V)), np.zeros(V.shape[1]), np.full(V.shape[1], np.inf), draws)
         return self.survey(A, self._iterate(A, block, want, tol or self.tol), want, tol)
 
@@ -115,7 +115,7 @@ class CriticalSubspace:
         V = block.V
         if V.shape[1] >= V.shape[0]:
             return block
-        v, draws = self._fresh(V[:, 0], 1, V, block.draws)
+        v, draws = self.fresh(V[:, 0], 1, V, block.draws)
         basis, products = [v], []
         for _ in range(min(self.krylov, V.shape[0] - V.shape[1])):
             r = upright(A(basis[-1]))
@@ -150,8 +150,12 @@ class CriticalSubspace:
     def _needed(self, eigenvalues: Array, want: float, least: int) -> int:
         return max(least, int((eigenvalues > want).sum()))
 
-    def _fresh(self, example: Tensor, count: int, V: Tensor | None, draws: int) -> tuple[Tensor, int]:
-        """Random orthonormal vectors, orthogonal to V; reproducible from the number of earlier draws."""
+    def fresh(self, example: Tensor, count: int, V: Tensor | None = None, draws: int = 0) -> tuple[Tensor, int]:
+        """Random orthonormal vectors, orthogonal to V [d, m]; reproducible from the number of earlier draws.
+
+        Returns:
+            The vectors [d, count], like ``example`` [d], and the number of draws.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draws)
         count = min(count, len(example) - (0 if V is None else V.shape[1]))
         X = torch.randn(len(example), count, generator=generator, dtype=torch.float64, device="cpu").to(example)
@@ -176,7 +180,7 @@ class CriticalSubspace:
                 missing = min(needed + self.slack, d) - X.shape[1]
                 if missing <= 0:
                     return Eigenblock(X, AX, ritz, residuals, draws)
-                fresh, draws = self._fresh(X[:, 0], missing, X, draws)
+                fresh, draws = self.fresh(X[:, 0], missing, X, draws)
                 X, AX = beside(X, fresh), beside(AX, A(fresh))
                 P = AP = None
                 # a new vector must be given the chance to show an eigenvalue above `want`

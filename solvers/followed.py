@@ -65,16 +65,16 @@ class Followed(Attempt):
         self._block: Eigenblock = self.here.seen.block
         self._warm: list[ccp.CCPResult | None] = [None]
         assert self.here.stiffness is not None  # or it does not suit
-        self._gamma = max(baumgarte(self.h), _PULL * self.here.stiffness.rate, _needed(self.here, self.h))
+        self._stiffness: Stiffness = self.here.stiffness
+        self._gamma = max(baumgarte(self.h), _PULL * self._stiffness.rate, _needed(self.here, self.h))
 
     @staticmethod
     def suits(here: Here, y: State, h: float) -> bool:
         """Is a step of h from y to be made like this?"""
         if here.stiffness is None or not here.stiffness.lasting or not here.frame.k or y.t != here.seen.t:
             return False
-        if here.approach is None:
-            return True
-        return _needed(here, h) < max(baumgarte(h), here.stiffness.rate) and not here.approach.none_within(h)
+        silent = here.approach is not None and here.approach.none_within(h)
+        return not silent and _needed(here, h) < max(baumgarte(h), here.stiffness.rate)
 
     def run(self) -> Accepted | Rejected:
         """What was reached, or the length of the step to try instead.
@@ -83,11 +83,10 @@ class Followed(Attempt):
             DomainError: if a stage leaves the domain of the loss or of P.
         """
         flow, y, h, tol, here = self.flow, self.y, self.h, self.tol, self.here
-        assert here.stiffness is not None  # or it does not suit
         old = here.frame
         start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(old.k * (old.k + 1) // 2)}
         try:
-            first, stiffness = self._begin(start, here.stiffness)
+            first, stiffness = self._begin(start)
             s = stages(h, max(self._radius(), min(_SAFE * stiffness.rate, _MOST / h)))
             raw = rkc(self._stage, start, h, s, first)
             end = self._repaired(State(raw["w"], raw["nu"], y.t + h))
@@ -103,22 +102,24 @@ class Followed(Attempt):
         new = critical_frame(flow, end, seen, self.watch.critical(seen, h, old.k, here.coupling))
         R = transport(flow, end, new, old)
         mean = R @ (smat(raw["z"]) / h) @ R.T
-        self._warm = [None]
+        self._warm = [None]  # that was in another basis
         lin = flow.linearised(end, g, new)
         X, finish = self._drift(lin)
         error = self._embedded_error(start, raw, first, {"w": finish.w, "nu": finish.nu}, g) / h**SHARE
         if not np.isfinite(error) or (error > ALLOWED * tol and not self.final):
             return self._again(self._retry(error).h)
+        approach, coupling = None, here.coupling
+        if new.k:
+            approach = approaching(flow, lin, seen.rates, 0.5 * h, X)
+            coupling = replace(coupled(lin, mean, max(h, 1.0)), turn=0.0)  # to the turn the stages see
         found = Here(
             float(loss),
             g,
             seen,
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
-            approach=approaching(flow, lin, seen.rates, 0.5 * h, X) if new.k else None,
-            coupling=replace(coupled(lin, mean, max(h, 1.0)), turn=0.0)
-            if new.k
-            else here.coupling,  # stages see to that
+            approach=approach,
+            coupling=coupling,
             taken=Taken(whole=end.t),
             stiffness=stiffness.passed(h > (s + _PROBES) * stiffness.held or growth(tol, error) >= 2),
         )
@@ -126,16 +127,15 @@ class Followed(Attempt):
 
     def _again(self, h: float) -> Rejected:
         """A shorter step, and more stages for its length; with a frozen frame if that has been tried."""
-        assert self.here.stiffness is not None
-        return Rejected(h, stiffness=self.here.stiffness.more() if h > _LEAST else None)
+        return Rejected(h, stiffness=self._stiffness.more() if h > _LEAST else None)
 
-    def _begin(self, start: dict[str, Any], known: Stiffness) -> tuple[dict[str, Any], Stiffness]:
+    def _begin(self, start: dict[str, Any]) -> tuple[dict[str, Any], Stiffness]:
         """The right side where the step starts, and the rate there, by the power method from where it was left."""
         first = self._stage(start, _SHARP)
-        block, warm, direction, rate = self._block, self._warm[0], known.direction, 0.0
-        v = torch.randn(len(self.y.w), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-        v = v.to(self.y.w) if direction is None else direction
-        for _ in range(_FIRST if direction is None else 1):
+        block, warm, v, times, rate = self._block, self._warm[0], self._stiffness.direction, 1, 0.0
+        if v is None:
+            v, times = self.watch.subspace.fresh(self.y.w, 1)[0][:, 0], _FIRST
+        for _ in range(times):
             length = _PROBE * self.tol / float(v.norm())
             moved = self._stage({**start, "w": self.y.w + length * v}, _SHARP)
             self._block, self._warm = block, [warm]
@@ -144,7 +144,7 @@ class Followed(Attempt):
             if after <= 0:  # the same everywhere
                 break
             rate, v = max(rate, (after / before) ** 0.5), change
-        return first, replace(known, rate=rate * known.factor, direction=v / v.norm())
+        return first, replace(self._stiffness, rate=rate * self._stiffness.factor, direction=v / v.norm())
 
     def _stage(self, at: dict[str, Any], sharp: float = 1.0) -> dict[str, Any]:
         """The flow's right side where a stage is."""

@@ -62,8 +62,8 @@ def approaching(
     """Where the eigenvalues in the frame are and go: with X on those at the edge only, on none that is on its way.
 
     Args:
-        X: of the oscillation, if it is known better.
         rates_before: of as many of the leading ones as are known, ``ago`` unit times ago.
+        X: of the oscillation, where it is known [k, k].
 
     Returns:
         None if that cannot be said, because β is not monotone there.
