@@ -26,7 +26,7 @@ from scipy.linalg import polar
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.gap import approaching, baumgarte, coupled, multiplier, transport
+from dvi.solvers.gap import OSCILLATES, approaching, baumgarte, multiplier, transport
 from dvi.solvers.here import Here, Stiffness, critical_frame
 from dvi.solvers.interval import Slope, Taken
 from dvi.solvers.macro_attempt import ALLOWED, OVERSHOOT, SHARE, Accepted, Attempt, Rejected, growth
@@ -34,14 +34,17 @@ from dvi.solvers.protocol import Array, Frame, Linearised, Rate, State, host, li
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import smat, svec
 from dvi.solvers.thirds import tempered
-from dvi.solvers.watch import AT_EDGE
+from dvi.solvers.watch import AT_EDGE, Approach
 
-_SAFE = 1.5  # the rate at the start of a step is not the largest in it
-_MOST = 600.0  # h times the rate, at most: 31 stages
+_SAFE = 2.0  # the rate at the start of a step is not the largest in it
+_MOST = 4000.0  # h times the rate, at most: 96 stages
+_DAMPING = 5.0  # what is stiff is left with a quarter to 0.4 of itself by a step; with RKC's own 2/13 up to 0.95
 _SOON = 40  # block products at a stage; where all is well it takes two to four
-_SHARP = 0.1  # eigenvectors of the evaluations that are compared, in parts of the watch's tolerance
+_LOOSE = 5.0  # eigenvectors of a stage, in parts of the watch's tolerance
+_SHARP = 0.1 * _LOOSE  # … of the evaluations that are compared
 _PROBE = 0.01  # how far apart these are, in units of tol: ten times as far the force has saturated
-_FIRST = 3  # evaluations for a rate of which nothing is known
+_FOUND = 1.02  # a rate that grows by less from one evaluation to the next is found
+_AT_MOST = 6  # evaluations for it
 _PULL = 0.5  # of the rate, at which a gap is closed
 _HELD_BACK = 3 * AT_EDGE  # by that much below 2 a direction may be kept as it arrives
 _LEAST = 0.01  # a step up to which a frozen frame does better
@@ -55,6 +58,15 @@ def _needed(here: Here, h: float) -> float:
     below = CRITICAL - here.approach.values > _HELD_BACK  # one that is nearer can only be held back by less
     soon = here.approach.arrivals() < h + 1 / baumgarte(h)
     return float(here.approach.rates[below & soon].max(initial=0.0)) / _HELD_BACK
+
+
+def _held(approach: Approach | None, lin: Linearised, X: Array) -> Approach | None:
+    """The same, but none of those along which X acts is on its way: what is left of their gaps is being closed."""
+    if approach is None:
+        return None
+    C = np.linalg.eigh(lin.gap)[1]
+    acts = np.einsum("ij,ik,kj->j", C, X, C) > OSCILLATES * np.linalg.eigvalsh(X)[-1]
+    return replace(approach, rates=np.where(acts, 0.0, approach.rates), turns=np.where(acts, 0.0, approach.turns))
 
 
 @dataclass
@@ -86,20 +98,23 @@ class Followed(Attempt):
         old = here.frame
         start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(old.k * (old.k + 1) // 2)}
         try:
-            first, stiffness = self._begin(start)
-            s = stages(h, max(self._radius(), min(_SAFE * stiffness.rate, _MOST / h)))
-            raw = rkc(self._stage, start, h, s, first)
+            first, self._stiffness = self._begin(start)
+            fast = max(self._radius(), _SAFE * self._stiffness.rate)
+            if h * fast > _MOST and not self.final:  # with fewer stages it would be unstable
+                return Rejected(0.8 * _MOST / fast, stiffness=self._stiffness)
+            s = stages(h, min(fast, _MOST / h), _DAMPING)
+            raw = rkc(self._stage, start, h, s, first, _DAMPING)
             end = self._repaired(State(raw["w"], raw["nu"], y.t + h))
             raw["nu"] = end.nu
             loss, g = flow.value_and_grad(end)
             guess = torch.cat([self._block.V, here.seen.block.V[:, self._block.size :]], dim=1)
-            seen = self.watch.look(flow, end, here.seen, h, guess, here.coupling)
+            seen = self.watch.look(flow, end, here.seen, h, guess)
         except ConvergenceError:  # the stages have run away
             return self._again(0.5 * h)
         if seen.eigenvalues[0] > OVERSHOOT and not self.final:
             return self._again(0.5 * h)
         missed = float(seen.eigenvalues[0]) if seen.eigenvalues[0] > OVERSHOOT else 0.0
-        new = critical_frame(flow, end, seen, self.watch.critical(seen, h, old.k, here.coupling))
+        new = critical_frame(flow, end, seen, self.watch.critical(seen, h, old.k))
         R = transport(flow, end, new, old)
         mean = R @ (smat(raw["z"]) / h) @ R.T
         self._warm = [None]  # that was in another basis
@@ -108,10 +123,9 @@ class Followed(Attempt):
         error = self._embedded_error(start, raw, first, {"w": finish.w, "nu": finish.nu}, g) / h**SHARE
         if not np.isfinite(error) or (error > ALLOWED * tol and not self.final):
             return self._again(self._retry(error).h)
-        approach, coupling = None, here.coupling
+        approach = None
         if new.k:
-            approach = approaching(flow, lin, seen.rates, 0.5 * h, X)
-            coupling = replace(coupled(lin, mean, max(h, 1.0)), turn=0.0)  # to the turn the stages see
+            approach = _held(approaching(flow, lin, seen.rates, 0.5 * h, X), lin, X)
         found = Here(
             float(loss),
             g,
@@ -119,9 +133,8 @@ class Followed(Attempt):
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
             approach=approach,
-            coupling=coupling,
             taken=Taken(whole=end.t),
-            stiffness=stiffness.passed(h > (s + _PROBES) * stiffness.held or growth(tol, error) >= 2),
+            stiffness=self._stiffness.passed(h > (s + _PROBES) * self._stiffness.held or growth(tol, error) >= 2),
         )
         return Accepted(end, found, mean, new, Rate(first["w"], first["nu"]), finish, error, missed=missed)
 
@@ -132,10 +145,13 @@ class Followed(Attempt):
     def _begin(self, start: dict[str, Any]) -> tuple[dict[str, Any], Stiffness]:
         """The right side where the step starts, and the rate there, by the power method from where it was left."""
         first = self._stage(start, _SHARP)
-        block, warm, v, times, rate = self._block, self._warm[0], self._stiffness.direction, 1, 0.0
+        block, warm, v = self._block, self._warm[0], self._stiffness.direction
         if v is None:
-            v, times = self.watch.subspace.fresh(self.y.w, 1)[0][:, 0], _FIRST
-        for _ in range(times):
+            rate, v = 0.0, self.watch.subspace.fresh(self.y.w, 1)[0][:, 0]
+        else:
+            rate = self._stiffness.rate / self._stiffness.factor
+        largest = 0.0
+        for _ in range(_AT_MOST):
             length = _PROBE * self.tol / float(v.norm())
             moved = self._stage({**start, "w": self.y.w + length * v}, _SHARP)
             self._block, self._warm = block, [warm]
@@ -143,10 +159,13 @@ class Followed(Attempt):
             before, after = (float(x @ self.flow.precondition(self.y, x[:, None])[:, 0]) for x in (v, change))
             if after <= 0:  # the same everywhere
                 break
-            rate, v = max(rate, (after / before) ** 0.5), change
-        return first, replace(self._stiffness, rate=rate * self._stiffness.factor, direction=v / v.norm())
+            known, rate = max(rate, largest), (after / before) ** 0.5
+            largest, v = max(largest, rate), change
+            if rate < _FOUND * known:
+                break
+        return first, replace(self._stiffness, rate=largest * self._stiffness.factor, direction=v / v.norm())
 
-    def _stage(self, at: dict[str, Any], sharp: float = 1.0) -> dict[str, Any]:
+    def _stage(self, at: dict[str, Any], sharp: float = _LOOSE) -> dict[str, Any]:
         """The flow's right side where a stage is."""
         state = self._repaired(State(at["w"], at["nu"], at["t"]))
         g = self.flow.gradient(state)
