@@ -4,8 +4,8 @@ Where w is pushed by the oscillation along several directions at once that pull 
 time, what a frozen frame is wrong by, and is made up for at the end of a step, overshoots at any step worth the name.
 But such a flow is no more than mildly stiff *if its right side is what it is where each stage is*: eigenvectors, gap
 and third derivatives, that is the force itself.  Then more stages damp what is stiff (a rate of 60 over a step of
-two units takes 14), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.  How many stages,
-a power method for the Jacobian of that right side tells, one evaluation a step.
+two units takes 24), and nothing is left to make up for: the gap is closed by Baumgarte's term alone.  How many stages,
+a power method for the Jacobian of that right side tells, mostly one or two evaluations a step.
 
 Baumgarte's term also holds back a direction that is about to arrive, by what it rises in 1/γ.  So γ is as large as the
 stages bear anyway, a good part of the rate, and where a direction arrives too fast for that the step holds its frame.

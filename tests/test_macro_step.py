@@ -20,7 +20,7 @@ from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import ConvergenceError, StepError
 from dvi.solvers.followed import Followed
 from dvi.solvers.here import Here, Stiffness
-from dvi.solvers.macro_attempt import Accepted
+from dvi.solvers.macro_attempt import Accepted, Rejected
 from dvi.solvers.protocol import State
 from dvi.solvers.secant import Secant
 from dvi.solvers.watch import LOOSE, Sighting, Watch
@@ -261,6 +261,36 @@ def test_directions_that_arrive_at_followed_steps_are_not_held_back(monkeypatch,
         monkeypatch.setattr(followed, "_HELD_BACK", np.inf)
         monkeypatch.setattr(followed, "_PULL", 0.0)
         assert worst(following(flow, asked, rate, always=True)[0]) > 0.015
+
+
+def test_a_followed_step_that_would_take_too_many_stages_is_shortened(monkeypatch):
+    """With fewer it would be unstable; the rate that was found is handed on, so that it need not be sought again."""
+    flow, _ = stiff_problem([40.0], [2.0], [0.5])
+    (*_, y), memory = following(flow, 2.0)
+    here = replace(memory.here, stiffness=Stiffness(40.0))
+    monkeypatch.setattr(followed, "_MOST", 50.0)
+    watch = Watch(dvi.solvers.critical.CriticalSubspace(tol=1e-4))
+    tried = Followed(flow, watch, 1e-3, here, y, 20.0, False).run()
+    assert isinstance(tried, Rejected)
+    assert tried.stiffness is not None
+    assert tried.stiffness.direction is not None
+    assert tried.stiffness.factor == 1.0  # it has not failed
+    assert tried.h * followed._SAFE * tried.stiffness.rate == pytest.approx(0.8 * 50.0)
+
+
+def test_what_is_held_at_the_end_of_a_followed_step_is_not_on_its_way():
+    """Its gap is being closed at the rate γ; taken for a rise, that would ask for a larger γ, and end the following."""
+    flow, _ = stiff_problem([40.0], [2.0], [0.5])
+    (*_, y), memory = following(flow, 2.0)
+    frame = gap.anchored(flow, y, memory.here.frame, np.array([[4e-3]]))
+    lin = flow.linearised(y, memory.here.g, frame)
+    X = gap.multiplier(flow, lin, 50.0)
+    assert X[0, 0] > 0
+    rising = gap.approaching(flow, lin, np.zeros(1), 1.0, X)
+    assert rising is not None
+    assert rising.rates[0] == pytest.approx(50.0 * 4e-3)
+    assert np.isinf(followed._held(rising, lin, X).arrivals()).all()
+    assert followed._held(rising, lin, np.zeros((1, 1))).rates[0] == rising.rates[0]
 
 
 @pytest.mark.parametrize("where", ["a stage", "the look at the end"])
