@@ -26,7 +26,7 @@ from scipy.linalg import polar
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, Eigenblock
 from dvi.solvers.errors import ConvergenceError
-from dvi.solvers.gap import OSCILLATES, approaching, baumgarte, multiplier, transport
+from dvi.solvers.gap import approaching, baumgarte, multiplier, transport
 from dvi.solvers.here import Here, Stiffness, critical_frame
 from dvi.solvers.interval import Slope, Taken
 from dvi.solvers.macro_attempt import ALLOWED, OVERSHOOT, SHARE, Accepted, Attempt, Rejected, growth
@@ -34,7 +34,7 @@ from dvi.solvers.protocol import Array, Frame, Linearised, Rate, State, host, li
 from dvi.solvers.rkc import rkc, stages
 from dvi.solvers.svec import smat, svec
 from dvi.solvers.thirds import tempered
-from dvi.solvers.watch import AT_EDGE, Approach
+from dvi.solvers.watch import AT_EDGE
 
 _SAFE = 2.0  # the rate at the start of a step is not the largest in it
 _MOST = 4000.0  # h times the rate, at most: 96 stages
@@ -58,15 +58,6 @@ def _needed(here: Here, h: float) -> float:
     below = CRITICAL - here.approach.values > _HELD_BACK  # one that is nearer can only be held back by less
     soon = here.approach.arrivals() < h + 1 / baumgarte(h)
     return float(here.approach.rates[below & soon].max(initial=0.0)) / _HELD_BACK
-
-
-def _held(approach: Approach | None, lin: Linearised, X: Array) -> Approach | None:
-    """The same, but none of those along which X acts is on its way: what is left of their gaps is being closed."""
-    if approach is None:
-        return None
-    C = np.linalg.eigh(lin.gap)[1]
-    acts = np.einsum("ij,ik,kj->j", C, X, C) > OSCILLATES * np.linalg.eigvalsh(X)[-1]
-    return replace(approach, rates=np.where(acts, 0.0, approach.rates), turns=np.where(acts, 0.0, approach.turns))
 
 
 @dataclass
@@ -123,16 +114,13 @@ class Followed(Attempt):
         error = self._embedded_error(start, raw, first, {"w": finish.w, "nu": finish.nu}, g) / h**SHARE
         if not np.isfinite(error) or (error > ALLOWED * tol and not self.final):
             return self._again(self._retry(error).h)
-        approach = None
-        if new.k:
-            approach = _held(approaching(flow, lin, seen.rates, 0.5 * h, X), lin, X)
         found = Here(
             float(loss),
             g,
             seen,
             new,
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
-            approach=approach,
+            approach=approaching(flow, lin, seen.rates, 0.5 * h, X) if new.k else None,
             taken=Taken(whole=end.t),
             stiffness=self._stiffness.passed(h > (s + _PROBES) * self._stiffness.held or growth(tol, error) >= 2),
         )

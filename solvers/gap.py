@@ -63,17 +63,21 @@ def approaching(
 
     Args:
         rates_before: of as many of the leading ones as are known, ``ago`` unit times ago.
-        X: of the oscillation, where it is known [k, k].
+        X: of the oscillation, where it is known [k, k].  None of those along which it acts is on its way then: what is
+            left of their gaps is being closed.
 
     Returns:
         None if that cannot be said, because β is not monotone there.
     """
     gaps, C = np.linalg.eigh(lin.gap)
     try:
-        X = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE]) if X is None else X
+        acting = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE]) if X is None else X
     except ccp.CCPError:
         return None
-    rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(X)), C)
+    rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(acting)), C)
+    if X is not None:
+        held = np.einsum("ij,ik,kj->j", C, X, C) > OSCILLATES * np.linalg.eigvalsh(X)[-1]
+        rates = np.where(held, 0.0, rates)
     turns, m = np.zeros_like(rates), min(len(rates), len(rates_before))
     turns[:m] = np.clip((rates[:m] - rates_before[:m]) / ago, 0.0, np.abs(rates[:m]) / ago)
     return Approach(2 - gaps, rates, turns)

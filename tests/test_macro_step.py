@@ -232,7 +232,7 @@ def test_the_rate_of_a_followed_step_is_that_of_the_dense_jacobian(draws):
     watch = Watch(dvi.solvers.critical.CriticalSubspace(tol=1e-6))
     attempt = Followed(flow, watch, 1e-3, replace(memory.here, stiffness=Stiffness(1.0)), y, 0.1, False)
     start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(1)}
-    for _ in range(7):  # three evaluations at first, then one for each step that starts there
+    for _ in range(7):  # as many steps that start there: some evaluations at first, then one or two each
         _, attempt._stiffness = attempt._begin(start)
     found = attempt._stiffness
     exact = np.abs(np.linalg.eigvals(J)).max()
@@ -286,11 +286,13 @@ def test_what_is_held_at_the_end_of_a_followed_step_is_not_on_its_way():
     lin = flow.linearised(y, memory.here.g, frame)
     X = gap.multiplier(flow, lin, 50.0)
     assert X[0, 0] > 0
-    rising = gap.approaching(flow, lin, np.zeros(1), 1.0, X)
-    assert rising is not None
-    assert rising.rates[0] == pytest.approx(50.0 * 4e-3)
-    assert np.isinf(followed._held(rising, lin, X).arrivals()).all()
-    assert followed._held(rising, lin, np.zeros((1, 1))).rates[0] == rising.rates[0]
+    assert (lin.alpha - lin.beta @ X)[0, 0] == pytest.approx(50.0 * 4e-3)
+    held = gap.approaching(flow, lin, np.zeros(1), 1.0, X)
+    assert held is not None
+    assert np.isinf(held.arrivals()).all()
+    free = gap.approaching(flow, lin, np.zeros(1), 1.0, np.zeros((1, 1)))
+    assert free is not None
+    assert free.rates[0] == pytest.approx(lin.alpha[0, 0])
 
 
 @pytest.mark.parametrize("where", ["a stage", "the look at the end"])
