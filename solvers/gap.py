@@ -80,7 +80,7 @@ def approaching(
         rates = np.where(held, 0.0, rates)
     turns, m = np.zeros_like(rates), min(len(rates), len(rates_before))
     turns[:m] = np.clip((rates[:m] - rates_before[:m]) / ago, 0.0, np.abs(rates[:m]) / ago)
-    return Approach(2 - gaps, rates, turns)
+    return Approach(2 - gaps, rates, turns, X is not None and bool(X.any()))
 
 
 def coupled(lin: Linearised, X: Array, h: float) -> Coupling:

@@ -60,12 +60,14 @@ class Sighting:
 class Approach:
     """The effective eigenvalues in the frame and their rates, by the gap and d gap/dt = β[X] − α; descending, [k].
 
-    ``turns``: by how much those rates rise per unit time, where they do; 0 where that is not known.
+    ``turns``: by how much those rates rise per unit time, where they do; 0 where that is not known.  ``oscillates``: X
+    acts on some, wherever they are.
     """
 
     values: Array
     rates: Array
     turns: Array
+    oscillates: bool = False
 
     def arrivals(self) -> Array:
         """In how many unit times each arrives at 2; ∞ for those that are there, or not on their way."""
@@ -77,7 +79,8 @@ class Approach:
 
     def none_within(self, h: float) -> bool:
         """Is none at the edge, nor to arrive there before a step of h is nearly over?"""
-        return bool(np.all(CRITICAL - self.values > AT_EDGE) and np.all(self.arrivals() > 0.9 * h))
+        at_rest = np.all(CRITICAL - self.values > AT_EDGE) and np.all(self.arrivals() > 0.9 * h)
+        return bool(at_rest and not self.oscillates)
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,9 @@ def test_what_is_held_at_the_end_of_a_followed_step_is_not_on_its_way():
     held = gap.approaching(flow, lin, np.zeros(1), 1.0, X)
     assert held is not None
     assert np.isinf(held.arrivals()).all()
+    # Nor is it at rest: without X, as if none were near the edge, a step would start to where w is never pushed to.
+    assert not held.none_within(2.0)
+    assert Followed.suits(replace(memory.here, approach=held), y, 2.0)
     free = gap.approaching(flow, lin, np.zeros(1), 1.0, np.zeros((1, 1)))
     assert free is not None
     assert free.rates[0] == pytest.approx(lin.alpha[0, 0])
