@@ -48,6 +48,7 @@ _AT_MOST = 6  # evaluations for it
 _PULL = 0.5  # of the rate, at which a gap is closed
 _HELD_BACK = 3 * AT_EDGE  # by that much below 2 a direction may be kept as it arrives
 _LEAST = 0.01  # a step up to which a frozen frame does better
+_STAGE = 0.5  # of the gradients of a step with a frozen frame: looser eigenvectors are found in fewer products
 _PROBES = 2  # evaluations a step besides the stages
 
 
@@ -122,9 +123,15 @@ class Followed(Attempt):
             slope=tempered(Slope.between(old, here.seen, new, seen), here, R, end.t),
             approach=approaching(flow, lin, seen.rates, 0.5 * h, X) if new.k else None,
             taken=Taken(whole=end.t),
-            stiffness=self._stiffness.passed(h > (s + _PROBES) * self._stiffness.held or growth(tol, error) >= 2),
+            stiffness=self._kept(s, error),
         )
         return Accepted(end, found, mean, new, Rate(first["w"], first["nu"]), finish, error, missed=missed)
+
+    def _kept(self, s: int, error: float) -> Stiffness | None:
+        """With which stiffness to go on after a step of s stages; None if it is not what keeps steps short."""
+        grown = growth(self.tol, error)
+        pays = self.h > _STAGE * (s + _PROBES) * self._stiffness.held or grown >= 2
+        return None if grown < 1 and not pays else self._stiffness.passed(pays)
 
     def _again(self, h: float) -> Rejected:
         """A shorter step, and more stages for its length; with a frozen frame if that has been tried."""

@@ -278,6 +278,22 @@ def test_a_followed_step_that_would_take_too_many_stages_is_shortened(monkeypatc
     assert tried.h * followed._SAFE * tried.stiffness.rate == pytest.approx(0.8 * 50.0)
 
 
+def test_following_ends_where_it_is_not_the_stiffness_that_keeps_steps_short():
+    """Twenty stages cost as much as ten steps with a frozen frame, which were of 0.01."""
+    flow, _ = stiff_problem([40.0], [2.0], [0.5])
+    (*_, y), memory = following(flow, 2.0)
+
+    def kept(h, error, vain=0, stages=18):
+        here = replace(memory.here, stiffness=Stiffness(40.0, held=0.01, vain=vain))
+        return Followed(flow, Watch(), 1e-3, here, y, h, False)._kept(stages, error)
+
+    assert kept(0.11, 2e-3).vain == 0  # it pays
+    assert kept(0.09, 0.5e-3).vain == 1  # not yet, but steps grow
+    assert kept(0.09, 0.5e-3, vain=1) is None
+    assert kept(0.09, 1e-5, vain=1).vain == 0  # they double
+    assert kept(0.09, 2e-3) is None  # longer ones would be wrong, frozen or not
+
+
 def test_what_is_held_at_the_end_of_a_followed_step_is_not_on_its_way():
     """Its gap is being closed at the rate γ; taken for a rise, that would ask for a larger γ, and end the following."""
     flow, _ = stiff_problem([40.0], [2.0], [0.5])

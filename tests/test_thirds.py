@@ -15,8 +15,9 @@ from dvi.problems import digits
 from dvi.problems.edge import MatrixSweep
 from dvi.solvers import thirds
 from dvi.solvers.here import Here
-from dvi.solvers.interval import Slope, Taken
+from dvi.solvers.interval import Experience, Slope, Taken
 from dvi.solvers.svec import skron, svec
+from dvi.solvers.watch import Coupling
 
 seeds = st.integers(0, 10_000)
 F64 = torch.float64
@@ -111,3 +112,8 @@ def test_the_axes_are_not_enough_where_a_direction_is_new():
     assert thirds._axes(2, seen, young, np.eye(2), X) is None  # the second one's T has no slope yet
     arrived = type("Seen", (), {"eigenvalues": np.array([2.0, 2.0]), "t": 0.0})()
     assert thirds._axes(2, arrived, here, np.eye(2), X) is None
+    # Held because the first turns towards it: all, unless the force has lately been as foreseen.
+    long = replace(slope, span=2.0)
+    for pull, expected in ((np.nan, False), (0.2, False), (0.05, True)):
+        turning = replace(here, slope=long, coupling=Coupling(2), experience=Experience(pull=pull / 2.0**2))
+        assert (thirds._axes(2, seen, turning, np.eye(2), X) is not None) is expected
