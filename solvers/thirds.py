@@ -4,8 +4,9 @@ T of k directions is k(k+1)/2 contractions of ∇³L, most of what a look costs.
 along the k axes q of the oscillation.  The others only say how X answers to the gap.  There T as extrapolated from
 earlier looks serves, as an old Jacobian serves Newton's method: what that leaves of the gap, the next look sees and
 makes up for, and by how much it was off bounds the interval between looks.  So T is taken along the axes of X, and
-whole once in 2k looks; where a direction is new, or has just arrived; where vectors turn so fast that a neighbour is
-held with them (:func:`dvi.solvers.gap.coupled`) and that was not foreseen well; and where nothing oscillates.
+whole once in 2k looks; where a direction is new, or has just arrived; and where nothing oscillates.  Where vectors turn
+so fast that a neighbour is held with them (:func:`dvi.solvers.gap.coupled`), once in k looks, and at each if k is 2 or
+the force has lately changed unforeseen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dvi.solvers.svec import outer, skron
 from dvi.solvers.watch import AT_EDGE, Sighting
 
 _LAST = 2  # for so many looks for each direction a T that has followed its slopes is believed
-_FORESEEN = 0.1  # in parts of how far w moved, what of the force may have changed unforeseen where vectors turn fast
+_LAST_TURNING = 1  # … where they turn towards a neighbour that is held with them
+_FORESEEN = 0.1  # in parts of how far w moved, what of the force may have changed unforeseen there
 _ASIDE = 0.5  # a direction is new, or at rest, whose part outside what is known, or oscillates, is larger
 
 
@@ -70,9 +72,13 @@ def nearest(T: Tensor, axes: Array, squares: Tensor) -> Tensor:
 
 def _axes(k: int, seen: Sighting, here: Here, R: Array, X: Array) -> Array | None:
     """The axes of the oscillation in the new frame [k, k]; None where all third derivatives are needed."""
-    if k < 2 or here.slope is None or not X.any() or here.taken.looks >= _LAST * k:
+    if k < 2 or here.slope is None or not X.any():
         return None
-    if here.coupling.bound and not here.experience.pull * here.slope.span**2 < _FORESEEN:
+    turning = here.coupling.bound > 0
+    if here.taken.looks >= (_LAST_TURNING if turning else _LAST) * k:
+        return None
+    # Of two, what would be left out is the very pair that turns, to save a third.
+    if turning and (k == 2 or not here.experience.pull * here.slope.span**2 < _FORESEEN):
         return None
     X = R @ X @ R.T
     active, Q = oscillating(X), np.linalg.eigh(X)[1]

@@ -112,8 +112,21 @@ def test_the_axes_are_not_enough_where_a_direction_is_new():
     assert thirds._axes(2, seen, young, np.eye(2), X) is None  # the second one's T has no slope yet
     arrived = type("Seen", (), {"eigenvalues": np.array([2.0, 2.0]), "t": 0.0})()
     assert thirds._axes(2, arrived, here, np.eye(2), X) is None
-    # Held because the first turns towards it: all, unless the force has lately been as foreseen.
-    long = replace(slope, span=2.0)
-    for pull, expected in ((np.nan, False), (0.2, False), (0.05, True)):
-        turning = replace(here, slope=long, coupling=Coupling(2), experience=Experience(pull=pull / 2.0**2))
-        assert (thirds._axes(2, seen, turning, np.eye(2), X) is not None) is expected
+    # Of three, one held because the first turns towards it: all, unless the force has lately been as foreseen.
+    seen = type("Seen", (), {"eigenvalues": np.array([2.0, 1.96, 1.9]), "t": 0.0})()
+    X = np.diag([1.0, 0.0, 0.0])
+    slope = Slope(torch.zeros(6, 5), torch.zeros(5, 3), 2.0, np.eye(3))
+    turning = replace(here, slope=slope, coupling=Coupling(3), experience=Experience(pull=0.05 / 2.0**2))
+
+    def whole(here, k=3):
+        return thirds._axes(k, seen, here, np.eye(k), X[:k, :k]) is None
+
+    assert not whole(turning)
+    assert whole(replace(turning, experience=Experience(pull=0.2 / 2.0**2)))
+    assert whole(replace(turning, experience=Experience()))  # not known
+    assert not whole(replace(turning, taken=Taken(None, 2, 0.0)))
+    assert whole(replace(turning, taken=Taken(None, 3, 0.0)))
+    assert not whole(replace(turning, taken=Taken(None, 5, 0.0), coupling=Coupling()))
+    two = replace(turning, slope=replace(slope, known=np.eye(2)), coupling=Coupling(2))
+    assert whole(two, 2)
+    assert not whole(replace(two, coupling=Coupling()), 2)
