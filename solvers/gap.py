@@ -74,13 +74,14 @@ def approaching(
         acting = multiplier(flow, lin, 0.0, on=C[:, gaps < AT_EDGE]) if X is None else X
     except ccp.CCPError:
         return None
-    rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(acting)), C)
+    held = np.zeros(len(gaps), dtype=bool)
     if X is not None:
         held = np.einsum("ij,ik,kj->j", C, X, C) > OSCILLATES * np.linalg.eigvalsh(X)[-1]
-        rates = np.where(held, 0.0, rates)
+    rates = np.einsum("ij,ik,kj->j", C, lin.alpha - smat(lin.beta @ svec(acting)), C)
+    rates = np.where(held, 0.0, rates)
     turns, m = np.zeros_like(rates), min(len(rates), len(rates_before))
     turns[:m] = np.clip((rates[:m] - rates_before[:m]) / ago, 0.0, np.abs(rates[:m]) / ago)
-    return Approach(2 - gaps, rates, turns, X is not None and bool(X.any()))
+    return Approach(2 - gaps, rates, turns, bool(held.any()))
 
 
 def coupled(lin: Linearised, X: Array, h: float) -> Coupling:

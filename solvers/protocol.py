@@ -93,23 +93,16 @@ class Rate:
 def combine(terms: list[tuple[float, Any]]) -> Any:
     """The linear combination Σ cᵢ·xᵢ of pytrees of tensors, one pass over each."""
     coefficients, trees = zip(*terms, strict=True)
-    return _combined(coefficients, trees)
+    return pytree.tree_map(lambda *leaves: _weighted_sum(coefficients, leaves), *trees)
 
 
-def _combined(coefficients: Sequence[float], trees: Sequence[Any]) -> Any:
-    first = trees[0]
-    # What a step is made of comes here thousands of times, and pytree takes longer to walk through it than it adds up.
-    if type(first) is dict:
-        return {name: _combined(coefficients, [tree[name] for tree in trees]) for name in first}
-    if type(first) is tuple:
-        return tuple(_combined(coefficients, branches) for branches in zip(*trees, strict=True))
-    if not isinstance(first, Tensor):
-        if isinstance(first, (float, np.ndarray)) or pytree.tree_structure(first).is_leaf():
-            return sum((c * x for c, x in zip(coefficients[1:], trees[1:], strict=True)), coefficients[0] * first)
-        return pytree.tree_map(lambda *leaves: _combined(coefficients, leaves), *trees)
-    total = coefficients[0] * first
-    for c, x in zip(coefficients[1:], trees[1:], strict=True):
-        total = total.add_(x, alpha=c) if x.dtype == total.dtype else torch.add(total, x, alpha=c)
+def _weighted_sum(coefficients: Sequence[float], leaves: Sequence[Any]) -> Any:
+    total = coefficients[0] * leaves[0]
+    for c, x in zip(coefficients[1:], leaves[1:], strict=True):
+        if not isinstance(total, Tensor):
+            total = total + c * x
+        else:  # no product of its own for each term, and where it fits no new sum
+            total = total.add_(x, alpha=c) if x.dtype == total.dtype else torch.add(total, x, alpha=c)
     return total
 
 

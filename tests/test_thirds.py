@@ -112,11 +112,16 @@ def test_the_axes_are_not_enough_where_a_direction_is_new():
     assert thirds._axes(2, seen, young, np.eye(2), X) is None  # the second one's T has no slope yet
     arrived = type("Seen", (), {"eigenvalues": np.array([2.0, 2.0]), "t": 0.0})()
     assert thirds._axes(2, arrived, here, np.eye(2), X) is None
-    # Of three, one held because the first turns towards it: all, unless the force has lately been as foreseen.
-    seen = type("Seen", (), {"eigenvalues": np.array([2.0, 1.96, 1.9]), "t": 0.0})()
+
+
+def test_the_axes_are_enough_beside_a_neighbour_that_was_foreseen():
+    """Of three directions one is held because the first turns towards it."""
     X = np.diag([1.0, 0.0, 0.0])
+    seen = type("Seen", (), {"eigenvalues": np.array([2.0, 1.96, 1.9]), "t": 0.0})()
     slope = Slope(torch.zeros(6, 5), torch.zeros(5, 3), 2.0, np.eye(3))
-    turning = replace(here, slope=slope, coupling=Coupling(3), experience=Experience(pull=0.05 / 2.0**2))
+    foreseen = Experience(pull=0.05 / 2.0**2)
+    turning = Here(0.0, torch.zeros(5), seen, None, slope, coupling=Coupling(3), experience=foreseen)
+    turning = replace(turning, taken=Taken(None, 0, 0.0))
 
     def whole(here, k=3):
         return thirds._axes(k, seen, here, np.eye(k), X[:k, :k]) is None
