@@ -30,7 +30,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dvi.problems.derivatives import Part, matrix_from_pairs, pull
+from dvi.problems.derivatives import Part, matrix_from_pairs, pull, reinstate
 from dvi.problems.errors import DerivativeError
 from dvi.problems.ledger import DEFAULT_WEIGHTS, Ledger
 from dvi.problems.safe import differentiable_layers
@@ -113,6 +113,7 @@ class Autodiff:
         """For each part, a leaf holding w and the part's gradient there, differentiable with respect to it."""
         # Compared by value: a tensor changed in place through .data has the same identity and version.
         if self._kept is not None and torch.equal(self._kept[0], w):
+            reinstate(self._parts[0], self._kept[0])
             yield self._kept
             return
         self._kept = None
