@@ -266,7 +266,7 @@ def _refuse_parameter(path: str, p: Tensor) -> None:
 def _refuse_mixture(tensors: list[tuple[str, Tensor]]) -> None:
     kinds: dict[tuple[torch.dtype, torch.device], str] = {}
     for path, tensor in tensors:
-        if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.is_floating_point() or tensor.requires_grad:  # complex constants are promoted
             kinds.setdefault((tensor.dtype.to_real(), tensor.device), path)
     if len(kinds) > 1:
         listed = ", ".join(f"{path} is {dtype} on {device}" for (dtype, device), path in kinds.items())

@@ -107,12 +107,14 @@ class ModuleProblem(Problem):
         self._chunk_size = chunk_size
         self._loss = _Loss(self._model, criterion, output)
         # The user's own parameters: a loss that reads them reads past w.
+        owners = {"the criterion": criterion, "the model": model}
         self._foreign = {
-            id(p): f"the model's parameter {path}" for path, p in model.named_parameters() if p.requires_grad
+            id(p): f"{owner}'s parameter {path}"
+            for owner, module in owners.items()
+            if isinstance(module, nn.Module)
+            for path, p in module.named_parameters()
+            if p.requires_grad
         }
-        if isinstance(criterion, nn.Module):
-            own_ones = [(path, p) for path, p in criterion.named_parameters() if p.requires_grad]
-            self._foreign |= {id(p): f"the criterion's parameter {path}" for path, p in own_ones}
         super().__init__(
             self._parts_of(w0, penalty, float(weight_decay)),
             w0,
