@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dvi.ablated import AblatedFlow
 from dvi.discrete import Discrete
+from dvi.files import writable
 from dvi.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
 from dvi.forgetting import Accuracy
 from dvi.predict import Observer
@@ -150,7 +151,7 @@ def compare(
         test_inputs: network inputs whose outputs are observed and predicted.
         eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
         check: compare the loss's derivatives with finite differences once.
-        path: an HDF5 file that is kept up to date while the run goes on.
+        path: an HDF5 file that is kept up to date while the run goes on; tried before anything is computed.
         resume: go on from that file to the same result, bit for bit, as an uninterrupted run; with more ``steps`` than
             before the run becomes longer, whether it was finished or not, and the moments before its end, where steps
             were cut to land on it, are computed again.
@@ -161,7 +162,8 @@ def compare(
     Raises:
         RunError: where a process cannot go on; its ``result`` is the comparison until then.
         SpecError, DerivativeError, ValueError: for a wrong declaration, loss or argument.
-        StoreError: if the file cannot be written or does not belong to this run.
+        StoreError: if the file cannot be written (then, after a run, ``error.result`` is the comparison) or does not
+            belong to this run.
     """
     from dvi.store import Keeper
 
@@ -169,6 +171,8 @@ def compare(
     if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
         raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
     grid = time_grid(steps, save_every)
+    if path is not None:
+        writable(path)
     compiled = {
         name: RUNS[name](
             problem, method, check=check and i == 0, accuracy="second-order" if name == "map" else accuracy

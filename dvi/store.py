@@ -7,7 +7,7 @@ from is one dataset of bytes (``checkpoint``) that holds data only, no code.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dvi.compare import Comparison
+from dvi.files import StoreError, number, replacing
 from dvi.freeze import from_bytes, to_bytes
 from dvi.problems import Ledger
 from dvi.solution import Cost, Solution
@@ -29,29 +30,19 @@ logger = logging.getLogger("dvi")
 
 FORMAT = 1
 
-
-class StoreError(OSError):
-    """A result could not be written or read; the message says what is still there.
-
-    Attributes:
-        result: what could not be written, if anything.
-    """
-
-    result: Comparison | Solution | None = None
+_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # what systems call a file that another process has locked
 
 
 def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | None = None) -> None:
     """Write a result to an HDF5 file.
 
     Raises:
-        StoreError: if the disk is full or the folder cannot be written; an older file at ``path`` is then intact.
+        StoreError: if the file cannot be written (a full disk, a folder in its place, no permission …); an older file
+            at ``path`` is then intact, and ``error.result`` is the result.
     """
-    path = Path(path)
     h5py = _h5py()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
+        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
             file.attrs["dvi_format"] = FORMAT
             file.attrs["kind"] = type(result).__name__
             if isinstance(result, Comparison):
@@ -60,16 +51,9 @@ def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | No
                 _write_solution(file, result)
             if checkpoint is not None:
                 file["checkpoint"] = np.frombuffer(checkpoint, dtype=np.uint8)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when a flush on close fails
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        before = " The file written earlier is intact." if path.exists() else ""
-        raise StoreError(
-            f"{path} could not be written: {error}.{before} Free some space or choose another path."
-        ) from error
+    except StoreError as error:
+        error.result = result
+        raise
 
 
 def load(path: str | Path) -> Any:
@@ -79,7 +63,7 @@ def load(path: str | Path) -> Any:
         a :class:`dvi.Comparison` or a :class:`dvi.Solution`; an unfinished one has ``status`` RUNNING.
 
     Raises:
-        StoreError: if the file is missing, truncated, or not one of ours.
+        StoreError: if the file is missing, truncated, not one of ours, open elsewhere, or may not be read.
     """
     path = Path(path)
     with _open(path) as file:
@@ -116,7 +100,7 @@ class Keeper:
         """
         if self.path is None:
             raise ValueError("resume=True needs the path of the file to go on from.")
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return None
         with _open(self.path) as file:
             if "checkpoint" not in file:
@@ -161,11 +145,7 @@ class Keeper:
         """Write the result and the state to go on from now."""
         if self.path is None:
             return
-        try:
-            save(result, self.path, to_bytes(state | {"identity": self.identity}))
-        except StoreError as error:
-            error.result = result
-            raise
+        save(result, self.path, to_bytes(state | {"identity": self.identity}))
 
 
 # ---- the layout -----------------------------------------------------------------------------------------
@@ -180,11 +160,28 @@ def _h5py() -> Any:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
-        raise StoreError(f"{path} does not exist.")
+    h5py = _h5py()
     try:
-        file = _h5py().File(path, "r")
+        with open(path, "rb"):  # the system's own errors are plainer than those of HDF5
+            pass
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} does not exist.") from error
+    except IsADirectoryError as error:
+        raise StoreError(f"{path} is a folder. Give the path of a file in it, as in {path / 'race.h5'}.") from error
+    except NotADirectoryError as error:
+        raise StoreError(f"{path} does not exist: what should be a folder in this path is a file.") from error
     except OSError as error:
+        raise StoreError(
+            f"{path} may not be read: {error}. Change its permissions, or read it as its owner."
+        ) from error
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or number(error) in _LOCKED or "unable to lock" in str(error):
+            raise StoreError(
+                f"{path} is open for writing in another program or notebook, which has locked it: {error}. Close it "
+                "there and try again, or read a copy."
+            ) from error
         raise StoreError(
             f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole "
             "files only, so look for an interrupted copy."
