@@ -22,6 +22,7 @@ import torch
 from dvi.compare import Comparison
 from dvi.files import StoreError, number, replacing
 from dvi.freeze import from_bytes, to_bytes
+from dvi.identity import difference
 from dvi.problems import Ledger
 from dvi.solution import Cost, Solution
 from dvi.status import Status
@@ -78,25 +79,24 @@ class Keeper:
 
     Args:
         path: the file, or None to keep nothing.
-        identity: what makes the run this one; a file of another run is not gone on from.
         every: seconds between updates, at least; twenty times as long as an update takes, at least, too.
         device: where the state is put when it is read back.
     """
 
-    def __init__(self, path: str | Path | None, identity: dict[str, Any], every: float, device: torch.device) -> None:
+    def __init__(self, path: str | Path | None, every: float, device: torch.device) -> None:
         self.path = None if path is None else Path(path)
         self.every, self.pause = every, every
         self.last = time.monotonic()
         self.device = device
-        self.identity = json.dumps(identity, sort_keys=True, default=str)
+        self.identity: dict[str, Any] = {}
         if self.path is not None:
             _h5py()
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is no file yet; "longer" in it: more steps are asked for.
+        """The state to go on from, or None where there is no file yet.
 
         Raises:
-            StoreError: if the file is damaged, has no checkpoint, or belongs to another run or to a longer one.
+            StoreError: if the file is damaged or has no checkpoint.
         """
         if self.path is None:
             raise ValueError("resume=True needs the path of the file to go on from.")
@@ -109,24 +109,37 @@ class Keeper:
                 )
             data = bytes(file["checkpoint"][()])
         saved: dict[str, Any] = from_bytes(data, self.device)
-        if "mark" not in saved:
+        if "mark" not in saved or not isinstance(saved["identity"], dict):
             raise StoreError(
                 f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
                 "from. Its results can still be loaded; to run on, start again at another path."
             )
-        before, now = json.loads(saved["identity"]), json.loads(self.identity)
-        saved["longer"] = now["steps"] > before["steps"]
-        if before | {"steps": None} == now | {"steps": None} and now["steps"] < before["steps"]:
-            raise StoreError(
-                f"{self.path} belongs to another run, of {before['steps']:g} steps, and {now['steps']:g} are asked "
-                "for. A run can be made longer, not shorter: ask for as many steps or more, or use another path."
-            )
-        if before | {"steps": None} != now | {"steps": None}:
-            raise StoreError(
-                f"{self.path} belongs to another run: {_difference(saved['identity'], self.identity)}. "
-                "Use the same problem, method and arguments, or another path."
-            )
         return saved
+
+    def identify(self, identity: dict[str, Any], saved: dict[str, Any] | None) -> None:
+        """Say what makes the run this one, to be kept in its file, and see that the state to go on from is of it.
+
+        Puts "longer" into ``saved``: are more steps asked for than before?
+
+        Raises:
+            StoreError: if the file belongs to another run, naming what differs, or to a longer one.
+        """
+        self.identity = identity
+        if saved is None:
+            return
+        before, now = (float(known["words"]["steps"]) for known in (saved["identity"], identity))
+        other = difference(saved["identity"], identity)
+        if other:
+            raise StoreError(
+                f"{self.path} belongs to another run: {other}. Use the same problem, method and arguments, or another "
+                "path."
+            )
+        if now < before:
+            raise StoreError(
+                f"{self.path} belongs to another run, of {before:g} steps, and {now:g} are asked for. A run can be "
+                "made longer, not shorter: ask for as many steps or more, or use another path."
+            )
+        saved["longer"] = now > before
 
     def maybe(self, current: Callable[[], tuple[Comparison, dict[str, Any]]]) -> None:
         """Update the file if it is time.  A failure is told, and the run goes on."""
@@ -141,11 +154,10 @@ class Keeper:
         self.last = time.monotonic()
         self.pause = max(self.every, 20 * (self.last - began))
 
-    def write(self, result: Comparison, state: dict[str, Any]) -> None:
-        """Write the result and the state to go on from now."""
-        if self.path is None:
-            return
-        save(result, self.path, to_bytes(state | {"identity": self.identity}))
+    def write(self, result: Comparison, state: dict[str, Any] | None = None) -> None:
+        """Write the result now, and the state to go on from if there is one."""
+        if self.path is not None:
+            save(result, self.path, None if state is None else to_bytes(state | {"identity": self.identity}))
 
 
 # ---- the layout -----------------------------------------------------------------------------------------
@@ -276,11 +288,4 @@ def _read_solution(group: Any) -> Solution:
         series={name: values[()] for name, values in group["series"].items()},
         notes=json.loads(group.attrs["notes"]),
         about=json.loads(group.attrs["about"]),
-    )
-
-
-def _difference(saved: str, now: str) -> str:
-    a, b = json.loads(saved), json.loads(now)
-    return ", ".join(
-        f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
     )

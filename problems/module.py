@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from dvi.problems.errors import ProblemError
 from dvi.problems.examples import Examples, count, find_reduction, refuse_different, take
+from dvi.problems.fingerprint import fingerprint
 from dvi.problems.locate import name_culprit
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
@@ -99,6 +100,11 @@ class ModuleProblem(Problem):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the model's trainable parameters, in the order in which they lie in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
+        contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._fixed}
+        return {name: fingerprint(tensors) for name, tensors in contents.items()}
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """Return what the model with weights ``w`` [d] makes of ``inputs`` (a tensor [n, ...] or a tuple of them).
