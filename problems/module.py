@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -186,13 +187,23 @@ class ModuleProblem(Problem):
         return parts
 
     def _part(self, examples: slice, weight: float) -> Callable[[Tensor], Tensor]:
+        # no closure, which could not be pickled
         inputs, targets = take(self._inputs, examples), take(self._targets, examples)
+        return partial(self._loss_of, inputs=inputs, targets=targets, weight=weight)
 
-        def part(w: Tensor) -> Tensor:
-            loss = self._criterion(self._forward(w, inputs), targets)
-            return loss if weight == 1 else weight * loss
+    def _loss_of(self, w: Tensor, inputs: Examples, targets: Examples, weight: float) -> Tensor:
+        loss = self._criterion(self._forward(w, inputs), targets)
+        return loss if weight == 1 else weight * loss
 
-        return part
+    def _named_parts(self) -> dict[str, Any]:
+        modules = {f"the module {path or 'itself'}": module for path, module in self._model.named_modules()}
+        functions = {
+            f"{path}.{name} of the model".lstrip("."): value
+            for path, module in self._model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, FunctionType)
+        }
+        return {"its criterion": self._criterion, **modules, **functions}
 
     def _forward(self, w: Tensor, inputs: Examples) -> Any:
         self._refuse_training_mode()

@@ -16,6 +16,7 @@ from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
+from dvi.problems.pickling import refuse_nameless
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
@@ -124,6 +125,15 @@ class Problem:
     def __repr__(self) -> str:
         kind = type(self).__name__
         return f"{kind}({self.name!r}, dim={self.dim}, dtype={self.dtype}, device={str(self.device)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it; a loss without a name to find it by is refused in words."""
+        refuse_nameless(f"the problem {self.name!r}", self._named_parts())
+        return self.__dict__
+
+    def _named_parts(self) -> dict[str, Any]:
+        """The functions and objects that a pickle must find by name."""
+        return {"its loss" if len(self._parts) == 1 else f"part {i} of its loss": f for i, f in enumerate(self._parts)}
 
     def value(self, w: Tensor) -> Tensor:
         """Return the loss L(w) [], forward only.
