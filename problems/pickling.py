@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 #: Modules that copy, or that pickle functions by value: there a lambda is no obstacle.
 _BY_VALUE = {"copy", "cloudpickle", "dill"}
@@ -31,6 +33,29 @@ def refuse_nameless(owner: str, parts: Mapping[str, Any]) -> None:
                     "level of a module (a function by def; a class whose fields hold what a closure would), or make "
                     f"{owner} inside the other process."
                 )
+
+
+class Portable:
+    """What a problem is to another process or another session: pickled by name, known by its contents."""
+
+    name: str
+    _parts: tuple[Callable[[Tensor], Tensor], ...]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
+
+        Two problems of the same name are told apart by them, in another session, too.
+        """
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it; a loss without a name to find it by is refused in words."""
+        refuse_nameless(f"the problem {self.name!r}", self._named_parts())
+        return self.__dict__
+
+    def _named_parts(self) -> dict[str, Any]:
+        """The functions and objects that a pickle must find by name."""
+        return {"its loss" if len(self._parts) == 1 else f"part {i} of its loss": f for i, f in enumerate(self._parts)}
 
 
 def _by_value() -> bool:

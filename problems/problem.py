@@ -16,7 +16,7 @@ from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
-from dvi.problems.pickling import refuse_nameless
+from dvi.problems.pickling import Portable
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NO_MODULE = "this problem was not made from a module: it knows no model, only a 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
 
 
-class Problem:
+class Problem(Portable):
     """A loss L(w) of flat weights w [d], its derivatives, and a ledger of what was asked.
 
     Public methods validate their arguments and count; the backend computes.  Everything happens in the dtype and on
@@ -125,15 +125,6 @@ class Problem:
     def __repr__(self) -> str:
         kind = type(self).__name__
         return f"{kind}({self.name!r}, dim={self.dim}, dtype={self.dtype}, device={str(self.device)!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All of it; a loss without a name to find it by is refused in words."""
-        refuse_nameless(f"the problem {self.name!r}", self._named_parts())
-        return self.__dict__
-
-    def _named_parts(self) -> dict[str, Any]:
-        """The functions and objects that a pickle must find by name."""
-        return {"its loss" if len(self._parts) == 1 else f"part {i} of its loss": f for i, f in enumerate(self._parts)}
 
     def value(self, w: Tensor) -> Tensor:
         """Return the loss L(w) [], forward only.
@@ -293,13 +284,6 @@ class Problem:
             self._measured = True
         return dict(self.ledger.weights)
 
-    def fingerprints(self) -> dict[str, str]:
-        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
-
-        Two problems of the same name are told apart by them, in another session, too.
-        """
-        return {}
-
     def outputs(self, w: Tensor, inputs: Any) -> Any:
         """Return what the model makes of ``inputs``; only problems made from a module have one.
 
@@ -363,8 +347,7 @@ class Problem:
     def _try_loss(self) -> None:
         """Refuse a loss that is no finite, deterministic, differentiable scalar at w0."""
         generators = self._generator_states()
-        depends = False
-        total = 0.0
+        depends, total = False, 0.0
         for part in self._parts:
             with torch.enable_grad():
                 value = part(self.w0.clone().requires_grad_())
