@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dvi.problems.examples import (
     refuse_unusable,
     take,
 )
+from dvi.problems.fingerprint import fingerprint
 from dvi.problems.flat_model import FlatModel
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
@@ -134,6 +136,11 @@ class ModuleProblem(Problem):
         """Shapes of the model's trainable parameters, in the order in which they lie in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
+        contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._model.fixed()}
+        return {name: fingerprint(tensors) for name, tensors in contents.items()}
+
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """Return what the model with weights ``w`` [d] makes of ``inputs``, which are of the form of the problem's.
 
@@ -228,6 +235,17 @@ class ModuleProblem(Problem):
                 whole = float(self._loss.of(torch.cat(outputs), self._targets).detach())
                 refuse_different(sum(float(part(w0).detach()) for part in parts), whole)
 
+    def _named_parts(self) -> dict[str, Any]:
+        module = self._model.module
+        modules = {f"the module {path or 'itself'}": part for path, part in module.named_modules()}
+        functions = {
+            f"{path}.{name} of the model".lstrip("."): value
+            for path, part in module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, FunctionType)
+        }
+        return {**self._loss.functions(), **modules, **functions}
+
     def _blame(self, w: Tensor) -> str:
         few = slice(0, 8)
         chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
@@ -276,6 +294,10 @@ class _Loss:
         self.model = model
         self._criterion = criterion
         self._output = output
+
+    def functions(self) -> dict[str, Any]:
+        """The user's functions, by what to call them in an error."""
+        return {"its criterion": self._criterion, "its output": self._output}
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """What the model makes of the inputs, or the part of it that was asked for."""

@@ -18,6 +18,7 @@ from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
+from dvi.problems.pickling import Portable
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ NO_MODULE = "this problem was not made from a module: it knows no model, only a 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
 
 
-class Problem:
+class Problem(Portable):
     """A loss L(w) of flat weights w [d], its derivatives, and a ledger of what was asked.
 
     Public methods validate their arguments and count; the backend computes.  Everything happens in the dtype and on

@@ -1,0 +1,69 @@
+"""What stands in the way of pickling, in words.
+
+A pickle holds functions and classes by name only, so that a lambda, or what was defined inside a function, is out of
+its reach, and its own message does not say what to do.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+#: Modules that copy, or that pickle functions by value: there a lambda is no obstacle.
+_BY_VALUE = {"copy", "cloudpickle", "dill"}
+
+
+def refuse_nameless(owner: str, parts: Mapping[str, Any]) -> None:
+    """Refuse to pickle ``owner`` if one of its functions, classes or objects cannot be found by name.
+
+    Raises:
+        pickle.PicklingError: naming it, and what to do.
+    """
+    for what, part in parts.items():
+        for thing in (part, getattr(part, "func", None), getattr(part, "__self__", None)):
+            named: Any = thing if hasattr(thing, "__qualname__") else type(thing)
+            if "<" in named.__qualname__ and not _by_value():
+                raise pickle.PicklingError(
+                    f"{owner} cannot be pickled, as another process would need: {what} is {named.__module__}."
+                    f"{named.__qualname__}, which has no name that it could be found by there. Define it at the top "
+                    "level of a module (a function by def; a class whose fields hold what a closure would), or make "
+                    f"{owner} inside the other process."
+                )
+
+
+class Portable:
+    """What a problem is to another process or another session: pickled by name, known by its contents."""
+
+    name: str
+    _parts: tuple[Callable[[Tensor], Tensor], ...]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
+
+        Two problems of the same name are told apart by them, in another session, too.
+        """
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it; a loss without a name to find it by is refused in words."""
+        refuse_nameless(f"the problem {self.name!r}", self._named_parts())
+        return self.__dict__
+
+    def _named_parts(self) -> dict[str, Any]:
+        """The functions and objects that a pickle must find by name."""
+        return {"its loss" if len(self._parts) == 1 else f"part {i} of its loss": f for i, f in enumerate(self._parts)}
+
+
+def _by_value() -> bool:
+    """Is something at work that does not need names?  Picklers do not say; their modules are on the stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if not _BY_VALUE.isdisjoint(frame.f_globals.get("__name__", "").split(".")):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
