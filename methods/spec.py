@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
 from dvi.methods.filter import Filter
-from dvi.methods.pickling import refuse_nameless
 from dvi.methods.preconditioners import Preconditioner
 from dvi.methods.schedules import value_and_slope
 
@@ -91,12 +90,6 @@ class Method:
                 self._check_range(name, value)
             elif name in self.ranges:
                 raise SpecError(f"{type(self).__name__}({name}={value!r}): {name} must be a number or a schedule.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields; a class or a schedule without a name to find it by is refused in words."""
-        functions = {f"its {name}": value for name, value in self.__dict__.items() if callable(value)}
-        refuse_nameless(f"the method {type(self).__name__}", {"its class": type(self), **functions})
-        return self.__dict__
 
     # ---- what an optimizer declares -------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -235,17 +234,6 @@ class ModuleProblem(Problem):
                 whole = float(self._loss.of(torch.cat(outputs), self._targets).detach())
                 refuse_different(sum(float(part(w0).detach()) for part in parts), whole)
 
-    def _named_parts(self) -> dict[str, Any]:
-        module = self._model.module
-        modules = {f"the module {path or 'itself'}": part for path, part in module.named_modules()}
-        functions = {
-            f"{path}.{name} of the model".lstrip("."): value
-            for path, part in module.named_modules()
-            for name, value in vars(part).items()
-            if isinstance(value, FunctionType)
-        }
-        return {**self._loss.functions(), **modules, **functions}
-
     def _blame(self, w: Tensor) -> str:
         few = slice(0, 8)
         chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
@@ -294,10 +282,6 @@ class _Loss:
         self.model = model
         self._criterion = criterion
         self._output = output
-
-    def functions(self) -> dict[str, Any]:
-        """The user's functions, by what to call them in an error."""
-        return {"its criterion": self._criterion, "its output": self._output}
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """What the model makes of the inputs, or the part of it that was asked for."""

@@ -18,7 +18,6 @@ from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
-from dvi.problems.pickling import Portable
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ NO_MODULE = "this problem was not made from a module: it knows no model, only a 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
 
 
-class Problem(Portable):
+class Problem:
     """A loss L(w) of flat weights w [d], its derivatives, and a ledger of what was asked.
 
     Public methods validate their arguments and count; the backend computes.  Everything happens in the dtype and on
@@ -105,6 +104,13 @@ class Problem(Portable):
         from dvi.problems.module import ModuleProblem
 
         return ModuleProblem(model, criterion, inputs, targets, chunk_size, **options)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
+
+        Two problems of the same name are told apart by them, in another session, too.
+        """
+        return {}
 
     @property
     def dim(self) -> int:

@@ -225,7 +225,7 @@ def test_results_states_and_integrators_come_back(way):
 
 
 def nameless():
-    """Things that no pickle can hold, by the words that must name them."""
+    """Things that no pickle can hold: what they hold has no name that another process could find it by."""
 
     class Local(dvi.Method):
         lr: float = 0.1
@@ -245,33 +245,26 @@ def nameless():
     lambdas.activation = lambda x: x
     problem = dvi.Problem(valley, start())
     return {
-        r"its loss is .*<lambda>": dvi.Problem(lambda w: valley(w), start()),
-        r"its loss is .*<locals>\.Loss": dvi.Problem(Loss(), start()),
-        r"part 1 of its loss is": dvi.Problem([valley, lambda w: valley(w)], start()),
-        r"its criterion is .*<lambda>": dvi.Problem.from_module(
-            Net().to(D), lambda y, t: ((y - t) ** 2).mean(), x, x[:, :1]
-        ),
-        r"the module itself is .*LocalNet": dvi.Problem.from_module(LocalNet().to(D), nn.MSELoss(), x, x[:, :1]),
-        r"activation of the model is": dvi.Problem.from_module(lambdas, nn.MSELoss(), x, x[:, :1]),
-        r"its lr is .*<lambda>": GradientDescent(lambda t: 0.1),
-        r"its class is .*<locals>\.Local": Local(),
-        r"the method FunctionMethod .*its P_fn is": dvi.central_flow(
-            problem, (nothing, still, lambda nu: dvi.Scalar(3.0))
-        ),
-        r"the method GradientDescent .*its lr is": dvi.central_flow(problem, GradientDescent(lambda t: 0.1)),
+        "loss": dvi.Problem(lambda w: valley(w), start()),
+        "loss object": dvi.Problem(Loss(), start()),
+        "part": dvi.Problem([valley, lambda w: valley(w)], start()),
+        "criterion": dvi.Problem.from_module(Net().to(D), lambda y, t: ((y - t) ** 2).mean(), x, x[:, :1]),
+        "module": dvi.Problem.from_module(LocalNet().to(D), nn.MSELoss(), x, x[:, :1]),
+        "activation": dvi.Problem.from_module(lambdas, nn.MSELoss(), x, x[:, :1]),
+        "schedule": GradientDescent(lambda t: 0.1),
+        "class": Local(),
+        "triple": dvi.central_flow(problem, (nothing, still, lambda nu: dvi.Scalar(3.0))),
+        "flow": dvi.central_flow(problem, GradientDescent(lambda t: 0.1)),
     }
 
 
-@pytest.mark.parametrize("words", nameless())
-def test_what_has_no_name_is_named_and_the_remedy(words):
-    thing = nameless()[words]
-    with pytest.raises(pickle.PicklingError, match=f"{words}.*top level of a module"):
+@pytest.mark.parametrize("what", nameless())
+def test_what_has_no_name_can_be_copied_and_pickle_says_what_it_misses(what):
+    thing = nameless()[what]
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"lambda|<locals>"):
         pickle.dumps(thing)
     assert type(copy.deepcopy(thing)) is type(thing)  # copies need no names
     assert type(copy.copy(thing)) is type(thing)
-    by_value = {"__name__": "cloudpickle.cloudpickle"}  # what takes functions by value is not stopped
-    exec("def parts(x): return x.__reduce_ex__(4)", by_value)
-    assert by_value["parts"](thing)
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ def test_a_pool_of_spawned_processes():
         for cls in exceptions():
             with pytest.raises(cls):
                 pool.submit(fail, cls).result(timeout=120)
-        with pytest.raises(pickle.PicklingError, match="its loss is"):
+        with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
             pool.submit(sweep, dvi.Problem(lambda w: valley(w), start()), 0.5).result(timeout=120)
         assert len(pool.submit(sweep, dvi.Problem(valley, start()), 0.5).result(timeout=120).t) == 6  # it lives
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:  # a worker ends, its result stays
