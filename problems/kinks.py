@@ -100,6 +100,10 @@ def _near(a: Tensor, b: Tensor) -> bool:
 class _Decisions(TorchDispatchMode):
     """Record the answers to all decisions, in the order in which they are asked for, or give them again."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing to compile, and to say so would import the compiler: three seconds
+
     def __init__(self, answers: list[Tensor], replay: bool) -> None:
         super().__init__()
         self._answers, self._replay = answers, replay
