@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
 from dvi.problems.kinks import Piece, Undecided
+from dvi.problems.safe import differentiable_layers
 
 # In units of max(1, root mean square of w).
 STEPS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
@@ -122,7 +123,30 @@ class Jump:
         )
 
 
-Finding = Discrepancy | NotFinite | Jump
+@dataclass(frozen=True)
+class Nested:
+    """A loss that takes derivatives of its own, of a layer that torch differentiates wrongly in that nesting.
+
+    Attributes:
+        order: 0 if the loss itself is another one, 1 if only its gradient is.
+        value: of the loss, or of the entry of the gradient that is off the most.
+        right: the same with such layers composed of elementary operations.
+    """
+
+    order: int
+    value: float
+    right: float
+
+    def __str__(self) -> str:
+        what = "it" if self.order == 0 else "an entry of its gradient"
+        return (
+            f"the loss takes derivatives of its own, and torch gets those of a layer in it wrong: {what} is "
+            f"{self.value:.4g}, but {self.right:.4g} where layers are composed of elementary operations. Compute the "
+            "loss inside `with dvi.problems.differentiable_layers():`"
+        )
+
+
+Finding = Discrepancy | NotFinite | Jump | Nested
 
 
 @dataclass(frozen=True)
@@ -194,7 +218,7 @@ def compare(
 
 def find_discrepancy(
     evaluate: Evaluate, derivatives: Derivatives, w: Tensor, directions: int = 2
-) -> Discrepancy | NotFinite | None:
+) -> Discrepancy | NotFinite | Nested | None:
     """Return the lowest order whose derivative at w disagrees with differences, or None if all agree.
 
     Args:
@@ -219,6 +243,14 @@ def find_discrepancy(
     eps = ROUNDING * torch.finfo(w.dtype).eps
     moved = _norm(w) * _norm(products[0])
     rounding = (eps * (abs(value.item()) + _norm(w) * _norm(gradient)), eps * (_norm(gradient) + moved))
+    with differentiable_layers():
+        right_value, right_gradient = evaluate(w)
+    if abs(right_value - value) > TOLERANCE[w.dtype][0] * abs(value) + rounding[0]:
+        return Nested(0, value.item(), right_value.item())
+    off = right_gradient - gradient
+    if _norm(off) > TOLERANCE[w.dtype][0] * _norm(gradient) + rounding[1]:
+        entry = int(off.abs().argmax())
+        return Nested(1, gradient[entry].item(), right_gradient[entry].item())
     worst: dict[int, Discrepancy] = {}
     for u, product, square in zip(probes, products, squares, strict=True):
         exact = [torch.dot(gradient, u), product, square]

@@ -15,6 +15,7 @@ from dvi.problems.check import Discrepancy, NotFinite, examine
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
 from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
+from dvi.problems.kinks import Piece, Undecided
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
 from dvi.problems.timing import measure
@@ -278,6 +279,21 @@ class Problem:
                     )
                 what += ' (derivatives="finite-difference" needs a right gradient only)'
             raise DerivativeError(f"{self.name}: {what}.\nAt fault: {self._blame_or_say_why_not(at)}") from refusal
+
+    def kinks_between(self, w: Tensor, x: Tensor) -> bool:
+        """Whether the loss has a kink between the weights ``w`` [d] and ``x`` [d], as far as that can be seen.
+
+        The smooth piece that ``w`` is on is continued to ``x`` and compared there with the loss, for 5 gradients (1 for
+        a loss without kinks), which are not counted.  Kinks that were crossed there and back are not seen.
+        """
+        self._check_weights(w)
+        self._check_weights(x)
+        with self.ledger.paused():
+            try:
+                piece = Piece(self._parts, w.detach())
+                return not piece.only and piece.ends_before(x.detach())
+            except Undecided:
+                return False
 
     def _blame_or_say_why_not(self, w: Tensor) -> str:
         """Where a wrong derivative comes from; to find no name for it takes nothing from the finding."""

@@ -1,8 +1,9 @@
 """Layers whose built-in kernels autograd differentiates wrongly, or not at all, replaced while differentiating.
 
 With torch 2.13, without a word: ``layer_norm``, and ``batch_norm`` and ``instance_norm`` of the batch's own statistics,
-have third derivatives that are wrong by 10-200 %; ``_weight_norm`` (behind ``weight_norm``) has second derivatives that
-are wrong by 60 %.  Fused attention has no second derivative at all.  Under :func:`differentiable_layers` the same
+have third derivatives that are wrong by 10-200 %, and wrong second ones where forward mode is differentiated again
+(``jvp`` of ``jvp``, ``grad`` of ``jvp``); ``_weight_norm`` (behind ``weight_norm``) has second derivatives that are wrong
+by 60 %.  Fused attention has no second derivative at all, ``hardsigmoid`` neither.  Under :func:`differentiable_layers` the same
 functions are computed from elementary operations, whose derivatives are right to every order.  The user's module is
 not touched: the functions are intercepted where they are called.
 """
@@ -157,6 +158,11 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    out = (input / 6 + 0.5).clamp(0, 1)
+    return input.copy_(out) if inplace else out
+
+
 _COMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -166,4 +172,5 @@ _COMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
+    F.hardsigmoid: _hardsigmoid,
 }

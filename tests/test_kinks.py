@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_check import Call, Sine, normal, seeded
 from torch import nn
 
+import dvi
 from dvi.problems import DerivativeError, Problem, digits
 from dvi.problems.derivatives import value_and_gradient
 from dvi.problems.kinks import Piece
@@ -33,6 +34,7 @@ KINKED = {
     "CELU": lambda: nn.CELU(0.5),
     "Hardtanh": nn.Hardtanh,
     "Hardswish": nn.Hardswish,
+    "Hardsigmoid": lambda: nn.Sequential(Call(lambda x: 5 * x), nn.Hardsigmoid()),
     "Softshrink": lambda: nn.Softshrink(0.1),
     "Hardshrink, which jumps little": lambda: nn.Hardshrink(1e-4),
     "abs": lambda: Call(torch.abs),
@@ -179,3 +181,58 @@ def test_a_piece_is_the_loss_up_to_its_border_and_smooth_beyond(name):
         return abs(float((ends + inside) @ way / points - (piece(far)[0] - piece(problem.w0)[0])))
 
     assert 3.9 < error(20) / error(40) < 4.1
+
+
+# ---- a flow across kinks ---------------------------------------------------------------------------------
+
+
+def run(problem, steps, integrator=None, **options):
+    method = dvi.methods.GradientDescent(0.5)
+    flow = dvi.central_flow(problem, method, check=False)
+    return dvi.solve(flow, steps, integrator=integrator, progress=False, throw=False, **options)
+
+
+def small_relu_net():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))).to(F64)
+    return Problem.from_module(model, F.mse_loss, normal(10, 6, seed=1), normal(10, 3, seed=2))
+
+
+def test_a_flow_does_not_chatter_without_end():
+    """Without a bound this run costs more than 23,000 gradient equivalents."""
+    solution = run(small_relu_net(), 200)
+    assert solution.status is dvi.Status.KINKS
+    assert "smoothed(model, beta=20)" in str(solution.status)
+    assert "kinks were crossed" in solution.notes[-1]
+    assert solution.ledger.total.gradient_equivalents < 3000
+
+
+def test_the_remedy_is_one():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))).to(F64)
+    problem = Problem.from_module(
+        dvi.problems.smoothed(model, 4), F.mse_loss, normal(10, 6, seed=1), normal(10, 3, seed=2)
+    )
+    assert run(problem, 50).status is dvi.Status.SUCCESS
+
+
+def test_no_bound_ends_a_smooth_run(monkeypatch):
+    """However small: the loss is looked at, and has no kinks."""
+    monkeypatch.setattr("dvi.process.KINK_COST", 1.0)
+    free = run(digits(n=40, width=6), 60)
+    assert free.status is dvi.Status.SUCCESS
+    assert free.ledger.total.gradient_equivalents > 60
+
+
+def test_steps_that_are_fixed_cost_what_they_were_told_to(monkeypatch):
+    monkeypatch.setattr("dvi.process.KINK_COST", 1.0)
+    assert run(small_relu_net(), 3, dvi.Euler(dt=0.25)).status is dvi.Status.SUCCESS
+
+
+def test_kinks_between_two_points():
+    problem = Problem(lambda w: (w - 1).abs().sum() + w.square().sum(), torch.zeros(2, dtype=F64))
+    w = problem.w0
+    assert not problem.kinks_between(w, w + 0.9)
+    assert problem.kinks_between(w, w + 1.1)
+    assert not problem.kinks_between(w + 1.1, w + 5)
+    smooth = Problem(lambda w: w.square().sum(), torch.zeros(2, dtype=F64))
+    assert not smooth.kinks_between(w, w + 100)
+    assert problem.ledger.gradient_equivalents == 0
