@@ -33,9 +33,9 @@ FEASIBLE = 2.3
 #: An effective sharpness above this, and above that of the start, was not seen coming: held directions stay at 2.
 MISSED = 2.05
 
-#: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.  Smooth
-#: losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a kink,
-#: steps as short as allowed cost 1,000 to 3,000.
+#: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.
+#: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
+#: kink, steps as short as allowed cost 1,000 to 3,000.
 KINK_COST, KINK_TIME = 1000.0, 10.0
 
 

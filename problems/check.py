@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
-from dvi.problems.kinks import Piece, Undecided
+from dvi.problems.kinks import SAME, Piece, Undecided
 from dvi.problems.safe import differentiable_layers
 
 # In units of max(1, root mean square of w).
@@ -245,18 +245,19 @@ def find_discrepancy(
     rounding = (eps * (abs(value.item()) + _norm(w) * _norm(gradient)), eps * (_norm(gradient) + moved))
     with differentiable_layers():
         right_value, right_gradient = evaluate(w)
-    if abs(right_value - value) > TOLERANCE[w.dtype][0] * abs(value) + rounding[0]:
+    same = SAME[w.dtype]
+    if abs(right_value - value) > same * abs(value) + rounding[0]:
         return Nested(0, value.item(), right_value.item())
     off = right_gradient - gradient
-    if _norm(off) > TOLERANCE[w.dtype][0] * _norm(gradient) + rounding[1]:
+    if _norm(off) > same * _norm(gradient) + rounding[1]:
         entry = int(off.abs().argmax())
         return Nested(1, gradient[entry].item(), right_gradient[entry].item())
     worst: dict[int, Discrepancy] = {}
     for u, product, square in zip(probes, products, squares, strict=True):
         exact = [torch.dot(gradient, u), product, square]
-        for found in _certain_errors(evaluate, exact, w, gradient, u, rounding):
-            if found.order not in worst or found.relative > worst[found.order].relative:
-                worst[found.order] = found
+        for error in _certain_errors(evaluate, exact, w, gradient, u, rounding):
+            if error.order not in worst or error.relative > worst[error.order].relative:
+                worst[error.order] = error
     return next((worst[i] for i in (1, 2, 3) if worst[i].relative > TOLERANCE[w.dtype][i - 1]), None)
 
 
@@ -339,16 +340,17 @@ def _integrate(evaluate: Evaluate, a: Tensor, b: Tensor) -> Jump | None:
     (start, g_start), (end, g_end) = evaluate(a), evaluate(b)
     way = b - a
     slopes = [float(torch.dot(g_start, way)), float(torch.dot(g_end, way))]
-    inside = [
-        float(torch.dot(evaluate(a + way * (i / INTEGRAL_POINTS))[1], way)) for i in range(1, INTEGRAL_POINTS)
-    ]
+    inside = [float(torch.dot(evaluate(a + way * (i / INTEGRAL_POINTS))[1], way)) for i in range(1, INTEGRAL_POINTS)]
     integral = (sum(slopes) / 2 + sum(inside)) / INTEGRAL_POINTS
     # By half as many points, to know how exact that is.
     coarse = (sum(slopes) / 2 + sum(inside[1::2])) / (INTEGRAL_POINTS // 2)
     change = float(end - start)
     size = max(abs(slope) for slope in [*slopes, *inside])
     rounding = ROUNDING * torch.finfo(a.dtype).eps * (abs(float(start)) + _norm(a) * _norm(g_start))
-    if not math.isfinite(integral) or abs(change - integral) <= INTEGRAL_TOLERANCE * size + abs(integral - coarse) + rounding:
+    if (
+        not math.isfinite(integral)
+        or abs(change - integral) <= INTEGRAL_TOLERANCE * size + abs(integral - coarse) + rounding
+    ):
         return None
     return Jump(change, integral)
 

@@ -26,6 +26,10 @@ from dvi.problems.derivatives import Part, value_and_gradient
 
 aten = torch.ops.aten
 
+# By how much two ways of computing the same may differ, relative to it.  Some kernels of torch have constants of single
+# precision, whatever the dtype (hardsigmoid: 1/6), which is 3e-8.
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
+
 
 class Undecided(RuntimeError):
     """The loss cannot be continued past its kinks: it does not ask the same questions everywhere."""
@@ -94,10 +98,10 @@ def _near(a: Tensor, b: Tensor) -> bool:
     if not bool(torch.isfinite(b).all()):
         return True
     size = float(torch.linalg.vector_norm(b))
-    return float(torch.linalg.vector_norm(a - b)) <= math.sqrt(torch.finfo(b.dtype).eps) * size
+    return float(torch.linalg.vector_norm(a - b)) <= SAME[b.dtype] * size
 
 
-class _Decisions(TorchDispatchMode):
+class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record the answers to all decisions, in the order in which they are asked for, or give them again."""
 
     @classmethod
@@ -105,7 +109,7 @@ class _Decisions(TorchDispatchMode):
         return False  # there is nothing to compile, and to say so would import the compiler: three seconds
 
     def __init__(self, answers: list[Tensor], replay: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._answers, self._replay = answers, replay
         self.asked = 0
 
@@ -145,8 +149,27 @@ class _Decisions(TorchDispatchMode):
 
 
 _QUESTIONS = frozenset(
-    "lt le gt ge eq ne sgn sign signbit heaviside floor ceil round trunc argmax argmin argsort bucketize "
-    "searchsorted".split()
+    [
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+        "sgn",
+        "sign",
+        "signbit",
+        "heaviside",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "argmax",
+        "argmin",
+        "argsort",
+        "bucketize",
+        "searchsorted",
+    ]
 )
 
 # Where a kernel looks for the largest entry of a window, and over how many dimensions.
@@ -160,14 +183,41 @@ _WINDOWS = {
 }
 
 # Kernels that return entries and their indices.
-_BY_INDEX = frozenset([*_WINDOWS, *"max min median nanmedian kthvalue mode sort topk cummax cummin".split()])
+_BY_INDEX = frozenset(
+    [*_WINDOWS, *["max", "min", "median", "nanmedian", "kthvalue", "mode", "sort", "topk", "cummax", "cummin"]]
+)
 
 # Kernels made of pieces that torch itself can decompose.
 _DECOMPOSED = frozenset(
-    "relu threshold threshold_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward elu elu_backward "
-    "hardswish hardswish_backward hardsigmoid hardsigmoid_backward huber_loss huber_loss_backward smooth_l1_loss "
-    "smooth_l1_loss_backward softshrink hardshrink clamp clamp_min clamp_max _prelu_kernel _prelu_kernel_backward celu "
-    "selu relu6".split()
+    [
+        "relu",
+        "threshold",
+        "threshold_backward",
+        "leaky_relu",
+        "leaky_relu_backward",
+        "hardtanh",
+        "hardtanh_backward",
+        "elu",
+        "elu_backward",
+        "hardswish",
+        "hardswish_backward",
+        "hardsigmoid",
+        "hardsigmoid_backward",
+        "huber_loss",
+        "huber_loss_backward",
+        "smooth_l1_loss",
+        "smooth_l1_loss_backward",
+        "softshrink",
+        "hardshrink",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "_prelu_kernel",
+        "_prelu_kernel_backward",
+        "celu",
+        "selu",
+        "relu6",
+    ]
 )
 
 
@@ -229,12 +279,11 @@ def _norm(
     if math.isinf(ord):
         sizes = _abs(decide, input)
         return _extreme(torch.amax if ord > 0 else torch.amin)(decide, sizes, dims, keepdim)
-    return torch.linalg.vector_norm(input, ord, dim, keepdim, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(input, ord, dim, keepdim, dtype=dtype)
+    return norm
 
 
-def _rrelu(
-    decide: Decide, input: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any
-) -> Tensor:
+def _rrelu(decide: Decide, input: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any) -> Tensor:
     return input * torch.where(decide(lambda: input > 0), 1.0, (lower + upper) / 2)
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dvi")
 
 KINKS = (
-    "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right between "
-    "them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall at one. If they "
-    "are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
+    "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
+    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall at one. "
+    "If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
 )
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
@@ -244,7 +244,7 @@ class Problem:
     def check(self, w: Tensor | None = None) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
 
-        They are taken along a random direction and along the gradient.  The 40 to 140 gradient equivalents are not
+        They are taken along a random direction and along the gradient.  The 50 to 100 gradient equivalents are not
         counted in the ledger.  A loss with kinks (ReLU, max, abs) is compared piece by piece; that it has some is
         logged as a warning, once.
 

@@ -24,7 +24,7 @@ def smoothed(model: M, beta: float = 20.0) -> M:
     and optimizer for several β (Figure 38): the larger β is, the sharper is the bend, and the less exact the flow.
 
     ReLU, ReLU6, LeakyReLU, Hardtanh and ``clamp(min=0)`` are replaced where they are called in the model's forward pass, as
-    modules or as functions (``nn.ReLU``, ``F.relu``, ``x.relu()``, ``nn.TransformerEncoderLayer(activation="relu")``).
+    modules or as functions: ``nn.ReLU``, ``F.relu``, ``x.relu()``, ``nn.TransformerEncoderLayer(activation="relu")``.
     Parameters and buffers keep their names and values, so ``state_dict`` and ``load_into`` fit.  The given model is
     not changed.  Other kinks (max-pooling, abs) stay.
 
@@ -47,7 +47,9 @@ def smoothed(model: M, beta: float = 20.0) -> M:
                 'with torch.relu, or take nonlinearity="tanh"'
             )
         if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
-            raise ProblemError(f"{where} is compiled, so its ReLUs cannot be replaced: smooth the model it is made from")
+            raise ProblemError(
+                f"{where} is compiled, so its ReLUs cannot be replaced: smooth the model it is made from"
+            )
     duplicate = copy.deepcopy(model)
     duplicate.forward = _Forward(duplicate, float(beta))  # type: ignore[method-assign, unused-ignore]
     return duplicate

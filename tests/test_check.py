@@ -81,7 +81,9 @@ class Call(nn.Module):
 
 def problem_with(layer, dtype=F64, criterion=F.mse_loss, **options):
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3))).to(dtype)
-    return Problem.from_module(model, criterion, normal(12, 6, seed=1, dtype=dtype), normal(12, 3, seed=2, dtype=dtype), **options)
+    return Problem.from_module(
+        model, criterion, normal(12, 6, seed=1, dtype=dtype), normal(12, 3, seed=2, dtype=dtype), **options
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -348,7 +350,7 @@ def test_the_check_is_cheap(monkeypatch):
         for name in evaluations:
             method = getattr(problem._derivatives, name)
 
-            def count(w, V, name=name, method=method):
+            def count(w, V, name=name, method=method, evaluations=evaluations):
                 evaluations[name] += len(V)
                 return method(w, V)
 

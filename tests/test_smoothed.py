@@ -53,7 +53,11 @@ RELUS = {
 
 
 def model_with(name):
-    return seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8).eval(), RELUS[name](), nn.Linear(8, 3))).to(F64).eval()
+    return (
+        seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8).eval(), RELUS[name](), nn.Linear(8, 3)))
+        .to(F64)
+        .eval()
+    )
 
 
 @pytest.mark.parametrize("name", RELUS)
@@ -84,7 +88,9 @@ def test_parameters_keep_names_and_values():
     model = model_with("nn.ReLU")
     smooth = smoothed(model)
     assert list(smooth.state_dict()) == list(model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(smooth.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(smooth.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     problem = Problem.from_module(smooth, F.mse_loss, normal(12, 6, seed=1), normal(12, 3, seed=2))
     problem.load_into(model, problem.w0 + 1)
     smooth.load_state_dict(model.state_dict())
@@ -105,7 +111,9 @@ def test_relu_six_and_leaky_relu_bend_where_they_should():
 
 
 def test_what_is_no_relu_stays():
-    model = Call(lambda x: x.relu() + x.clamp(-1, 1) + x.clamp(0, 2) + x.clamp(min=0.5) + x.clamp(max=0) + x.clamp(min=x * 0))
+    model = Call(
+        lambda x: x.relu() + x.clamp(-1, 1) + x.clamp(0, 2) + x.clamp(min=0.5) + x.clamp(max=0) + x.clamp(min=x * 0)
+    )
     x = normal(20)
     assert torch.allclose(smoothed(model, 1e9)(x), model(x), atol=1e-8)
     assert torch.allclose(smoothed(model, 3)(x) - model(x), dvi.problems.BetaGELU(3)(x) - x.relu())
