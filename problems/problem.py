@@ -27,8 +27,8 @@ logger = logging.getLogger("dvi")
 
 KINKS = (
     "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
-    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall at one. "
-    "If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
+    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall "
+    "at one. If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
 )
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"

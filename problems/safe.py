@@ -5,7 +5,7 @@ have third derivatives that are wrong by 10-200 %, and wrong second ones where f
 (``jvp`` of ``jvp``, ``grad`` of ``jvp``); ``_weight_norm`` (behind ``weight_norm``) has second derivatives that are
 wrong by 60 %.  Fused attention and ``hardsigmoid`` have no second derivative at all.  Under
 :func:`differentiable_layers` the same functions are computed from elementary operations, whose derivatives are right to
-every order and in every nesting.  The user's module is not touched: the functions are intercepted where they are called.
+every order and in every nesting.  The user's module is not touched: functions are intercepted where they are called.
 """
 
 from __future__ import annotations

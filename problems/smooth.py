@@ -23,7 +23,7 @@ def smoothed(model: M, beta: float = 20.0) -> M:
     A flow follows smooth losses: at a kink the gradient jumps and the Hessian is not defined.  The paper compares flow
     and optimizer for several β (Figure 38): the larger β is, the sharper is the bend, and the less exact the flow.
 
-    ReLU, ReLU6, LeakyReLU, Hardtanh and ``clamp(min=0)`` are replaced where they are called in the model's forward pass, as
+    ReLU, ReLU6, LeakyReLU, Hardtanh and ``clamp(min=0)`` are replaced where the model's forward pass calls them, as
     modules or as functions: ``nn.ReLU``, ``F.relu``, ``x.relu()``, ``nn.TransformerEncoderLayer(activation="relu")``.
     Parameters and buffers keep their names and values, so ``state_dict`` and ``load_into`` fit.  The given model is
     not changed.  Other kinks (max-pooling, abs) stay.
