@@ -21,6 +21,7 @@ from dvi.methods import NotPositiveDefiniteError
 from dvi.predict import Observation, Observer
 from dvi.problems import Ledger, ProblemError
 from dvi.solution import Cost, Solution
+from dvi.solvers.ccp import CCPError
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, Integrator, State, StepResult, host
 from dvi.solvers.watch import Sighting, Watch
@@ -31,6 +32,11 @@ FEASIBLE = 2.3
 
 #: An effective sharpness above this, and above that of the start, was not seen coming: held directions stay at 2.
 MISSED = 2.05
+
+#: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.
+#: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
+#: kink, steps as short as allowed cost 1,000 to 3,000.
+KINK_COST, KINK_TIME = 1000.0, 10.0
 
 
 class Process(ABC):
@@ -105,7 +111,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed")
+    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "anchor", "looked")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -117,6 +123,8 @@ class FlowProcess(Process):
         self.missed: list[tuple[float, float]] = []  # effective sharpnesses above 2 that were not seen coming, and when
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
+        self.anchor = start  # a state up to about a unit of time ago
+        self.looked = 0.0  # what the run had cost when kinks were last looked for
 
     @property
     def near_end(self) -> bool:
@@ -131,9 +139,11 @@ class FlowProcess(Process):
         self.bound |= horizon is None or self.origin + end - start.t <= horizon(self.memory)
         try:
             result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
-        except Exception:
+        except Exception as error:
             if not self.nodes and self.flow.constrained:
                 self._require_feasible(float(Watch().glance(self.flow, start, None).eigenvalues[0]))
+            if isinstance(error, CCPError) and self._kinks_since_anchor():
+                raise RunError(Status.KINKS, str(error)) from error
             raise
         node = result.node
         if not self.nodes and self.flow.constrained:
@@ -166,6 +176,40 @@ class FlowProcess(Process):
             if self.flow.constrained and sharpness > max(MISSED, self.nodes[0]["eigenvalues"].max(initial=0.0) + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
         self.y, self.memory = result.y, result.memory
+        if not finished:
+            self._refuse_to_chatter(reached)
+        if self.y.t >= self.anchor.t + 1:
+            self.anchor = self.y
+
+    def _refuse_to_chatter(self, reached: float) -> None:
+        """End the run if it costs too much and kinks are the cause.
+
+        An integrator whose steps are fixed costs what it was told to.
+        """
+        if any(getattr(self.integrator, name, None) is not None for name in ("dt", "h")):
+            return
+        weights = self.flow.problem.ledger.weights
+        cost, earlier = (Ledger(**counts, weights=weights).gradient_equivalents for counts in self._since(reached))
+        if cost - max(earlier, self.looked) < KINK_COST:
+            return
+        self.looked = cost
+        if self._kinks_since_anchor():
+            raise RunError(
+                Status.KINKS,
+                f"{self.flow.name} flow: {cost - earlier:.0f} gradient equivalents since t = "
+                f"{max(reached - KINK_TIME, 0):.4g}, and kinks were crossed on the way to t = {reached:.4g}.",
+            )
+
+    def _since(self, reached: float) -> tuple[dict[str, int], dict[str, int]]:
+        """What was counted until now, and what until the time that the bound on the cost looks back to."""
+        for node, counts in zip(reversed(self.nodes), reversed(self.counts), strict=True):
+            if node["t"] < reached - KINK_TIME:
+                return self.counts[-1], counts
+        return self.counts[-1], {}
+
+    def _kinks_since_anchor(self) -> bool:
+        with self.flow.problem.ledger.paused():
+            return self.flow.problem.kinks_between(self.y.w, self.anchor.w)
 
     def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
         """The weights at the grid points that a step has passed."""

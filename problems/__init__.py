@@ -11,6 +11,8 @@ from dvi.problems.ledger import Ledger
 from dvi.problems.module import ModuleProblem
 from dvi.problems.networks import CNN, GPT, MLP, RNN, BetaGELU
 from dvi.problems.problem import Problem
+from dvi.problems.safe import differentiable_layers
+from dvi.problems.smooth import smoothed
 from dvi.problems.toy import Cubic, Quadratic, two_scales
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "ProblemError",
     "Quadratic",
     "TwoScales",
+    "differentiable_layers",
     "digits",
+    "smoothed",
     "sorting",
     "two_scales",
 ]
