@@ -146,7 +146,7 @@ class SpecCalculus:
             return max(float(_finite(x).abs().max()) for x in pytree.tree_leaves(slopes))
         if self.accuracy == "second-order":  # log(I + J), which is found on the host
             flat = Flat(nu, self.metric.at(t).f(nu, g))
-            J = host(flat.matrix(_slope(self.metric.at(t), nu, g)))[0]
+            J = host(flat.matrix(_slope(self.metric.at(t), nu, g), still=0.0))[0]
             return float(np.abs(np.log(np.linalg.eigvals(np.eye(flat.size) + J).astype(complex))).max())
         v, size = pytree.tree_map(lambda x: (x != 0).to(x), nu), 0.0  # what is zero may be steep, and stay so
         for _ in range(8):
@@ -237,7 +237,7 @@ class SpecCalculus:
         flat = Flat(nu, rhs)
         if flat.size > forgetting.DENSE_LIMIT:
             forgetting.matrix(np.empty((flat.size, 0)), h)  # says so
-        F = like(forgetting.matrix(host(flat.matrix(slope))[0], h), flat.example)
+        F = like(forgetting.matrix(host(flat.matrix(slope, still=0.0))[0], h), flat.example)
         if batched:
             return vmap(lambda r: flat.unravel(F @ flat.ravel(r)))(rhs)
         return flat.unravel(F @ flat.ravel(rhs))

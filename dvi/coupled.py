@@ -47,13 +47,13 @@ class Flat:
         """All entries of a pytree as one vector."""
         return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
 
-    def matrix(self, apply: Callable[[Nu], Nu]) -> Tensor:
-        """A linear map of ν as a dense matrix, the identity for entries that stay still and have no finite column."""
+    def matrix(self, apply: Callable[[Nu], Nu], still: float = 1.0) -> Tensor:
+        """A linear map of ν as a dense matrix; ``still`` times I for entries that stay still where they are steep."""
         eye = torch.eye(self.size, dtype=self.example.dtype, device=self.example.device)
         columns: Tensor = vmap(lambda v: self.ravel(apply(self.unravel(v))))(eye)
         if self.still is not None:
             steep = self.still & ~torch.isfinite(columns).all(dim=1)
-            columns = torch.where(steep[:, None], eye, columns)
+            columns = torch.where(steep[:, None], still * eye, columns)
         return columns.T
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.errors import NotPositiveDefiniteError
+from dvi.methods.numbers import number
 from dvi.methods.powers import Factor
 from dvi.methods.preconditioners import Preconditioner
 
@@ -30,6 +31,7 @@ class Kronecker(Preconditioner):
     """
 
     def __init__(self, factors: Sequence[Tensor | int], powers: float | Sequence[float] = 1.0) -> None:
+        powers, factors = number(powers), [F if isinstance(F, Tensor) else number(F) for F in factors]
         many = [float(powers)] * len(factors) if isinstance(powers, (int, float)) else [float(p) for p in powers]
         if not factors or len(many) != len(factors):
             raise NotPositiveDefiniteError(
