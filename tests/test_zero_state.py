@@ -186,6 +186,60 @@ def test_a_run_is_that_without_the_unused_weights(name):
     torch.testing.assert_close(runs[1].w[DEAD:], runs[0].w, rtol=0, atol=2e-3)
 
 
+# ---- matrix state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0, -1.0])
+def test_a_factor_with_rows_of_zeros_is_the_factor_of_the_rest(p):
+    generator = torch.Generator().manual_seed(0)
+    G, R = (torch.randn(n, 5, generator=generator, dtype=D) for n in (2, 3))
+    L = torch.zeros(4, 4, dtype=D)
+    rest = torch.tensor([1, 3])
+    L[rest[:, None], rest] = G @ G.T
+    V = torch.randn(12, 2, generator=generator, dtype=D)
+    whole, small = (dvi.Kronecker([A, R @ R.T], p) for A in (L, G @ G.T))
+    moving = torch.zeros(4, 3, dtype=torch.bool)
+    moving[rest] = True
+    moving = moving.reshape(-1)
+    g = moving.to(D)
+    whole.check(g)
+    assert torch.equal(whole.dead(), ~moving)
+    for operation in ("apply", "solve", "sqrt", "inv_sqrt"):
+        found, expected = torch.zeros_like(V), getattr(whole, operation)(V)
+        found[moving] = getattr(small, operation)(V[moving])
+        torch.testing.assert_close(expected, found)
+    torch.testing.assert_close(whole.effective_lr(), small.effective_lr())
+    with pytest.raises(M.NotPositiveDefiniteError, match="gradient is not zero"):
+        whole.check(torch.ones(12, dtype=D))
+    with pytest.raises(M.NotPositiveDefiniteError, match="P\\(ν\\) = 0"):
+        dvi.Kronecker([torch.zeros(4, 4, dtype=D), R @ R.T], p).check()
+
+
+def test_shampoo_without_eps_leaves_out_what_nothing_reaches():
+    def square(w):
+        W = w.reshape(2, 2)
+        return ((torch.tanh(W @ torch.tensor([[1.0, 0.5], [-0.3, 1.2]], dtype=w.dtype)) - 0.3) ** 2).sum()
+
+    def padded(w):  # an unused layer, an input that is always zero, and the weights of the others
+        return square(w[6:].reshape(2, 3)[:, :2].reshape(-1))
+
+    w = torch.tensor([0.9, -0.4, 0.2, 0.7], dtype=D)
+    wide = torch.cat(
+        [torch.full((6,), 0.7, dtype=D), torch.cat([w.reshape(2, 2), torch.ones(2, 1, dtype=D)], 1).reshape(-1)]
+    )
+    kept = torch.tensor([6, 7, 9, 10])
+    U = torch.randn(4, 2, generator=torch.Generator().manual_seed(1), dtype=D)
+    out = []
+    for loss, start, shapes, index in ((square, w, [(2, 2)], torch.arange(4)), (padded, wide, [(3, 2), (2, 3)], kept)):
+        flow = dvi.central_flow(dvi.Problem(loss, start), M.Shampoo(0.1, shapes, eps=0.0), check=False)
+        basis = torch.zeros(len(start), 2, dtype=D)
+        basis[index] = U
+        lin = flow.linearise(flow.initial.w, flow.initial.nu, basis)
+        out.append((lin.alpha, lin.beta, lin.gap, lin.drift(np.eye(2)).w[index]))
+    for alone, beside in zip(*out, strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-9, atol=1e-9 * float(alone.abs().max()))
+
+
 # ---- the mechanism -------------------------------------------------------------------------------------------------
 
 STEEP = {  # a function of v and its derivative where v > 0
