@@ -95,7 +95,7 @@ class Kronecker(Preconditioner):
         return ~live.reshape(-1)
 
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless every factor is finite, symmetric and positive definite beyond rounding, but for rows of zeros."""
+        """Raise unless all factors, but for rows of zeros, are finite, symmetric and clearly positive definite."""
         d = prod(self.shape)
         if g is not None and d != len(g):
             raise NotPositiveDefiniteError(

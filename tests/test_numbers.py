@@ -6,6 +6,8 @@ import torch
 
 import dvi
 from dvi import methods as M
+from dvi.solvers.critical import CriticalSubspace
+from dvi.solvers.watch import Watch
 
 KINDS = {
     "float64": np.float64,
@@ -26,7 +28,8 @@ def problem():
 def test_hyperparameters(kind):
     make = KINDS[kind]
     method, plain = M.RMSProp(make(0.1), make(0.9), make(1e-8)), float(make(0.1))
-    assert type(method.lr) is float and method.lr == plain
+    assert type(method.lr) is float
+    assert method.lr == plain
     assert method == M.RMSProp(plain, float(make(0.9)), float(make(1e-8)))
     assert M.NormalizedGD(make(0.5), memory=make(0.25)).memory == 0.25
     assert M.AdaGradNorm(make(0.5), b0=make(1.0)).b0 == 1.0
@@ -88,10 +91,10 @@ def test_arguments_of_a_run(kind):
 
 INTEGRATORS = {
     "euler": lambda x: dvi.Euler(x(0.25)),
-    "macro step": lambda x: dvi.MacroStep(tol=x(0.25), watch=dvi.Watch(band=x(0.25))),
+    "macro step": lambda x: dvi.MacroStep(tol=x(0.25), watch=Watch(band=x(0.25))),
     "runge-kutta": lambda x: dvi.RungeKutta(tol=x(0.25), h=x(0.25)),
     "semi-implicit": lambda x: dvi.SemiImplicit(dt=x(0.25)),
-    "subspace": lambda x: dvi.CriticalSubspace(tol=x(0.25)),
+    "subspace": lambda x: CriticalSubspace(tol=x(0.25)),
 }
 
 
@@ -109,5 +112,5 @@ def test_arguments_of_integrators(name):
 @pytest.mark.parametrize("wrong", ["10", True, None])
 def test_arguments_of_a_run_that_are_no_numbers(wrong):
     flow = dvi.stable_flow(problem(), M.GradientDescent(0.1))
-    with pytest.raises(ValueError, match="steps=.*must be a number"):
+    with pytest.raises(ValueError, match=r"steps=.*must be a number"):
         dvi.solve(flow, wrong, progress=False)
