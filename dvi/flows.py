@@ -123,8 +123,9 @@ class CompiledFlow:
         dead = P.dead()
         if dead is not None and bool(dead.any()):
             note = (
-                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change): "
-                "they stay where they are and are left out of the P-metric. An eps > 0 would keep them in."
+                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change, a "
+                "layer that nothing reaches): while that lasts they stay where they are and are left out of the "
+                "P-metric. An eps > 0 would keep them in."
             )
             self.notes.append(note)
             _tell(note)
@@ -353,7 +354,8 @@ def central_flow(
             directions than that fit end the run with :class:`dvi.MemoryLimitError`.
 
     Raises:
-        SpecError: if the declaration is wrong, or ν has no memory (β₂ = 0).
+        SpecError: if the declaration is wrong, if a derivative of f or P is not what differences of them show (always
+            looked at), or ν has no memory (β₂ = 0).
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """

@@ -19,8 +19,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
 
     Raises:
         SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
-            structure, shapes or dtypes than ν's, modifies ν in place, gives a number that is not finite, if ``P`` gives
-            no preconditioner, or if Q is a filter that does not oscillate with period two first.
+            structure, shapes or dtypes than ν's, gives a number that is not finite, if ``P`` gives no preconditioner,
+            if one of them changes its arguments in place or gives something else when it is called again, or if Q is
+            a filter that does not oscillate with period two first.
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
@@ -33,7 +34,6 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     w_before = w.clone()
     nu = method.init(w)
     _require_untouched(f"{name}.init(w)", "w", w_before, w, "it must make a new tensor (torch.zeros_like(w)).")
-    _require_same(f"{name}.init(w)", nu, method.init(w))
     for path, leaf in leaves(nu):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             raise SpecError(
@@ -44,15 +44,16 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
             raise SpecError(
                 f"{name}.init(w): ν{path} is on {leaf.device}, w on {w.device}; make it with w.new_zeros(…)."
             )
+    _require_same(f"{name}.init(w)", nu, method.init(w))
     before, g_before = pytree.tree_map(torch.clone, nu), g.clone()
     change = method.at(0.0).f(nu, g)
     _check_structure(name, nu, change)
     _require_untouched(f"{name}.f(nu, g)", "ν", before, nu, "it must return the difference ν_t − ν_(t−1).")
     _require_untouched(f"{name}.f(nu, g)", "g", g_before, g, "it must make a new tensor (g * s in place of g.mul_(s)).")
-    _require_same(f"{name}.f(nu, g)", change, method.at(0.0).f(nu, g))
     for path, delta in leaves(change):
         if not bool(torch.isfinite(delta).all()):
             raise SpecError(f"{name}.f(nu, g): the change of ν{path} is not finite at the first step.")
+    _require_same(f"{name}.f(nu, g)", change, method.at(0.0).f(nu, g))
     after = pytree.tree_map(torch.add, nu, change)
     kept = pytree.tree_map(torch.clone, after)
     P = method.at(0.0).P(after)
@@ -87,7 +88,7 @@ def _require_same(call: str, first: Nu, second: Nu) -> None:
     for (path, a), (_, b) in zip(leaves(first), leaves(second), strict=True):
         if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
             continue
-        rounding = 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max())
+        rounding = 1e3 * torch.finfo(a.dtype).eps * float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=rounding, equal_nan=True):
             where = f" in ν{path}" if path else ""
             raise SpecError(
