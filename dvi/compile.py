@@ -265,7 +265,7 @@ class SpecCalculus:
             J = pytree.tree_leaves(_slope(method, nu, g)(ones))
             f = pytree.tree_leaves(method.f(nu, g))
             moving = [1 + x[(v != 0) | (r != 0)] for x, v, r in zip(J, pytree.tree_leaves(nu), f, strict=True)]
-            lowest = min(float(x.min()) for x in moving if x.numel())
+            lowest = min((float(x.min()) for x in moving if x.numel()), default=1.0)
             if self.memory and abs(lowest) <= _FORGOTTEN:
                 return
         else:
