@@ -27,6 +27,7 @@ class Discrete(CompiledFlow):
 
     name = "discrete"
     constrained = False
+    differentiated = False
 
     def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
         """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar
 from dvi.replay import Replays
+from dvi.tangents import derivative
 
 
 class Metric:
@@ -54,7 +55,7 @@ class Metric:
             return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
 
         def rate(dnu: Nu) -> Tensor:
-            PU: Tensor = jvp(lambda nu: self.P(nu, t).apply(U), (nu,), (dnu,))[1]
+            PU: Tensor = derivative(lambda nu: self.P(nu, t).apply(U), nu, dnu)
             return (U.T @ PU)[rows, columns]
 
         generic: Tensor = vmap(rate, chunk_size=max(1, 64 // k))(dnu)  # each direction holds a [d, k] product
@@ -63,7 +64,7 @@ class Metric:
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
         """Uᵀ (∂P̃/∂t) U [k, k], as the schedules move."""
         dt = U.new_zeros(())
-        PU: Tensor = jvp(lambda dt: self._scaled(self.method.at(t, dt), nu).apply(U), (dt,), (torch.ones_like(dt),))[1]
+        PU: Tensor = derivative(lambda dt: self._scaled(self.method.at(t, dt), nu).apply(U), dt, torch.ones_like(dt))
         return U.T @ PU
 
     def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:
@@ -73,5 +74,5 @@ class Metric:
             entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
             return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays so
 
-        rate: Tensor = jvp(p, (nu,), (dnu,))[1]
+        rate: Tensor = derivative(p, nu, dnu)
         return rate

@@ -22,6 +22,7 @@ from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.watch import Watch
@@ -70,6 +71,7 @@ def solve(
         RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
         ValueError: if steps or save_every is not positive.
     """
+    steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
     grid = time_grid(steps, save_every)
     status, words = Status.SUCCESS, ""
     failure: BaseException | None = None
@@ -149,6 +151,11 @@ def verdict(error: BaseException, flow: CompiledFlow, y: State) -> tuple[Status,
 def detail(error: BaseException) -> str:
     """The exception's own words, without the status sentence that will stand before them."""
     return error.detail if isinstance(error, RunError) else str(error)
+
+
+def numbers(**arguments: Any) -> tuple[Any, ...]:
+    """Python's numbers for arguments that may be NumPy's, or tensors of shape []."""
+    return tuple(number(x, name) for name, x in arguments.items())
 
 
 def time_grid(steps: float, save_every: float) -> Array:
@@ -234,7 +241,9 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     if start is not None and not isinstance(start, State):
         raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
     y = start or flow.initial
-    auto = warm_start == "auto"
+    auto = isinstance(warm_start, str) and warm_start == "auto"
+    if not isinstance(warm_start, str):
+        (warm_start,) = numbers(warm_start=warm_start)
     if not auto and not (isinstance(warm_start, int) and warm_start >= 0):
         raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, or "auto".')
     if warm_start == 0:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
 from dvi.methods.filter import Filter
+from dvi.methods.numbers import number
 from dvi.methods.preconditioners import Preconditioner
 from dvi.methods.schedules import value_and_slope
 
@@ -55,14 +56,19 @@ class Method:
     >>> AdaGrad(lr=0.1)
     AdaGrad(lr=0.1, eps=1e-08)
 
-    is the whole of it.  Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps
-    taken so far (t = 0 at the first step; the flow's time), smooth in t between isolated kinks.  ``self.lr`` is
-    then the value at the current t wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).
+    is the whole of it.  NumPy's numbers and tensors of shape [] become Python's.
+
+    Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps taken so far (t = 0 at the
+    first step; the flow's time), smooth in t between isolated kinks.  ``self.lr`` is then the value at the current t
+    wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).
 
     ``f`` and ``P`` must be made of torch operations (or operators) that can be differentiated, must not modify
     their arguments in place, and must not read anything that changes from one step to the next except ν, g and
-    scheduled hyperparameters.  A flow calls them some times to differentiate them and then replays the tensor
-    operations that it saw (not with control flow that depends on numbers in ν or g, which is called every time).
+    scheduled hyperparameters.  Where a flow is compiled, derivatives of both are compared with differences of them, and
+    what is lost (``.item()``, ``.detach()``, NumPy, ``torch.no_grad()``) is refused by name.  A part of ν that is zero
+    and stays zero does no harm, however steep f or P is there (√ν).  A flow calls f and P some times to differentiate
+    them and then replays the tensor operations that it saw (not with control flow that depends on numbers in ν or g,
+    which is called every time).
 
     A part of ν that keeps nothing of itself (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no differential
     equation and is refused, unless ∂f/∂ν is diagonal and the method has an attribute ``memory`` > 0, unit times: in the
@@ -83,7 +89,10 @@ class Method:
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
-        for name, value in self.hyperparameters().items():
+        for name, given in self.hyperparameters().items():
+            value = number(given)
+            if value is not given:
+                object.__setattr__(self, name, value)
             if callable(value):
                 self._check_range(name, value_and_slope(value, 0.0)[0], at=0.0)
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
