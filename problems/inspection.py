@@ -71,8 +71,8 @@ class Watcher(TorchFunctionMode):
         if not self._stack:
             return past_w(what)
         return (
-            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers to "
-            "your module by name (a lambda, a closure, a forward that was replaced). Make it a method: def forward(self, x)"
+            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers "
+            "to your module by name (a lambda, a closure, a replaced forward). Make it a method: def forward(self, x)"
         )
 
     def _where(self) -> str:
