@@ -15,8 +15,8 @@ from dvi.solution import Cost
 
 pytest.importorskip("matplotlib")
 
-from dvi.captions import method_in_words
 from dvi.plot import plot_comparison, plot_solution, time_average
+from dvi.plotting.captions import method_in_words
 
 N = 121
 

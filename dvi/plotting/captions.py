@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dvi.compare import Comparison
-from dvi.curves import duration
+from dvi.plotting.curves import duration
 from dvi.status import Status
 
 _LETTERS = {"lr": "η", "momentum": "β", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε"}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvi.compare import Comparison
-from dvi.curves import HUGE, differ, inner_average, leading, recorded, top, usable, varies
-from dvi.looks import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, Look, Style, of_flow, rank
+from dvi.plotting.curves import HUGE, differ, inner_average, leading, recorded, top, usable, varies
+from dvi.plotting.style import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, Look, Style, of_flow, rank
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.protocol import Array
 
