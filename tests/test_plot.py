@@ -16,7 +16,6 @@ from dvi.solution import Cost
 pytest.importorskip("matplotlib")
 
 from dvi.plot import plot_comparison, plot_solution, time_average
-from dvi.plotting.captions import method_in_words
 
 N = 121
 
@@ -45,7 +44,9 @@ def run(name, n=N, adaptive=True, k=2):
         name=name,
         t=t,
         loss=loss,
-        predicted_loss=np.full(n, np.nan) if name == "discrete" else loss + (0.02 * edge if name == "central" else 0),
+        predicted_loss=np.full(n, np.nan)
+        if name == "discrete"
+        else loss + (0.02 * edge if name in ("central", "map") else 0),
         eigenvalues=table,
         X=[np.eye(k)] * n,
         w=torch.zeros(4),
@@ -98,7 +99,7 @@ def test_four_panels_with_labels_and_units(adaptive, last):
     assert set(legend(figure)) == {
         "optimizer, every step",
         "optimizer, averaged (σ = 12 steps)",
-        "central flow’s predicted time average",
+        "predicted time average",
         "central flow",
         "stable flow",
         "optimizer, every 5 steps",
@@ -142,14 +143,16 @@ def test_title_tells_the_warm_start(about, line):
     ],
 )
 def test_methods_in_words(method, words):
-    assert method_in_words(method) == words
+    result = race()
+    result.about = {"method": method}
+    assert plot_comparison(result).get_suptitle() == words
 
 
 def test_lines_hold_the_data():
     result = race()
     figure = plot_comparison(result, sigma=3)
     np.testing.assert_array_equal(drawn(figure, 0, "central flow").get_ydata(), result.central.loss)
-    predicted = drawn(figure, 0, "central flow’s predicted time average")
+    predicted = drawn(figure, 0, "predicted time average")
     np.testing.assert_array_equal(predicted.get_ydata(), result.central.predicted_loss)
     averaged = drawn(figure, 0, "optimizer, averaged (σ)").get_ydata()
     inner = np.isfinite(averaged)
@@ -162,17 +165,22 @@ def test_lines_hold_the_data():
     assert "up to 7.5" in " ".join(text.get_text() for text in figure.axes[1].texts)
 
 
-def test_every_process_has_its_own_dash_or_width_and_brightness():
-    figure = plot_comparison(race())
+@pytest.mark.parametrize(
+    "names", [("discrete", "central", "stable"), ("discrete", "map", "stable"), ("map", "ablated")]
+)
+def test_every_process_has_its_own_dash_or_width_and_brightness(names):
+    """Readers who see no colours tell the lines apart, and the flow from what it predicts."""
     import matplotlib.colors
 
-    looks = set()
-    for line in figure.axes[0].lines:
-        if line.get_label().startswith("_"):
-            continue
-        brightness = np.dot(matplotlib.colors.to_rgb(line.get_color()), [0.299, 0.587, 0.114])
-        looks.add((line.get_linestyle(), line.get_linewidth(), round(float(brightness), 1)))
-    assert len(looks) == 5
+    figure = plot_comparison(race(names))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    looks, brightness = set(), {}
+    for label, line in lines.items():
+        brightness[label] = float(np.dot(matplotlib.colors.to_rgb(line.get_color()), [0.299, 0.587, 0.114]))
+        looks.add((line.get_linestyle(), line.get_linewidth(), round(brightness[label], 1)))
+    assert len(looks) == len(lines) >= len(names)
+    predicting = next(label for label in ("central flow", "central map") if label in lines)
+    assert abs(brightness[predicting] - brightness["predicted time average"]) > 0.2
 
 
 def test_legend_overlaps_no_panel():
@@ -251,7 +259,28 @@ def test_single_solution_shows_the_gradient():
         "(c) squared gradient norm",
         "(d) effective learning rate",
     ]
-    assert plot_solution(replace(run("central"), name="ablated")).legends[0].get_texts()[0].get_text() != ""
+
+
+@pytest.mark.parametrize("name", ["central", "map", "stable", "ablated", "stationary", "mine"])
+def test_a_flow_is_called_by_its_own_name(name):
+    """Nothing in the picture of one flow speaks of another."""
+    told = " ".join(legend(plot_solution(replace(run("central"), name=name))))
+    assert name in told
+    assert not [
+        other for other in ("central flow", "stable flow", "ablated flow") if name not in other and other in told
+    ]
+
+
+def test_a_remark_covers_no_line():
+    """How far the stable flow goes is said outside the axes, wherever it leaves them."""
+    for rise in (5, 20, 60):
+        result = race()
+        result.stable.eigenvalues[::5, 0] = 1.5 + np.arange(0, N, 5) / rise
+        axes = plot_comparison(result).axes[1]
+        axes.figure.draw_without_rendering()
+        said = [text for text in axes.texts if text.get_text()]
+        assert "up to" in said[0].get_text()
+        assert not any(text.get_window_extent().overlaps(axes.get_window_extent()) for text in said)
 
 
 @pytest.mark.parametrize(("ending", "head"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])

@@ -2,15 +2,15 @@
 
 One legend stands below the panels, off the curves: a line means the same process in all of them.
 
-Figures are made without pyplot: no window, no global list of figures, no backend to choose.  Only the style is set
-through matplotlib's settings, for as long as a figure is being made.
+Figures are made without pyplot: no window, no global list of figures, no backend to choose.  Matplotlib's settings are
+changed only while a figure is being made.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,16 @@ import numpy as np
 
 from dvi.compare import Comparison
 from dvi.files import replacing, writable
-from dvi.plotting.captions import caption
-from dvi.plotting.curves import duration, time_average
-from dvi.plotting.panels import Panel, choose
-from dvi.plotting.style import LEGEND, ONSET, SETTINGS, Style, rank
+from dvi.plotting.panels import Panel, panels
+from dvi.plotting.style import LEGEND, ONSET, rank, settings
 from dvi.solution import Solution
+from dvi.status import Status
 
 try:
-    import matplotlib
+    import matplotlib.style
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter
 except ImportError as error:
     raise ImportError("Drawing needs matplotlib: pip install 'dvi-flows[plot]'.") from error
@@ -80,7 +78,7 @@ def plot_comparison(
         StoreError: if the file cannot be written; an older one is then intact.
     """
     if sigma is None:
-        sigma = min(50.0, duration(race.runs) / 10) or 1.0
+        sigma = min(50.0, _duration(race) / 10) or 1.0
     for name, value, unit in (
         ("sigma", sigma, ", in unit times (the paper's is 50)"),
         ("leading", leading, ""),
@@ -89,10 +87,10 @@ def plot_comparison(
     ):
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be positive{unit}.")
-    style = Style(float(sigma), float(font_size), int(leading))
-    settings: Any = SETTINGS | {"font.size": style.font}
-    with matplotlib.rc_context(settings):
-        figure = _draw(race, style, width, caption(race) if title is None else title)
+    with matplotlib.style.context(["default", settings(font_size)]):
+        figure = _draw(race, panels(race, float(sigma), int(leading)), width, font_size)
+        _legend(figure, sigma)
+        figure.suptitle(_title(race) if title is None else title, linespacing=1.35)
         if path is not None:
             target = picture(path)
             with replacing(target) as temporary:
@@ -127,73 +125,43 @@ def plot_solution(solution: Solution, path: str | Path | None = None, **options:
     Raises:
         ValueError, StoreError: as :func:`plot_comparison`.
     """
-    alone = Comparison(
-        t=solution.t,
-        runs={solution.name: solution},
-        distance={},
-        status=solution.status,
-        notes=solution.notes,
-        about=solution.about,
-    )
+    alone = Comparison(solution.t, {solution.name: solution}, {}, solution.status, about=solution.about)
     return plot_comparison(alone, path, **options)
+
+
+def _duration(race: Comparison) -> float:
+    """The last time that any of the runs recorded, 0 if there is none."""
+    return max((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
 
 
 # ---- the figure -----------------------------------------------------------------------------------------
 
 
-def _draw(race: Comparison, style: Style, width: float, title: str) -> Figure:
-    panels = choose(race, style)
-    rows, columns, height = _LAYOUTS[len(panels)]
-    figure = Picture(figsize=(width, width * height), facecolor="white", layout="constrained")
+def _draw(race: Comparison, shown: list[Panel], width: float, font: float) -> Figure:
+    rows, columns, height = _LAYOUTS[len(shown)]
+    figure = Picture(figsize=(width, width * height), layout="constrained")
     FigureCanvasAgg(figure)
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=0.05, h_pad=0.05, wspace=0.05, hspace=0.05)
     by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow's edge, if it is there
     onset = next((b[0] for name in by_rank for b in race.runs[name].breakpoints if b[1] == "enter"), None)
-    first: Axes | None = None
-    for i, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, i + 1, sharex=first)
-        first = first or axes
+    for i, panel in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, i + 1)
         panel.draw(axes)
         if onset is not None:
-            axes.axvline(onset, lw=0.7, zorder=0.5, label="_onset", **ONSET)
-        axes.set_xlim(0, duration(race.runs) or 1)
-        row = panels[i - i % columns :][:columns]
-        _dress(axes, panel, "abcd"[i], room=any(other.remark for other in row))
-    if not panels:
+            axes.axvline(onset, lw=0.7, zorder=0.5, label=f"edge of stability, from step {onset:.3g}", **ONSET)
+        axes.set(xlim=(0, _duration(race) or 1), xlabel="time (optimizer steps)", ylabel=panel.label)
+        _scale(axes)
+        row = shown[i - i % columns :][:columns]
+        pad = 4 + (1.3 * (font - 1) if any(other.remark for other in row) else 0)  # room for remarks below titles
+        axes.set_title(f"({'abcd'[i]}) {panel.title}", pad=pad + 3)
+        place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+        axes.annotate(panel.remark, (0, 1), xytext=(0, pad), fontsize=font - 1, color="0.25", **place)
+    if not shown:
         axes = figure.add_subplot()
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "Nothing recorded yet.", ha="center", va="center", fontsize=style.font)
-    _legend(figure, onset, style)
-    if title:
-        figure.suptitle(title, fontsize=style.font + 1, linespacing=1.35)
+        axes.text(0.5, 0.5, "Nothing recorded yet.", ha="center", va="center")
     return figure
-
-
-def _dress(axes: Axes, panel: Panel, letter: str, room: bool) -> None:
-    """Labels, ticks and the panel's title, with ``room`` for a remark below if its row has any."""
-    style = panel.style
-    axes.set_xlabel("time (optimizer steps)", fontsize=style.font)
-    axes.set_ylabel(panel.label, fontsize=style.font)
-    for which, width, length in (("major", 0.6, 3.0), ("minor", 0.4, 1.8)):
-        axes.tick_params(which=which, width=width, length=length, labelsize=style.small, colors="black")
-    for name, spine in axes.spines.items():
-        spine.set_linewidth(0.6)
-        spine.set_visible(name in ("left", "bottom"))
-    _scale(axes)
-    pad = 4 + (1.3 * style.small if room else 0)
-    axes.set_title(f"({letter}) {panel.title}", loc="left", fontsize=style.font, fontweight="bold", pad=pad + 3)
-    if panel.remark:
-        axes.annotate(
-            panel.remark,
-            (0, 1),
-            xytext=(0, pad),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="top",
-            fontsize=style.small,
-            color="0.25",
-        )
 
 
 def _scale(axes: Axes) -> None:
@@ -206,11 +174,10 @@ def _scale(axes: Axes) -> None:
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         return
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.6g}"))
-    label = axes.get_ylabel()
-    axes.set_ylabel(label.replace("(", f"(10$^{{{exponent}}}$ ", 1))
+    axes.set_ylabel(axes.get_ylabel().replace("(", f"(10$^{{{exponent}}}$ ", 1))
 
 
-def _legend(figure: Figure, onset: float | None, style: Style) -> None:
+def _legend(figure: Figure, sigma: float) -> None:
     """One legend for all panels, below them: a line means the same process everywhere."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
@@ -218,26 +185,62 @@ def _legend(figure: Figure, onset: float | None, style: Style) -> None:
             found.setdefault(label, handle)
     if not found:
         return
-    if onset is not None:
-        found[f"edge of stability, from step {onset:.3g}"] = Line2D([], [], lw=0.9, **ONSET)
-    labels = sorted(found, key=lambda label: rank(label, LEGEND))
+    labels = sorted(found, key=lambda label: (label.startswith("edge"), rank(label, LEGEND)))
     columns = min(len(labels), 3 if len(labels) != 4 else 2)
+    labels = [label for column in range(columns) for label in labels[column::columns]]  # filled column by column
     figure.legend(
-        _by_rows([found[label] for label in labels], columns),
-        _by_rows([label.replace("σ", f"σ = {style.sigma:.3g} steps") for label in labels], columns),
+        [found[label] for label in labels],
+        [label.replace("σ", f"σ = {sigma:.3g} steps") for label in labels],
         loc="outside lower center",
         ncols=columns,
-        frameon=False,
-        fontsize=style.font - 0.7,
         handlelength=2.8,
         columnspacing=1.6,
         labelspacing=0.35,
+        markerscale=1.6,
     )
 
 
-def _by_rows(items: Sequence[Any], columns: int) -> list[Any]:
-    """Items reordered so that a legend, which fills column by column, reads row by row."""
-    return [item for column in range(columns) for item in items[column::columns]]
+# ---- the title ------------------------------------------------------------------------------------------
+
+_LETTERS = {"lr": "η", "momentum": "β", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε"}
+_SPOKEN = {"bias_correction=True": "bias-corrected", "one_sided=True": "one-sided"}
+_UNTOLD = re.compile(r"(shapes|memory)=|(bias_correction|one_sided)=False|eps=0(\.0)?$")
+_NAMES = {
+    "GradientDescent": "Gradient descent",
+    "RMSPropNorm": "RMSProp-Norm",
+    "AdaGrad": "AdaGrad",
+    "AdaGradNorm": "AdaGrad-Norm",
+    "CentredRMSProp": "Centred RMSProp",
+    "HeavyBall": "Heavy ball",
+    "NormalizedGD": "Normalised gradient descent",
+    "QuasiHyperbolic": "Quasi-hyperbolic momentum",
+}
 
 
-__all__ = ["Picture", "plot_comparison", "plot_solution", "time_average"]
+def _title(race: Comparison) -> str:
+    """Method and problem, the warm start if there was one, and how far the run got unless it reached its end."""
+    about = race.about
+    problem = re.sub(r"^\w+\('([^']*)', dim=(\d+).*", r"\1 (\2 weights)", str(about.get("problem", "")))
+    method = _method_in_words(str(about.get("method", "")))
+    lines = [" ".join(filter(None, [method, problem and f"on {problem}"]))]
+    warm, steps = about.get("warm_start"), about.get("steps")
+    if isinstance(warm, (int, float)) and warm > 0:
+        lines.append(f"time 0 is after {warm:g} step{'s' if warm != 1 else ''} of warm start")
+    if race.status is not Status.SUCCESS:
+        of = f" of {steps:g}" if isinstance(steps, (int, float)) else ""
+        lines.append(f"unfinished: step {_duration(race):g}{of} ({race.status.name.lower().replace('_', ' ')})")
+    return "\n".join(filter(None, lines))
+
+
+def _method_in_words(method: str) -> str:
+    """``RMSProp(lr=0.002, beta2=0.99, bias_correction=True)`` as RMSProp (η = 0.002, β₂ = 0.99, bias-corrected)."""
+    name, _, inside = method.partition("(")
+    words = _NAMES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+    told = []
+    for setting in re.split(r", (?=[A-Za-z_]\w*=)", inside.removesuffix(")")):  # a value may have commas of its own
+        name, _, value = setting.partition("=")
+        if value.startswith("<"):  # a function; its address says nothing
+            told.append(f"{_LETTERS.get(name, name)} scheduled")
+        elif not _UNTOLD.match(setting):
+            told.append(_SPOKEN.get(setting, f"{_LETTERS[name]} = {value}" if name in _LETTERS else setting))
+    return f"{words} ({', '.join(told)})" if any(told) else words
