@@ -43,14 +43,15 @@ def digits(
     """Classify handwritten digits (scikit-learn's, 8×8 pixels).
 
     Args:
-        network: "mlp" (``depth`` hidden layers of ``width``, 32; tanh) or "cnn" (the paper's: four convolutions,
-            ``width``, 8, to four times as many channels; GELU; average pooling).
+        network: "mlp" (hidden layers of one width; tanh) or "cnn" (the paper's: four convolutions; GELU; average
+            pooling).
         loss: "mse" (½ squared distance to one-hot targets, summed over classes, mean over examples) or "ce".
         n: how many examples.
         classes: the digits below this, 2 to 10.
-        width: see ``network``.
-        depth: see ``network``.
-        activation: a name in :data:`~dvi.problems.networks.ACTIVATIONS`, or a number β for the β-GELU.
+        width: of each hidden layer of the MLP (default 32); channels of the CNN's first layer (default 8), of the last
+            four times as many.
+        depth: how many hidden layers the MLP has.
+        activation: tanh, gelu, silu, softplus, relu, or a number β for the β-GELU (default: that of the network).
         seed: of both the subset and the initial weights.
         dtype: of the weights and whatever meets them.
         device: of everything.
@@ -62,6 +63,7 @@ def digits(
         ProblemError: if a name or a size is not known.
 
     """
+    _check_sizes(width, depth)
     images, labels = load_digits(n, classes, seed, dtype, device)
     model: nn.Module
     with _construction():
@@ -93,15 +95,14 @@ def sorting(
     """Sort sequences, the paper's task: having read a sequence, write it down in order.
 
     Args:
-        network: "transformer" (GPT-style, ``depth`` blocks of ``width``, 48, and ``heads``) or "rnn" (one tanh layer of
-            ``width``, 64).
+        network: "transformer" (GPT-style) or "rnn" (one tanh layer).
         loss: "ce", or "mse" (½ squared distance to one-hot targets); mean over sequences and sorted positions.
         n: how many sequences.
         length: how long.
         alphabet: how many letters.
-        width: see ``network``.
-        depth: see ``network``.
-        heads: see ``network``.
+        width: of the transformer's embedding (default 48); of the RNN's layer (default 64).
+        depth: how many blocks the transformer has.
+        heads: how many attention heads each block has.
         activation: of the transformer, as in :func:`digits`.
         seed: of both the sequences and the initial weights.
         dtype: of the weights and whatever meets them.
@@ -113,6 +114,7 @@ def sorting(
         ProblemError: if a name or a size is not known.
 
     """
+    _check_sizes(width, depth)
     tokens, solved = make_sorting(n, length, alphabet, seed, device)
     model: nn.Module
     with _construction():
@@ -123,6 +125,12 @@ def sorting(
         else:
             raise ProblemError(f'sorting is for network="transformer" or "rnn", not {network!r}')
     return _assemble("sorting", network, model, loss, tokens, solved, alphabet, seed, dtype, chunk_size, derivatives)
+
+
+def _check_sizes(width: int | None, depth: int) -> None:
+    """A width of 0 would be taken for none given, and a depth below 0 for 0."""
+    if (width is not None and width < 1) or depth < 0:
+        raise ProblemError(f"width={width} must be 1 or more, and depth={depth} not negative")
 
 
 @contextmanager
