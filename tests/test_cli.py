@@ -242,6 +242,18 @@ def fails():
     return 1 / 0
 
 
+def awkward(help=1, out=2.0, no_plot: bool = False, method: int = 0, device: torch.device | str = "cpu"):
+    return dvi.Problem(lambda w: (w**2).sum(), torch.ones(2), name=f"awkward-{help}-{out}-{no_plot}-{method}-{device}")
+
+
+class Scheduled(dvi.Method):
+    lr: dvi.methods.Hyperparameter = lambda t: 0.05 / (1 + t)
+    table: dvi.methods.Hyperparameter = torch.eye(2)
+
+    def P(self, nu):
+        return dvi.Scalar(1 / torch.as_tensor(self.lr))
+
+
 def no_problem():
     return 3
 """
@@ -280,6 +292,13 @@ def own(tmp_path, monkeypatch):
         ),
         (["--method", "files/own.py:Adagrad", "--method.lr", "0.01"], "digits-mlp", "Adagrad(lr=0.01, eps=1e-08"),
         (["--method", "files/own.py:MyAdam", "--lr", "1e-4", "--beta1", "0.5"], "", "MyAdam(lr=0.0001, beta1=0.5"),
+        (
+            ["--problem=files/own.py:awkward", "--problem.help=3", "--problem.out=4", "--problem.no-plot"],
+            "awkward-3-4.0-True-0-cpu",
+            "GradientDescent",
+        ),
+        (["--method", "files/own.py:Scheduled"], "digits-mlp", "Scheduled(lr=<function"),
+        (["--method", "files/own.py:Scheduled", "--lr", "0.04"], "digits-mlp", "Scheduled(lr=0.04"),
         (["--method", "files/own.py:triple"], "digits-mlp", "FunctionMethod("),
         (["--method", "files/json.py:ready"], "digits-mlp", "GradientDescent(lr=0.07)"),
         (["--method", "gd", "--lr", "files/own.py:decay"], "digits-mlp", "GradientDescent(lr=<function decay"),
@@ -287,7 +306,7 @@ def own(tmp_path, monkeypatch):
 )
 def test_the_users_own(own, flags, problem, method):
     before = sys.path[:]
-    if "--problem" not in flags:
+    if not any(flag.startswith("--problem") for flag in flags):
         flags = [*SMALL, *flags]
     if "--method" not in flags:
         flags = ["--method", "gd", "--lr", "0.05", *flags]

@@ -168,7 +168,7 @@ def _compare(arguments: Sequence[str]) -> Make:
     """The command with the flags of the problem, the method and the integrator that the arguments name."""
     run = flags(dvi.compare, defaults=_DEFAULTS, without={*KINDS, "path", "progress", "throw", "test_inputs"})
     kinds: dict[str, Any] = {"run": Annotated[Any, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=run)]}
-    taken = {*inspect.signature(compare).parameters, *inspect.signature(run).parameters}
+    taken = {"help", *inspect.signature(compare).parameters, *inspect.signature(run).parameters}
     for flag, name in _chosen(arguments).items():
         table = KINDS[flag].table
         options = flags(maker(flag, name), flag, defaults=_DEFAULTS if name in table else {}, taken=taken)

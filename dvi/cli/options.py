@@ -46,16 +46,17 @@ def flags(
         UsageError: if an argument without a default cannot be written in the shell.
     """
     function, bound = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
-    hints = {**_hints(function), **instead}
+    hints = _hints(function)
     found = []
     for name, argument in inspect.signature(function).parameters.items():
         named = argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
         if not named or name in bound or name in without:
             continue
         default = defaults.get(name, _MISSING) if argument.default is _MISSING else argument.default
-        kind = _kind(hints.get(name, _MISSING), default, schedules=owner == "method")
+        kind = instead.get(name) or _kind(hints.get(name, _MISSING), default, schedules=owner == "method")
         if kind is not None:
-            short = [f"--{name.replace('_', '-')}"] if owner and name not in taken else None
+            free = owner and name not in taken and not name.startswith("no_")  # which would turn something off
+            short = [f"--{name.replace('_', '-')}"] if free else None
             hint = "(optional)" if default in (None, ()) else None
             kind = Annotated[kind, tyro.conf.arg(aliases=short, help_behavior_hint=hint)]
             found.append(inspect.Parameter(name, argument.KEYWORD_ONLY, default=default, annotation=kind))
@@ -127,6 +128,9 @@ def _hints(make: Make) -> dict[str, Any]:
 
 def _kind(hint: Any, default: Any, schedules: bool) -> Any:
     """The type for tyro of an argument, None if it cannot be written in the shell."""
+    words = (types.NoneType, bool, int, float, str, tuple, list, Path, torch.dtype, torch.device)
+    if not (default is _MISSING or isinstance(default, words) or (schedules and callable(default))):
+        return None
     if hint in (_MISSING, Any):
         known = (bool, str, int) if hint is _MISSING else (bool, str)
         hint = float | str | None if default is None else type(default) if isinstance(default, known) else float
@@ -134,21 +138,19 @@ def _kind(hint: Any, default: Any, schedules: bool) -> Any:
         return Annotated[Any, _SCHEDULE]
     if hint is torch.dtype:
         return Annotated[hint, _DTYPE]
-    if get_origin(hint) is Annotated:
-        return hint
     if get_origin(hint) in (Union, types.UnionType):
         parts = [part for part in get_args(hint) if part is not torch.device]
-        if not all(map(_simple, parts)):
-            return None
         names = [part.__name__.upper() for part in parts if get_origin(part) is None and part is not types.NoneType]
         names += [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
-        return Annotated[functools.reduce(operator.or_, parts), tyro.conf.arg(metavar="|".join(names))]
-    written = isinstance(default, (types.NoneType, bool, int, float, str, tuple, list, Path)) or default is _MISSING
-    return hint if written and _simple(hint) else None
+        hint = Annotated[functools.reduce(operator.or_, parts), tyro.conf.arg(metavar="|".join(names))]
+    return hint if _simple(hint) else None
 
 
 def _simple(hint: Any) -> bool:
     """Whether values of a type can be written in the shell: words, numbers, and sequences of them."""
-    if get_origin(hint) in (tuple, list, Sequence):
-        return all(part is Ellipsis or _simple(part) for part in get_args(hint))
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return _simple(parts[0])
+    if get_origin(hint) in (tuple, list, Sequence, Union, types.UnionType):
+        return all(part is Ellipsis or _simple(part) for part in parts)
     return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, types.NoneType)
