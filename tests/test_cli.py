@@ -254,6 +254,13 @@ class Scheduled(dvi.Method):
         return dvi.Scalar(1 / torch.as_tensor(self.lr))
 
 
+class Slips(dvi.Method):
+    lr: float = 0.01
+
+    def P(self, nu):
+        return dvi.Scalar(1 / self.rate)  # there is none
+
+
 def no_problem():
     return 3
 """
@@ -354,6 +361,8 @@ def test_the_users_own_is_resumed(own):
         (["--method", "files/own.py:ready", "--method.lr", "1"], ["--method.lr does not apply"]),
         (["--method", "files/own.py:Wants"], ["The method needs table", "FILE.py:NAME"]),
         (["--method", "files/own.py:Adagrad", "--lr", "-1"], ["lr must be positive"]),
+        (["--method", "files/own.py:Slips", *SMALL], ["raised AttributeError", "rate", "own.py, line "]),
+        (["--problem.lr", "1"], ["--problem.lr is not known to dvi compare"]),
         (["--integrator", "files/own.py:ready"], ["is a GradientDescent, not an integrator"]),
     ],
 )

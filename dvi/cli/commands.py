@@ -19,7 +19,7 @@ import torch
 import tyro
 
 import dvi
-from dvi.cli.names import KINDS, Make, UsageError, made, maker
+from dvi.cli.names import KINDS, Make, UsageError, in_words, made, maker
 from dvi.cli.options import flags
 from dvi.files import writable
 from dvi.solve import default_integrator
@@ -70,13 +70,13 @@ def _not_understood(word: str, arguments: Sequence[str]) -> str:
     """What a flag that does not apply would apply to, or what may have been meant."""
     if not word.startswith("--"):
         return f"{word} is not understood here. A switch is turned on by --NAME and off by --no-NAME, without a value."
-    command, name = f"dvi {arguments[0]}", word.split("=")[0].lstrip("-").split(".")[-1].replace("-", "_")
+    command, (owner, _, name) = f"dvi {arguments[0]}", word.split("=")[0].removeprefix("--").rpartition(".")
     accepting = {
-        flag: [key for key, make in kind.table.items() if name in inspect.signature(make).parameters]
+        flag: [key for key, make in kind.table.items() if name.replace("-", "_") in inspect.signature(make).parameters]
         for flag, kind in KINDS.items()
     }
     for flag, chosen in _chosen(arguments[1:]).items():
-        if command == "dvi compare" and accepting[flag]:
+        if command == "dvi compare" and owner in ("", flag) and accepting[flag]:
             return f"{word} does not apply to --{flag} {chosen}; it is for --{flag} {', '.join(accepting[flag])}."
     return f"{word} is not known to {command}; {command} --help lists what is."
 
@@ -137,7 +137,8 @@ def compare(
     written, failure = [file], None
     with _hushed(quiet):
         try:
-            race = run(loss, optimizer, integrator=how, path=file, progress=not quiet)
+            with in_words(f"The run of {method} on {problem}", always=False):
+                race = run(loss, optimizer, integrator=how, path=file, progress=not quiet)
         except dvi.RunError as error:
             if not isinstance(error.result, dvi.Comparison):
                 raise

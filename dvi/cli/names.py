@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def made(flag: str, name: str, make: Make) -> Any:
     """
     if name in KINDS[flag].table:
         return make()
-    with _in_words(f"--{flag} {name}"):
+    with in_words(f"--{flag} {name}"):
         thing = make()
     if not KINDS[flag].fits(thing):
         raise UsageError(f"--{flag} {name} makes a {type(thing).__name__}, not {KINDS[flag].what}.")
@@ -145,7 +146,7 @@ def load(called: str, name: str) -> Any:
     if is_file and not path.is_file():
         raise UsageError(f"{called}: there is no file {where}.")
     sys.path.insert(0, str(path.parent if is_file else Path.cwd()))
-    with _in_words(f"{called}: {where}"):
+    with in_words(f"{called}: {where}"):
         module = _module(path) if is_file else importlib.import_module(where)
     if not hasattr(module, attribute):
         own = (name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
@@ -169,12 +170,25 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
+#: Where files lie that are not the user's.
+_OTHERS = ("<", str(Path(dvi.__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+
+
 @contextmanager
-def _in_words(called: str) -> Iterator[None]:
-    """Say what a user's file raised, and in which line."""
+def in_words(called: str, *, always: bool = True) -> Iterator[None]:
+    """Say what a user's code raised, and in which line.
+
+    Args:
+        called: what raised it, in words.
+        always: also where no line of the user's was running; otherwise the exception goes on as it is.
+    """
     try:
         yield
+    except (dvi.RunError, dvi.StoreError):  # which say it already
+        raise
     except (Exception, SystemExit) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", __file__))]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OTHERS)]
+        if not (frames or always):
+            raise
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise UsageError(f"{called} raised {type(error).__name__}: {error}{where}") from None
