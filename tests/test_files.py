@@ -1,6 +1,7 @@
 """Paths that cannot be used: each is named in words, before the run, and no result is lost because of one."""
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -184,7 +185,8 @@ def test_pictures_are_written_whole(race, tmp_path, monkeypatch):
 
 
 def test_the_shell_tries_its_paths_before_the_run(race, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dvi, "compare", lambda *args, **options: pytest.fail("the run has begun"))
+    begun = functools.wraps(dvi.compare)(lambda *args, **options: pytest.fail("the run has begun"))
+    monkeypatch.setattr(dvi, "compare", begun)  # with the signature, which the flags are read off
     flags = ["compare", "--n", "20", "--width", "4", "--method", "gd", "--steps", "3", "--quiet", "--out"]
     (tmp_path / "taken").write_text("a file")
     assert cli.main([*flags, str(tmp_path / "taken")]) == 2
