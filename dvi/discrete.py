@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dvi.flows import CompiledFlow, MethodLike
 from dvi.problems import Problem
@@ -18,20 +22,25 @@ class Discrete(CompiledFlow):
     name = "discrete"
     constrained = False
 
+    def __init__(self, problem: Problem, method: MethodLike, **options: Any) -> None:
+        super().__init__(problem, method, **options)
+        self.calculus.metric.centred = False  # the optimizer uses a schedule's values as they are
+
     def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
         """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.
 
         Raises:
             NotPositiveDefiniteError: if P(ν_t) is not positive definite.
         """
-        now = self.method.at(y.t)
+        now = self.calculus.metric.at(y.t)
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
         w = y.w - P.solve(m)
         nu, t = y.nu, y.t + 1
         loss, g_next = self.value_and_grad(State(w, nu, t))
-        return State(w, self.method.update(nu, g_next, t), t, memory), loss, g_next
+        nu = pytree.tree_map(torch.add, nu, self.calculus.metric.at(t).f(nu, g_next))
+        return State(w, nu, t, memory), loss, g_next
 
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from dvi.discrete import Discrete
+from dvi.discrete_process import DiscreteProcess
 from dvi.flows import CentralMap, CompiledFlow
-from dvi.methods import NotPositiveDefiniteError
+from dvi.methods import NotPositiveDefiniteError, SpecError
 from dvi.methods.schedules import value_and_slope
 from dvi.predict import Observer
 from dvi.problems import ProblemError
-from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
+from dvi.process import FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
@@ -69,6 +70,7 @@ def solve(
 
     Raises:
         RunError: where the run cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        SpecError: if a schedule of the method fails in the time of the run.
         ValueError: if steps or save_every is not positive.
     """
     grid = time_grid(steps, save_every)
@@ -100,7 +102,7 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+FAILURES = (RunError, SpecError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
 
 
 def classify(error: BaseException) -> Status:
@@ -111,6 +113,7 @@ def classify(error: BaseException) -> Status:
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (SpecError, Status.SCHEDULE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
@@ -158,10 +161,8 @@ def make_process(
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
     integrator = integrator or default_integrator(flow)
-    if isinstance(flow, StationaryFlow):
-        if not isinstance(integrator, Quasistatic):
-            raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
-        start = flow.settle(start)
+    if isinstance(flow, StationaryFlow) and not isinstance(integrator, Quasistatic):
+        raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
     if flow.inertial and not isinstance(integrator, SemiImplicit):
         raise ValueError(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
@@ -209,7 +210,11 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
     first = flow.velocity(flow.initial, g)  # tells methods apart that are made of plain functions
     ramp = torch.linspace(1, 2, len(g), dtype=g.dtype, device=g.device)  # tells a gradient from a rotated one
     settings = {
-        name: [f"{float(value_and_slope(value, t)[0]):.12g}" for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)]
+        name: [
+            f"{float(value_and_slope(value, t)[0]):.12g}"
+            for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)
+            if t < about["steps"]
+        ]
         if callable(value)
         else repr(value)
         for name, value in flow.method.hyperparameters().items()

@@ -40,6 +40,7 @@ class Status(Enum):
         "So many directions are critical that their third derivatives would not fit the memory allowed. Allow more "
         "(max_gib= of central_flow), compute in float32, or lower lr so that fewer directions oscillate."
     )
+    SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:
