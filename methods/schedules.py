@@ -318,10 +318,9 @@ class Schedule:
         return unit.final if t >= unit.last else self.ask(t)
 
     def slope(self, t: float, left: bool = False) -> float:
-        """dvalue/dt at t; at a jump or a kink the one on its right, or on its left."""
+        """dvalue/dt at t; at a jump or a kink the one on its right, or on its left, as at the end."""
+        left = left or t >= self.end
         t, s, _ = self._place(t, left)
-        if s >= self.end:
-            return 0.0
         unit = self.unit(s)
         if unit.following is not None and self.trend(s):
             return unit.following - unit.first

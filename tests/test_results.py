@@ -19,7 +19,8 @@ import dvi
 from dvi import flows, store
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
-from dvi.process import DiscreteProcess, FlowProcess
+from dvi.discrete_process import DiscreteProcess
+from dvi.process import FlowProcess
 from dvi.status import RunError, Status
 
 compare_module = sys.modules["dvi.compare"]  # dvi.compare itself is the function
