@@ -162,6 +162,8 @@ class FlowProcess(Process):
         finished = reached >= end - 1e-9 * max(1.0, end)
         at_jump = jump and result.y.t == corner and not finished
         seen = self._observe(start, node)
+        if self.fresh and self.nodes:  # from here on, since what oscillated on the left of a jump does so no more
+            seen["X_time"] = seen["t"]
         inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if finished else reached)))
         if len(inside):
             seen |= self.observer.observe_outputs(self.flow, start, node)

@@ -212,7 +212,7 @@ class Schedule:
         for _ in range(16):  # as many jumps as a unit may have, each earlier than the one before
             change = np.abs(np.diff(y))
             i = int(change.argmax())
-            if change[i] <= 0.4 * change.sum():
+            if change[i] == 0:
                 break
             before = self._jump(float(x[i]), float(x[i + 1]), float(y[i]), float(y[i + 1]))
             if before is None:
@@ -324,9 +324,9 @@ class Schedule:
         unit = self.unit(s)
         if unit.following is not None and self.trend(s):
             return unit.following - unit.first
-        if unit.flat or t > unit.last:
+        if unit.flat or t > unit.last + ROUNDING:
             return 0.0
-        return self._slope(t, float(s), unit.last, left)
+        return self._slope(min(t, unit.last), float(s), unit.last, left)
 
     def _place(self, t: float, left: bool) -> tuple[float, int, Unit | None]:
         """The time within 0 … end, the unit it lies in, and what that is like (None at a whole number: not needed)."""

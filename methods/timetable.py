@@ -96,7 +96,7 @@ class Timetable:
         Args:
             t: unit times.
             dt: a zero-valued tensor that carries a tangent, or 0.
-            centred: read tables that change steadily half a unit late, so that ∫ dt is the optimizer's sum (a flow of
+            centred: read tables half a unit late, so that ∫ dt is the optimizer's sum (a flow of
                 first order; one of second order asks for :meth:`clock` itself, of all schedules).
         """
         if not self.names:
@@ -105,7 +105,7 @@ class Timetable:
         for name, schedule in self._active.items():
             left = t >= self._until - _SAME
             place, moves = self._until if left else t, True
-            if centred and (late := self.clock(t)) != t and schedule.trend(math.floor(late)):
+            if centred and (late := self.clock(t)) != t and schedule.unit(math.floor(late)).flat:
                 place, left, moves = late, False, late == t - 0.5
             values[name] = schedule.value(place, left)
             if isinstance(dt, Tensor):

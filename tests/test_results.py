@@ -17,9 +17,9 @@ import torch
 
 import dvi
 from dvi import flows, store
+from dvi.discrete_process import DiscreteProcess
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
-from dvi.discrete_process import DiscreteProcess
 from dvi.process import FlowProcess
 from dvi.status import RunError, Status
 
