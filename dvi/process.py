@@ -153,7 +153,7 @@ class FlowProcess(Process):
             raise
         node, base = result.node, self.base
         if self.fresh and self.flow.constrained:
-            base = max(base, node.eigenvalues.max(initial=0.0))
+            base = max(base, float(node.eigenvalues.max(initial=0.0)))
             self._require_feasible(float(node.eigenvalues[0]))
         counts = [self._spent(before, self.counts)]
         if result.y.t >= corner - 1e-9 * max(1.0, result.y.t):
@@ -186,6 +186,8 @@ class FlowProcess(Process):
         ]:
             if self.flow.constrained and sharpness > max(MISSED, base + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
+        # in the last two units a longer run may find that a table goes on steadily, where here it ends
+        self.bound |= bool(self.flow.method.scheduled) and reached > end - 2
         self.y, self.memory, self.fresh, self.base = result.y, result.memory, False, base
         return result if at_jump else None
 
@@ -285,7 +287,7 @@ class MapProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    _own_state = ("memory", "bound", "raw", "middle")
+    _own_state = ("memory", "bound", "fresh", "base", "raw", "middle")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer

@@ -14,8 +14,8 @@ import torch
 from dvi.discrete import Discrete
 from dvi.discrete_process import DiscreteProcess
 from dvi.flows import CentralMap, CompiledFlow
-from dvi.methods import NotPositiveDefiniteError, SpecError
-from dvi.methods.schedules import value_and_slope
+from dvi.methods import NotPositiveDefiniteError
+from dvi.methods.errors import ScheduleError
 from dvi.predict import Observer
 from dvi.problems import ProblemError
 from dvi.process import FlowProcess, MapProcess, Process
@@ -102,7 +102,7 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, SpecError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+FAILURES = (RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
 
 
 def classify(error: BaseException) -> Status:
@@ -113,7 +113,7 @@ def classify(error: BaseException) -> Status:
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
-        (SpecError, Status.SCHEDULE),
+        (ScheduleError, Status.SCHEDULE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
@@ -211,7 +211,7 @@ def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
     ramp = torch.linspace(1, 2, len(g), dtype=g.dtype, device=g.device)  # tells a gradient from a rotated one
     settings = {
         name: [
-            f"{float(value_and_slope(value, t)[0]):.12g}"
+            f"{flow.method.schedule(name).ask(t):.12g}"
             for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)
             if t < about["steps"]
         ]

@@ -11,13 +11,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError, SpecError
 
 #: A jump of a table by less than this part of its values is no more than its resolution, and is smoothed.
 FINE = 0.01
@@ -93,8 +94,9 @@ def value_and_slope(schedule: Callable[[Any], Any], t: float, name: str = "A sch
     Raises:
         SpecError: if the schedule's value is not a number.
     """
-    read = Schedule(schedule, name)
-    return read.value(t), read.slope(t)
+    value = Schedule(schedule, name).ask(t)
+    end = float(len(schedule.values)) if isinstance(schedule, Table) else math.inf
+    return value, Schedule(schedule, name, end).slope(t)
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,19 @@ class Schedule:
         Raises:
             SpecError: if it raises anything, or gives what is no finite number.
         """
-        words = f"{self.name}: a schedule must map a time to a number; at t = {t:.12g} it"
         try:
             value = self._call(t)
         except Exception as error:  # whatever a user's function may raise
             hint = ""
             if isinstance(error, TypeError) and "indices" in str(error):
                 hint = " A table with one value a step may be given as it is, lr=[…], without a function."
-            raise SpecError(f"{words} raised {type(error).__name__}: {error}.{hint}") from error
+            raise ScheduleError(f"{self._at(t)} raised {type(error).__name__}: {error}.{hint}") from error
         if not math.isfinite(value):
-            raise SpecError(f"{words} gave {value}: it must be finite.")
+            raise ScheduleError(f"{self._at(t)} gave {value}: it must be finite.")
         return value
+
+    def _at(self, t: float) -> str:
+        return f"{self.name}: a schedule must map a time to a number; at t = {t:.12g} it"
 
     def _call(self, t: float) -> float:
         try:
@@ -179,7 +183,7 @@ class Schedule:
         """The same, asked anew and compared."""
         known, now = self.whole(s), self.ask(float(s))
         if now != known:
-            raise SpecError(
+            raise ScheduleError(
                 f"{self.name}: the schedule gave two values at t = {s}, {known:.12g} and {now:.12g}. It must depend on "
                 "t alone. Where it draws random numbers or counts its calls, give a table instead, with one value a "
                 "step: lr=[…]."
@@ -202,48 +206,40 @@ class Schedule:
             if following is None:
                 last = float(np.nextafter(top, s))
                 self.ask(last)
-            x = np.linspace(s, last, 5)
-            y = self._sampled(x, first, following)
-        except SpecError:
+            x, y = self._sampled(s, last, first, following)
+        except ScheduleError:
             if top < self.end:
                 raise
             # the last unit: what the optimizer uses is there, and serves
             return Unit(first, float(s), first, following, broken=True, flat=True)
         for _ in range(16):  # as many jumps as a unit may have, each earlier than the one before
-            change = np.abs(np.diff(y))
-            i = int(change.argmax())
-            if change[i] == 0:
-                break
-            before = self._jump(float(x[i]), float(x[i + 1]), float(y[i]), float(y[i + 1]))
+            change = [abs(b - a) for a, b in pairwise(y)]
+            i = change.index(max(change))
+            before = self._jump(x[i], x[i + 1], y[i], y[i + 1]) if change[i] > 0 else None
             if before is None:
                 break
             last = before
-            x = np.linspace(s, last, 5)
-            y = self._sampled(x, first, None) if last > s else np.full(5, first)
-        step = max((last - s) / 4, 1e-9)
-        slopes = np.diff(y) / step
-        return Unit(
-            first,
-            last,
-            float(y[-1]),
-            following,
-            broken=last < top,
-            flat=bool(np.all(y == first)),
-            head=float(slopes[0]),
-            tail=float(slopes[-1]),
-            bend=float(np.abs(np.diff(slopes)).max()),
-        )
+            x, y = self._sampled(s, last, first, None)
+        slopes = [4 * (b - a) / max(last - s, 1e-9) for a, b in pairwise(y)]
+        bend = max(abs(b - a) for a, b in pairwise(slopes))
+        flat = all(value == first for value in y)
+        return Unit(first, last, y[-1], following, last < top, flat, head=slopes[0], tail=slopes[-1], bend=bend)
 
     def _at_top(self, s: int, top: float) -> float | None:
         try:
             return self.whole(s + 1) if top == s + 1 else self.ask(top)
-        except SpecError:
+        except ScheduleError:
             if top < self.end:
                 raise
             return None  # a function for 0 ≤ t < end
 
-    def _sampled(self, x: np.ndarray[Any, Any], first: float, top: float | None) -> np.ndarray[Any, Any]:
-        return np.array([first, *(self.ask(float(t)) for t in x[1:-1]), self.ask(float(x[-1])) if top is None else top])
+    def _sampled(self, s: float, last: float, first: float, final: float | None) -> tuple[list[float], list[float]]:
+        """Five times from s to ``last`` and the values there, of which those at the ends may be known."""
+        if last <= s:
+            return [s] * 5, [first] * 5
+        inside = [s + part * (last - s) for part in (0.25, 0.5, 0.75)]
+        final = self.ask(last) if final is None else final
+        return [s, *inside, last], [first, *map(self.ask, inside), final]
 
     def _jump(self, low: float, high: float, below: float, above: float) -> float | None:
         """The last number before a jump between two times; None if the function is continuous there."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError, SpecError
 from dvi.methods.filter import Filter
 from dvi.methods.preconditioners import Preconditioner
 from dvi.methods.schedules import Schedule, as_schedule
@@ -96,9 +96,9 @@ class Method:
                 value = as_schedule(value, self._called(name))
                 object.__setattr__(self, name, value)
             if callable(value):
-                self._check_range(name, self.schedule(name).asked_again(0), at=0.0)
+                self.check_range(name, self.schedule(name).asked_again(0), at=0.0)
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._check_range(name, value)
+                self.check_range(name, value)
             elif name in self.ranges:
                 raise SpecError(f"{type(self).__name__}({name}={value!r}): {name} must be a number or a schedule.")
 
@@ -162,7 +162,7 @@ class Method:
             return self
         now = copy.copy(self)
         for name, value in values.items():
-            self._check_range(name, value, at=t)
+            self.check_range(name, value, at=t)
             object.__setattr__(now, name, value + slopes[name] * dt if slopes else value)
         return now
 
@@ -173,13 +173,15 @@ class Method:
     def _called(self, name: str) -> str:
         return f"{type(self).__name__}({name}=…)"
 
-    def _check_range(self, name: str, value: float, at: float | None = None) -> None:
+    def check_range(self, name: str, value: float, at: float | None = None) -> None:
+        """Raise SpecError unless a hyperparameter's value (that of its schedule at a time) is in its range."""
         where = f"{type(self).__name__}({name}={value!r})" + ("" if at is None else f" at t = {at:g}")
+        kind = SpecError if at is None else ScheduleError
         if not math.isfinite(value):
-            raise SpecError(f"{where}: {name} must be finite.")
+            raise kind(f"{where}: {name} must be finite.")
         holds, words = self.ranges.get(name, (lambda x: True, ""))
         if not holds(value):
-            raise SpecError(f"{where}: {name} must be {words}.")
+            raise kind(f"{where}: {name} must be {words}.")
 
 
 class FunctionMethod(Method):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError
 from dvi.methods.spec import Method
 
 _SAME = 1e-9  # unit times: two times that differ by no more than rounding
@@ -53,9 +53,9 @@ class Timetable:
             for name, schedule in self._run.items():
                 for s in range(first, last):
                     value = schedule.asked_again(s) if whole else schedule.unit(s).first
-                    self.method.with_values(s, {name: value}, {})
-        except SpecError as error:
-            raise SpecError(
+                    self.method.check_range(name, value, at=s)
+        except ScheduleError as error:
+            raise ScheduleError(
                 f"{error} (This run goes from t = {start:g} to {end:g}; a warm start comes before. It asks for every t "
                 f"in between, and can do without a value at t = {end:g} itself.)"
             ) from error.__cause__
