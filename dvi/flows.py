@@ -19,7 +19,7 @@ from dvi.compile import Covariance, EdgeHessian, LeftDomainError, LossLeftDomain
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.linearised import Linearisation, LinearisedFlow
-from dvi.methods import Method, Nu, Preconditioner, as_method, validate
+from dvi.methods import Method, Nu, Preconditioner, Timetable, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
@@ -106,6 +106,15 @@ class CompiledFlow:
         if accuracy not in ("paper", "second-order"):
             raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
         return accuracy
+
+    @property
+    def timetable(self) -> Timetable:
+        """The schedules of the method, as a run reads them."""
+        return self.calculus.metric.timetable
+
+    def settle(self, y: State) -> State:
+        """This state, as the flow may start from it, or go on from it behind a jump of a schedule."""
+        return y
 
     @property
     def inertial(self) -> bool:

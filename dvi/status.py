@@ -46,6 +46,7 @@ class Status(Enum):
         "dvi.problems.smoothed(model, beta=20) is a copy of the model with β-GELU for ReLU; a larger beta is closer to "
         "ReLU, and costs more."
     )
+    SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:
