@@ -77,4 +77,4 @@ def at_lr(method: Method) -> str:
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:
     """The real optimizer, ready to be run by :func:`dvi.solve` or beside its flows by :func:`dvi.compare`."""
-    return Discrete(problem, method, check=False)
+    return Discrete(problem, method, check="gradient")

@@ -17,7 +17,7 @@ from dvi.flows import CentralMap, CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.errors import ScheduleError
 from dvi.predict import Observer
-from dvi.problems import ProblemError
+from dvi.problems import LossChangedError, ProblemError
 from dvi.process import FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
@@ -91,11 +91,13 @@ def solve(
     todo = len(grid) if failure is None else 0
     with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
         try:
+            flow.problem.check_unchanged()
             for i in range(todo):
                 w = process.weights(i)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
+            flow.problem.check_unchanged()
         except FAILURES as error:
             (status, words), failure = verdict(error, flow, process.y), error
     solution = process.solution(status, about)
@@ -118,6 +120,7 @@ def classify(error: BaseException) -> Status:
     if isinstance(error, RunError):
         return error.status
     for kind, status in (
+        (LossChangedError, Status.LOSS_CHANGED),
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),

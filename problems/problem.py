@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dvi.problems.autodiff import Autodiff
-from dvi.problems.check import Discrepancy, NotFinite, examine
+from dvi.problems.check import Discrepancy, NotFinite, Verdict, examine, examine_gradient
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
-from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
 from dvi.problems.kinks import Piece, Undecided
@@ -252,12 +252,13 @@ class Problem:
             return U.new_zeros(m, k, k)
         return _finite(self._derivatives.along(w, _rows(U), _rows(V)), "third derivative")
 
-    def check(self, w: Tensor | None = None) -> None:
+    def check(self, w: Tensor | None = None, *, gradient_only: bool = False) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
 
         They are taken along a random direction and along the gradient.  The 50 to 100 gradient equivalents are not
         counted in the ledger.  A loss with kinks (ReLU, max, abs) is compared piece by piece; that it has some is
-        logged as a warning, once.
+        logged as a warning, once.  With ``gradient_only`` the gradient is compared with the loss between the two
+        points, to a tenth: what an optimizer needs, for 10 gradients.
 
         Raises:
             DerivativeError: if one is wrong, not finite or not available; the message names the module at fault.
@@ -268,7 +269,10 @@ class Problem:
         at, finding, refusal = w.detach(), None, None
         with self.ledger.paused():
             try:
-                verdict = examine(self._parts, self._derivatives, at)
+                if gradient_only:
+                    verdict = Verdict(examine_gradient(self._parts, at), at, False)
+                else:
+                    verdict = examine(self._parts, self._derivatives, at)
             except DerivativeError as error:
                 refusal = error
             else:
@@ -437,13 +441,13 @@ class Problem:
         """Ask the loss at w0 once more: is it what it was when the problem was made?  Not counted in the ledger.
 
         Raises:
-            ProblemError: if it is not, since then the loss is no function of w alone.
+            LossChangedError: if it is not, since then the loss is no function of w alone.
 
         """
         with self.ledger.paused():
             now = float(self.value(self.w0))
         if not self._agrees(self._value_at_w0, now):
-            raise ProblemError(
+            raise LossChangedError(
                 f"the loss of {self.name} at w0 was {self._value_at_w0} when the problem was made, and is {now} now: "
                 "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
                 "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
