@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 BENCH := $(VENV)/.bench
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench lowest clean
 
 # The main job on real data: two optimizers, each beside its central and its stable flow, and the pictures of it.
 demo: $(INSTALLED)
@@ -37,5 +37,11 @@ $(DOCS) $(BENCH): $(VENV)/.%: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
+# The tests with the lowest versions that pyproject.toml admits, in an environment of their own.
+lowest: lowest.txt pyproject.toml
+	test -d $(VENV)-lowest || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install -q -c lowest.txt -e '.[all]' pytest pytest-xdist hypothesis
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n auto tests $(ARGS)
+
 clean:
-	rm -rf $(VENV) docs/_build docs/gallery runs
+	rm -rf $(VENV) $(VENV)-lowest docs/_build docs/gallery runs

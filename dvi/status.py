@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dvi.compare import Comparison
@@ -46,6 +46,7 @@ class Status(Enum):
         "dvi.problems.smoothed(model, beta=20) is a copy of the model with β-GELU for ReLU; a larger beta is closer to "
         "ReLU, and costs more."
     )
+    SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:
@@ -65,6 +66,10 @@ class RunError(RuntimeError):
         self.status = status
         self.detail = detail
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again of its three arguments, which an exception's own way (its message alone) would lose."""
+        return type(self), (self.status, self.detail, self.result), self.__dict__
 
 
 __all__ = ["RunError", "Status"]

@@ -26,11 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dvi.problems.derivatives import Part, matrix_from_pairs, pull
+from dvi.problems.derivatives import Part, matrix_from_pairs, pull, reinstate
 from dvi.problems.errors import DerivativeError
 from dvi.problems.ledger import DEFAULT_WEIGHTS, Ledger
 from dvi.problems.safe import differentiable_layers
@@ -48,6 +49,10 @@ class Autodiff:
         self._ledger = ledger
         self._max_directions = max_directions
         self._kept: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graph that is kept, which no pickle can hold and no copy needs."""
+        return {**self.__dict__, "_kept": None}
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -113,6 +118,7 @@ class Autodiff:
         """For each part, a leaf holding w and the part's gradient there, differentiable with respect to it."""
         # Compared by value: a tensor changed in place through .data has the same identity and version.
         if self._kept is not None and torch.equal(self._kept[0], w):
+            reinstate(self._parts[0], self._kept[0])
             yield self._kept
             return
         self._kept = None

@@ -42,6 +42,17 @@ class Derivatives(Protocol):
         """Return the matrices uᵢᵀ T[v] uⱼ [m, k, k] for the rows v of V [m, d]."""
 
 
+def reinstate(part: Part, x: Tensor) -> None:
+    """Put the weights x back where a part keeps them, before a graph of it is differentiated that was made earlier.
+
+    A part made from a module leaves its weights in the module, where a recomputation in the backward pass (activation
+    checkpointing) reads them.
+    """
+    install = getattr(part, "install", None)
+    if install is not None:
+        install(x)
+
+
 def value_and_gradient(parts: Sequence[Part], w: Tensor) -> tuple[Tensor, Tensor]:
     """Loss [] and gradient [d] of the sum of the parts at w [d]."""
     total = w.new_zeros(())

@@ -1,49 +1,96 @@
-"""Data as tensors, or tuples of tensors, that share their first dimension: the examples."""
+"""Data: tensors, or tuples and dictionaries of them, whose first dimension may be the examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dvi.problems.errors import ProblemError
 
-Examples = Tensor | tuple[Tensor, ...]
+#: A tensor; or a tuple (arguments by position), a mapping (arguments by name) or another structure of tensors.
+Examples = Any
 
 
-def count(examples: Examples, name: str, like: Tensor, any_dtype: bool = False) -> int:
-    """Return number of examples.
+def own(data: Examples) -> Examples:
+    """Return a copy of the data that later changes of the original do not reach; mappings become dictionaries."""
+    if isinstance(data, Mapping):
+        return {key: own(value) for key, value in data.items()}
+    return pytree.tree_map(_own_leaf, data)
+
+
+def _own_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):
+        return own(leaf)
+    if isinstance(leaf, Tensor):  # a model that differentiates by its inputs may ask for their gradients
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return copy.deepcopy(leaf)
+
+
+def arguments(data: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is called with: positional arguments and keyword arguments."""
+    if isinstance(data, Mapping):
+        return (), dict(data)
+    return (data if isinstance(data, tuple) else (data,)), {}
+
+
+def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = False) -> None:
+    """Refuse data that do not fit a model.
 
     Args:
-        examples: the data.
+        data: the data.
         name: what to call them in an error.
         like: a tensor of the model's dtype and device.
         any_dtype: whether floating-point data may have another dtype than the model.
 
     Raises:
-        ProblemError: if they are no tensors, empty, of different lengths, or do not fit the model.
+        ProblemError: if they are not made of tensors, are empty or not finite, or do not fit the model.
 
     """
-    tensors = examples if isinstance(examples, tuple) else (examples,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-            raise ProblemError(f"{name} are a tensor [n, ...] or a tuple of them; got {type(tensor).__name__}")
+    if isinstance(data, Mapping):
+        data = dict(data)
+    expected = f"{name} are a tensor [n, ...], a tuple of them (arguments by position) or a dict (by name)"
+    if isinstance(data, list):
+        raise ProblemError(
+            f"{expected}; got a list: write tuple(…) for several arguments, torch.tensor(…) for numbers, "
+            "([…],) for one argument that is a list"
+        )
+    leaves = pytree.tree_leaves(data)
+    if all(leaf is None or isinstance(leaf, (bool, int, float, str, np.ndarray)) for leaf in leaves):
+        hint = ": torch.from_numpy(…)" if any(isinstance(leaf, np.ndarray) for leaf in leaves) else ""
+        raise ProblemError(f"{expected}; got {type(data).__name__}{hint}")
+    for tensor in leaves:
+        if isinstance(tensor, np.ndarray):
+            raise ProblemError(f"{expected}; there is an ndarray among them: torch.from_numpy(…)")
+        if not isinstance(tensor, Tensor):
+            continue
         if tensor.device != like.device:
             raise ProblemError(f"{name} are on {tensor.device}, the model on {like.device}: move one of them")
         if tensor.is_floating_point() and tensor.dtype != like.dtype and not any_dtype:
             raise ProblemError(f"{name} are {tensor.dtype}, the model {like.dtype}: convert one of them")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ProblemError(f"{name} have entries that are NaN or infinite")
-    lengths = {len(tensor) for tensor in tensors}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ProblemError(f"{name} share a first dimension, the examples, of at least 1; got {sorted(lengths)}")
-    return lengths.pop()
+        if tensor.ndim and len(tensor) == 0:
+            raise ProblemError(f"{name} are empty: there is to be at least 1 example")
 
 
-def take(examples: Examples, which: slice) -> Examples:
-    """Return some of the examples, as a view."""
-    return tuple(tensor[which] for tensor in examples) if isinstance(examples, tuple) else examples[which]
+def count(data: Examples) -> int | None:
+    """Return the first dimension that all tensors share: the number of examples; None where they do not share one."""
+    leaves = pytree.tree_leaves(data)
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
+        return None
+    lengths = {len(leaf) for leaf in leaves}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def take(data: Examples, which: slice) -> Examples:
+    """Return some of the examples, as views."""
+    return pytree.tree_map(lambda tensor: tensor[which], data)
 
 
 def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:

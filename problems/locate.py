@@ -14,7 +14,7 @@ from dvi.problems.autodiff import Autodiff
 from dvi.problems.check import compare
 from dvi.problems.derivatives import Part
 from dvi.problems.errors import DerivativeError
-from dvi.problems.examples import Examples
+from dvi.problems.examples import Examples, arguments
 from dvi.problems.ledger import Ledger
 
 
@@ -98,7 +98,7 @@ def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examp
         hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         with torch.no_grad():
-            outputs = functional_call(model, dict(tensors), inputs if isinstance(inputs, tuple) else (inputs,))
+            outputs = functional_call(model, dict(tensors), *arguments(inputs))
     finally:
         for hook in hooks:
             hook.remove()

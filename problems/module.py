@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
+from dvi.problems.derivatives import Part
 from dvi.problems.errors import ProblemError
-from dvi.problems.examples import Examples, count, find_reduction, refuse_different, take
+from dvi.problems.examples import (
+    Examples,
+    arguments,
+    count,
+    find_reduction,
+    own,
+    refuse_different,
+    refuse_unusable,
+    take,
+)
+from dvi.problems.fingerprint import fingerprint
+from dvi.problems.flat_model import FlatModel
+from dvi.problems.inspection import Watcher, attentive, past_w
+from dvi.problems.loading import is_source, read
 from dvi.problems.locate import name_culprit
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
 
-Criterion = Callable[[Any, Any], Tensor]
+Criterion = Callable[..., Tensor]
+Output = str | int | Callable[[Any], Any]
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class ModuleProblem(Problem):
     """The loss ``criterion(model(inputs), targets)`` as a function of the model's trainable parameters, flat.
 
-    The model is never written to: its parameters and buffers are read once, and further training of it does not
-    change the problem.  Parameters with ``requires_grad=False`` keep their value; a parameter shared by several
-    modules counts once.
+    The problem works on copies of the model and of the data: it never writes to yours, and what you do to them
+    afterwards does not change the loss.  Parameters with ``requires_grad=False`` keep their value; a parameter shared
+    by several modules counts once; a complex one lies in w as pairs of real numbers; the padding row of an embedding
+    stays as it is.
 
     Args:
         model: a deterministic module.  Its dtype and device are the problem's.
-        criterion: ``(outputs, targets) -> []``; where the data are taken in chunks, a mean or a sum over examples.
-        inputs: a tensor [n, ...], or a tuple of them for a model of several arguments.
-        targets: a tensor [n, ...], or a tuple of them, handed to the criterion as they are.
+        criterion: ``(outputs, targets) -> []``, or ``outputs -> []`` without targets; where the data are taken in
+            chunks, a mean or a sum over examples.  None for a model that computes its loss itself: its output, or the
+            output's ``loss``.
+        inputs: a tensor [n, ...]; a tuple of them for a model of several arguments; a mapping for arguments by name;
+            any structure of tensors where nothing is chunked (a graph).  Or a ``torch.utils.data`` data set or loader
+            of (inputs, targets), which is read once, in order.
+        targets: handed to the criterion as they are: a tensor [n, ...], another structure of tensors, or None.
         chunk_size: how many examples to take at a time; None for all at once.  The derivatives are the same up to
             rounding, the memory that of one chunk.
+        output: which part of the model's output the criterion gets: a name ("logits"), an index, or a function of the
+            output.  None: the output as it is.
+        penalty: a function of the parameters by name that is added to the loss, as in
+            ``lambda p: 0.01 * p["0.weight"].abs().sum()``.
+        weight_decay: λ ≥ 0: ½λ‖w‖² is added to the loss, which is ``weight_decay`` of ``torch.optim.SGD``.
         derivatives, max_directions, name: as in :class:`Problem`.
 
     Attributes:
@@ -41,86 +69,100 @@ class ModuleProblem(Problem):
 
     Raises:
         ProblemError: if the model has nothing to train, mixes dtypes or devices, is stochastic, changes its buffers or
-            couples examples that are to be taken in chunks; if the data do not fit; if the criterion is to be taken in
-            chunks and is neither a mean nor a sum over examples.
+            couples examples that are to be taken in chunks; if the loss depends on other things that train; if the
+            data do not fit; if the criterion is to be taken in chunks and is neither a mean nor a sum over examples.
 
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: Criterion,
+        criterion: Criterion | None,
         inputs: Examples,
-        targets: Examples,
+        targets: Examples = None,
         chunk_size: int | None = None,
         *,
+        output: Output | None = None,
+        penalty: Penalty | None = None,
+        weight_decay: float = 0.0,
         derivatives: Backend = "autodiff",
         max_directions: int = 1,
         name: str | None = None,
     ) -> None:
-        self._model = model
-        self._criterion = criterion
-        # Kept to be asked again: a model may be put in training mode after the problem was made.
-        self._volatile = {path: why for path, module in model.named_modules() if (why := _volatility(module))}
-        self._refuse_training_mode()
-        parameters = {path: p.detach().clone() for path, p in model.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise ProblemError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
-        self._fixed: dict[str, Tensor] = {
-            path: tensor.detach().clone()
-            for path, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if path not in parameters
-        }
-        _refuse_mixture({**parameters, **self._fixed})
-        self.parameter_shapes = {path: p.shape for path, p in parameters.items()}
-        self.parameter_slices: dict[str, slice] = {}
-        end = 0
-        for path, p in parameters.items():
-            self.parameter_slices[path] = slice(end, end := end + p.numel())
-        w0 = torch.cat([p.reshape(-1) for p in parameters.values()])
-
-        n = count(inputs, "inputs", w0)
-        if count(targets, "targets", w0, any_dtype=True) != n:
-            raise ProblemError(f"{n} inputs but {count(targets, 'targets', w0, any_dtype=True)} targets")
+        if is_source(inputs):
+            if targets is not None:
+                raise ProblemError(f"a {type(inputs).__name__} holds its targets itself: leave targets out")
+            inputs, targets = read(inputs)
+        if not weight_decay >= 0:
+            raise ProblemError(f"weight_decay is zero or positive; got {weight_decay!r}")
+        self._model = FlatModel(model)
+        self.parameter_shapes = self._model.shapes
+        self.parameter_slices = self._model.slices
+        w0 = self._model.w0
+        refuse_unusable(inputs, "inputs", w0)
+        if targets is not None:
+            refuse_unusable(targets, "targets", w0, any_dtype=True)
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ProblemError(f"chunk_size counts examples, at least 1; got {chunk_size!r}")
-        self._inputs, self._targets = inputs, targets
-        self._chunk_size = min(chunk_size or n, n)
+        self._inputs, self._targets = own(inputs), own(targets)
+        self._chunk_size = chunk_size
+        self._loss = _Loss(self._model, criterion, output)
+        # The user's own parameters: a loss that reads them reads past w.
+        owners = {"the criterion": criterion, "the model": model}
+        self._foreign = {
+            id(p): f"{owner}'s parameter {path}"
+            for owner, module in owners.items()
+            if isinstance(module, nn.Module)
+            for path, p in module.named_parameters()
+            if p.requires_grad
+        }
         super().__init__(
-            self._chunks(w0, n),
+            self._parts_of(w0, penalty, float(weight_decay)),
             w0,
             derivatives=derivatives,
             max_directions=max_directions,
             name=name or type(model).__name__,
         )
-        self._refuse_changed_buffers()
+        for path in self._model.changed_buffers():
+            raise ProblemError(
+                f"a forward pass changes the buffer {path}: the loss is not a function of w alone. "
+                "Call model.eval() first (or, of batch norm: track_running_stats=False)"
+            )
+        self._foreign = {}  # of no further use, and the user's model may go
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the model's trainable parameters, in the order in which they lie in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
+        contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._model.fixed()}
+        return {name: fingerprint(tensors) for name, tensors in contents.items()}
+
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
-        """Return what the model with weights ``w`` [d] makes of ``inputs`` (a tensor [n, ...] or a tuple of them).
+        """Return what the model with weights ``w`` [d] makes of ``inputs``, which are of the form of the problem's.
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
 
         """
         self._check_weights(w)
-        count(inputs, "inputs", self.w0)
-        with torch.no_grad():
-            return self._forward(w.detach(), inputs)
+        refuse_unusable(inputs, "inputs", self.w0)
+        with torch.enable_grad():  # w asks for none, but a model may differentiate by its inputs
+            return pytree.tree_map(
+                lambda x: x.detach() if isinstance(x, Tensor) else x, self._loss.outputs(w.detach(), inputs)
+            )
 
     def output_curvature(self, w: Tensor, inputs: Examples, U: Tensor, X: Tensor) -> Tensor:
         """Half the second directional derivatives ½⟨∇²h, U X Uᵀ⟩ of every output h, in the outputs' shape.
 
         Where the weights oscillate about w with covariance Σ = U X Uᵀ, the outputs are on average h(w) plus this.
-        The model's output has to be one tensor.
+        The model's output (or the part of it that ``output`` picks) has to be one tensor.
 
         Args:
             w: weights [d].
-            inputs: a tensor [n, ...] or a tuple of them; taken ``chunk_size`` at a time.
+            inputs: of the form of the problem's; taken ``chunk_size`` at a time.
             U: directions [d, k].
             X: their symmetric weights [k, k], of any signature.
 
@@ -131,12 +173,15 @@ class ModuleProblem(Problem):
         """
         self._check_weights(w)
         self._check_block(U, "U")
+        refuse_unusable(inputs, "inputs", self.w0)
         weights, directions = self._principal_directions(U, X)
-        n = count(inputs, "inputs", self.w0)
-        chunks = [take(inputs, slice(a, a + self._chunk_size)) for a in range(0, n, self._chunk_size)]
+        n = count(inputs)
+        chunks = [inputs]
+        if self._chunk_size is not None and n is not None:
+            chunks = [take(inputs, slice(a, a + self._chunk_size)) for a in range(0, n, self._chunk_size)]
         return torch.cat(
             [
-                curvature(partial(self._forward, inputs=chunk), w, directions, weights, self.derivatives)
+                curvature(partial(self._loss.outputs, inputs=chunk), w, directions, weights, self.derivatives)
                 for chunk in chunks
             ]
         )
@@ -149,98 +194,170 @@ class ModuleProblem(Problem):
 
         """
         self._check_weights(w)
-        targets = dict(model.named_parameters())
-        for path, shape in self.parameter_shapes.items():
-            if path not in targets or targets[path].shape != shape:
-                found = f"has shape {list(targets[path].shape)}" if path in targets else "is missing"
-                raise ProblemError(f"parameter {path} should have shape {list(shape)}, but {found} in this model")
-        with torch.no_grad():
-            for path, value in self._unflatten(w.detach()).items():
-                targets[path].copy_(value)
+        self._model.load_into(model, w)
 
-    def _chunks(self, w0: Tensor, n: int) -> list[Callable[[Tensor], Tensor]]:
-        """Return the loss as a sum over chunks of examples."""
-        size = self._chunk_size
-        if size == n:
-            return [self._part(slice(0, n), 1.0)]
+    def _parts_of(self, w0: Tensor, penalty: Penalty | None, weight_decay: float) -> list[Part]:
+        """Return the loss as a sum over chunks of examples, and what is added to it."""
+        added = _Added(self._model, penalty, weight_decay)
+        if self._chunk_size is None:
+            return [_Chunk(self._loss, self._inputs, self._targets, 1.0, added)]
+        n = count(self._inputs)
+        if n is None or (self._targets is not None and count(self._targets) != n):
+            given = [count(self._inputs), None if self._targets is None else count(self._targets)]
+            raise ProblemError(
+                "to be taken in chunks, inputs and targets are tensors that share a first dimension, the examples; "
+                f"here {given[0] or 'no number of'} inputs and {given[1] or 'no number of'} targets. "
+                "Without chunk_size any structure will do"
+            )
+        size = min(self._chunk_size, n)
         chunks = [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
+        def part(examples: slice, weight: float) -> _Chunk:
+            inputs = take(self._inputs, examples)
+            targets = None if self._targets is None else take(self._targets, examples)
+            return _Chunk(self._loss, inputs, targets, weight)
+
         def loss_of(examples: slice) -> float:
-            with torch.no_grad():
-                return float(self._part(examples, 1.0)(w0))
+            with torch.enable_grad():
+                return float(part(examples, 1.0)(w0).detach())
 
         reduction = find_reduction(loss_of, n)
-        parts = [self._part(chunk, ((chunk.stop - chunk.start) / n) ** reduction) for chunk in chunks]
-        with torch.no_grad():
-            outputs = [self._forward(w0, take(self._inputs, chunk)) for chunk in chunks]
-            if all(isinstance(out, Tensor) for out in outputs):
-                # The reduction was found on a few examples; padding or class weights may show only on others.
-                whole = float(self._criterion(torch.cat(outputs), self._targets))
-                refuse_different(sum(float(part(w0)) for part in parts), whole)
-        return parts
+        parts: list[Part] = [part(chunk, ((chunk.stop - chunk.start) / n) ** reduction) for chunk in chunks]
+        self._refuse_unequal_examples(w0, chunks, parts)
+        return [*parts, added] if added else parts
 
-    def _part(self, examples: slice, weight: float) -> Callable[[Tensor], Tensor]:
-        inputs, targets = take(self._inputs, examples), take(self._targets, examples)
-
-        def part(w: Tensor) -> Tensor:
-            loss = self._criterion(self._forward(w, inputs), targets)
-            return loss if weight == 1 else weight * loss
-
-        return part
-
-    def _forward(self, w: Tensor, inputs: Examples) -> Any:
-        self._refuse_training_mode()
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        return functional_call(self._model, {**self._fixed, **self._unflatten(w)}, arguments)
-
-    def _unflatten(self, w: Tensor) -> dict[str, Tensor]:
-        return {path: w[where].view(self.parameter_shapes[path]) for path, where in self.parameter_slices.items()}
+    def _refuse_unequal_examples(self, w0: Tensor, chunks: list[slice], parts: list[Part]) -> None:
+        """The reduction was found on a few examples; padding or class weights may show only on others."""
+        with torch.enable_grad():
+            outputs = [self._loss.outputs(w0, take(self._inputs, chunk)) for chunk in chunks]
+            if all(isinstance(out, Tensor) and out.ndim for out in outputs):
+                whole = float(self._loss.of(torch.cat(outputs), self._targets).detach())
+                refuse_different(sum(float(part(w0).detach()) for part in parts), whole)
 
     def _blame(self, w: Tensor) -> str:
+        whole = (self._inputs, self._targets)
+        # A few examples are faster; all of them are right where data are not a list of examples.
+        chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
         return name_culprit(
-            self._model,
-            {**self._fixed, **self._unflatten(w)},
-            self._criterion,
-            # A few examples are faster; all of them are right where data are not a list of examples.
-            [(take(self._inputs, some), take(self._targets, some)) for some in (slice(0, 8), slice(None))],
+            self._model.module,
+            {**dict(self._model.module.named_buffers()), **self._model.parameters(w)},
+            lambda output, targets: self._loss.of(self._loss.pick(output), targets),
+            [take(whole, slice(0, 8)), whole] if chunked else [whole],
         )
 
-    def _refuse_training_mode(self) -> None:
-        for path, why in self._volatile.items():
-            module = self._model.get_submodule(path)
-            if module.training:
-                raise ProblemError(
-                    f"{path or 'the model'} ({type(module).__name__}) is in training mode and {why}; "
-                    "a flow needs a deterministic loss: call model.eval() first"
-                )
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        stack: list[str] = []
+        watcher = Watcher(self.w0, self._foreign, stack)
+        with attentive(), self._model.traced(stack), self._model.padding_looked_at(), watcher:
+            try:
+                yield
+            except (RuntimeError, TypeError, ValueError) as error:
+                n, m = count(self._inputs), None if self._targets is None else count(self._targets)
+                if isinstance(error, ProblemError) or n is None or m is None or n == m:
+                    raise
+                raise ProblemError(f"{n} inputs but {m} targets: {error}") from error
 
-    def _refuse_changed_buffers(self) -> None:
-        originals = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        for path, tensor in self._fixed.items():
-            if not torch.equal(tensor, originals[path]):
-                raise ProblemError(f"a forward pass changes the buffer {path}: the loss is not a function of w alone")
+    def _refuse_leaf(self, leaf: Tensor) -> None:
+        if any(leaf is x for x in pytree.tree_leaves((self._inputs, self._targets))):
+            return  # data that the model differentiates by
+        what = self._foreign.get(id(leaf)) or self._model.attribute_of(leaf)
+        raise ProblemError(past_w(what or f"a tensor of shape {list(leaf.shape)} that requires a gradient"))
 
-
-def _volatility(module: nn.Module) -> str | None:
-    """Why this module, in training mode, makes no function of its weights alone."""
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats:
-            return None
-        return "normalises by the batch and updates running statistics"
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-        return f"drops at random (p={module.p})"
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0:
-        return f"drops at random (dropout={module.dropout})"
-    if isinstance(module, nn.RReLU):
-        return "draws its slopes at random"
-    return None
+    def _name_random(self) -> str:
+        culprit = self._model.find_random_module(lambda: self._loss.outputs(self.w0, self._inputs))
+        return f" (it comes from {culprit})" if culprit else ""
 
 
-def _refuse_mixture(tensors: dict[str, Tensor]) -> None:
-    kinds: dict[tuple[torch.dtype, torch.device], str] = {}
-    for path, tensor in tensors.items():
-        if tensor.is_floating_point():
-            kinds.setdefault((tensor.dtype, tensor.device), path)
-    if len(kinds) > 1:
-        listed = ", ".join(f"{path} is {dtype} on {device}" for (dtype, device), path in kinds.items())
-        raise ProblemError(f"parameters and buffers of one dtype on one device are needed: {listed}")
+class _Loss:
+    """criterion(model(inputs), targets) for weights w.
+
+    Args:
+        model: the model.
+        criterion, output: as in :class:`ModuleProblem`.
+
+    """
+
+    def __init__(self, model: FlatModel, criterion: Criterion | None, output: Output | None) -> None:
+        self.model = model
+        self._criterion = criterion
+        self._output = output
+
+    def outputs(self, w: Tensor, inputs: Examples) -> Any:
+        """What the model makes of the inputs, or the part of it that was asked for."""
+        self.model.install(w)
+        args, kwargs = arguments(inputs)
+        return self.pick(self.model.module(*args, **kwargs))
+
+    def of(self, outputs: Any, targets: Examples) -> Tensor:
+        """The loss of some outputs."""
+        if self._criterion is not None:
+            return self._criterion(outputs) if targets is None else self._criterion(outputs, targets)
+        loss = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
+        if loss is None and isinstance(outputs, Mapping):
+            loss = outputs.get("loss")
+        if not isinstance(loss, Tensor):
+            raise ProblemError(
+                f"without a criterion the model gives its loss, or an output with a .loss; this one gives a "
+                f"{type(outputs).__name__} without: hand over a criterion, or the labels that the model asks for"
+            )
+        return loss
+
+    def pick(self, output: Any) -> Any:
+        """The part of the model's output that was asked for."""
+        if self._output is None:
+            return output
+        if callable(self._output):
+            return self._output(output)
+        try:
+            if isinstance(self._output, str) and not isinstance(output, Mapping):
+                return getattr(output, self._output)
+            return output[self._output]
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            has = list(output) if isinstance(output, Mapping) else type(output).__name__
+            raise ProblemError(f"output={self._output!r} is not in the model's output, which is {has}") from error
+
+
+@dataclass
+class _Added:
+    """What is added to the loss of the data: a penalty and ½λ‖w‖²."""
+
+    model: FlatModel
+    penalty: Penalty | None
+    weight_decay: float
+
+    def __bool__(self) -> bool:
+        return self.penalty is not None or self.weight_decay > 0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        total = w.new_zeros(())
+        if self.weight_decay:
+            total = total + 0.5 * self.weight_decay * w.square().sum()
+        if self.penalty is not None:
+            extra = self.penalty(self.model.parameters(w))
+            if not isinstance(extra, Tensor) or extra.shape != ():
+                what = list(extra.shape) if isinstance(extra, Tensor) else type(extra).__name__
+                raise ProblemError(f"penalty gives a scalar tensor from the parameters by name, not {what}")
+            total = total + extra
+        return total
+
+
+@dataclass
+class _Chunk:
+    """The loss of some examples, times a weight."""
+
+    loss: _Loss
+    inputs: Examples
+    targets: Examples
+    weight: float
+    added: _Added | None = None
+
+    def __call__(self, w: Tensor) -> Tensor:
+        loss = self.loss.of(self.loss.outputs(w, self.inputs), self.targets)
+        if self.weight != 1:
+            loss = self.weight * loss
+        return loss + self.added(w) if self.added else loss
+
+    def install(self, w: Tensor) -> None:
+        """Let the model compute with w."""
+        self.loss.model.install(w)

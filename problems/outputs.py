@@ -25,7 +25,8 @@ def curvature(f: Callable[[Tensor], Tensor], w: Tensor, V: Tensor, x: Tensor, de
 
     """
     if derivatives == "finite-difference":
-        return _second_differences(f, w, V, x)
+        with torch.enable_grad():  # of no use here, but a network may differentiate by its inputs
+            return _second_differences(f, w.detach(), V, x)
     with explained("second"), torch.enable_grad():
         leaf = w.detach().clone().requires_grad_()
         with differentiable_layers():
@@ -52,10 +53,9 @@ def _push(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
 
 def _second_differences(f: Callable[[Tensor], Tensor], w: Tensor, V: Tensor, x: Tensor) -> Tensor:
     length = torch.finfo(w.dtype).eps ** (1 / 4) * unit(w)
-    with torch.no_grad():
-        here = f(w)
-        total = torch.zeros_like(here)
-        for v, weight in zip(V, x, strict=True):
-            step = length / torch.linalg.vector_norm(v)
-            total += weight / 2 * (f(w + step * v) - here + (f(w - step * v) - here)) / step**2
-        return total
+    here = f(w).detach()
+    total = torch.zeros_like(here)
+    for v, weight in zip(V, x, strict=True):
+        step = length / torch.linalg.vector_norm(v)
+        total += weight / 2 * (f(w + step * v).detach() - here + (f(w - step * v).detach() - here)) / step**2
+    return total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from dvi.problems.check import examine
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
 from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
+from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
 from dvi.problems.kinks import kinks_between, tell_of_kinks
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
@@ -50,7 +52,8 @@ class Problem:
         ledger: counts of evaluations so far.
 
     Raises:
-        ProblemError: if the loss at ``w0`` is no finite scalar that depends on w and is the same when asked twice.
+        ProblemError: if the loss at ``w0`` is no finite scalar that depends on w and is the same when asked twice, if
+            it depends on other tensors that require a gradient, or computes in a lower precision than w's.
 
     """
 
@@ -63,6 +66,7 @@ class Problem:
         max_directions: int = 1,
         name: str | None = None,
     ) -> None:
+        _refuse_inference_mode()
         self._parts: tuple[Part, ...] = (loss,) if callable(loss) else tuple(loss)
         if not self._parts:
             raise ProblemError("a loss of no parts at all")
@@ -90,9 +94,9 @@ class Problem:
     def from_module(
         cls,
         model: torch.nn.Module,
-        criterion: Callable[[Any, Any], Tensor],
+        criterion: Callable[..., Tensor] | None,
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         chunk_size: int | None = None,
         **options: Any,
     ) -> ModuleProblem:
@@ -103,6 +107,13 @@ class Problem:
         from dvi.problems.module import ModuleProblem
 
         return ModuleProblem(model, criterion, inputs, targets, chunk_size, **options)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
+
+        Two problems of the same name are told apart by them, in another session, too.
+        """
+        return {}
 
     @property
     def dim(self) -> int:
@@ -137,10 +148,10 @@ class Problem:
         """
         self._check_weights(w)
         self.ledger.values += 1
-        with torch.no_grad():
-            total = w.new_zeros(())
+        total = w.new_zeros(())
+        with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
             for part in self._parts:
-                total += part(w.detach())
+                total += part(w.detach()).detach()
         return self._finite_loss(total)
 
     def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
@@ -326,6 +337,7 @@ class Problem:
         return weights[used].to(self.device, self.dtype), _rows(U.detach() @ Q)
 
     def _check_weights(self, w: Tensor) -> None:
+        _refuse_inference_mode()
         if not isinstance(w, Tensor) or w.shape != self.w0.shape or w.dtype != self.dtype or w.device != self.device:
             raise ProblemError(f"w is {_describe(self.w0)}, as w0; got {_describe(w)}")
 
@@ -340,40 +352,82 @@ class Problem:
             raise NotFiniteError(f"the loss of {self.name} is {value.item()} at these weights")
         return value
 
-    def _generator_states(self) -> list[bytes]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return [state.numpy().tobytes() for state in states]
-
     def _try_loss(self) -> None:
-        """Refuse a loss that is no finite, deterministic, differentiable scalar at w0."""
-        generators = self._generator_states()
-        depends = False
-        total = 0.0
-        for part in self._parts:
-            with torch.enable_grad():
-                value = part(self.w0.clone().requires_grad_())
-            if not isinstance(value, Tensor) or value.shape != ():
-                raise ProblemError(f"a loss is a scalar tensor of shape (); this one gives {_describe(value)}")
-            if value.dtype != self.dtype or value.device != self.device:
-                raise ProblemError(f"w0 is {self.dtype} on {self.device}, but the loss is {_describe(value)}")
-            depends |= value.requires_grad
-            total += value.item()
-        if not math.isfinite(total):
+        """Refuse a loss that is no function of w alone, or no finite, differentiable scalar at w0."""
+        values, leaves = [], []
+        for _ in range(2):
+            total, others, depends = 0.0, [], False
+            for part in self._parts:
+                x = self.w0.clone().requires_grad_()
+                with torch.enable_grad(), self._watched():
+                    value = part(x)
+                if not isinstance(value, Tensor) or value.shape != ():
+                    raise ProblemError(f"a loss is a scalar tensor of shape (); this one gives {_describe(value)}")
+                if value.dtype != self.dtype or value.device != self.device:
+                    raise ProblemError(f"w0 is {self.dtype} on {self.device}, but the loss is {_describe(value)}")
+                depends |= value.requires_grad
+                total += value.item()
+                others += other_leaves(value, x)
+            values.append(total)
+            leaves.append(others)
+        if not math.isfinite(values[0]):
             raise ProblemError(
-                f"the loss is {total} at w0: look for NaN or infinity in the data or in w0, or for an overflow"
+                f"the loss is {values[0]} at w0: look for NaN or infinity in the data or in w0, or for an overflow"
             )
         if not depends:
             raise ProblemError("the loss does not depend on w (or was detached from it): nothing to differentiate")
-        if generators != self._generator_states():
-            with torch.no_grad():
-                again = sum(part(self.w0).item() for part in self._parts)
-            if again != total:
-                raise ProblemError(
-                    f"the loss draws random numbers: {total} and then {again} at the same w0; "
-                    "a flow needs a deterministic loss (dropout off, data fixed)"
-                )
+        # A leaf that is made anew at every evaluation is the loss's own business (it differentiates by its inputs).
+        for leaf in leaves[1]:
+            if any(leaf is other for other in leaves[0]):
+                self._refuse_leaf(leaf)
+        if not self._agrees(*values):
+            raise ProblemError(
+                f"the loss is {values[0]} and then {values[1]} at the same w0{self._name_random()}; a flow needs a "
+                "deterministic loss: dropout and noise off (model.eval()), data fixed, no counters"
+            )
+        self._value_at_w0 = values[0]
+
+    def check_unchanged(self) -> None:
+        """Ask the loss at w0 once more: is it what it was when the problem was made?  Not counted in the ledger.
+
+        Raises:
+            ProblemError: if it is not, since then the loss is no function of w alone.
+
+        """
+        with self.ledger.paused():
+            now = float(self.value(self.w0))
+        if not self._agrees(self._value_at_w0, now):
+            raise ProblemError(
+                f"the loss of {self.name} at w0 was {self._value_at_w0} when the problem was made, and is {now} now: "
+                "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
+                "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
+            )
+
+    def _agrees(self, one: float, other: float) -> bool:
+        """Are these the same value of the loss, but for the order in which a device adds up?"""
+        return abs(one - other) <= 1e3 * torch.finfo(self.dtype).eps * max(abs(one), abs(other))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, the operations of a loss are looked at."""
+        with attentive(), Watcher(self.w0, {}):
+            yield
+
+    def _refuse_leaf(self, leaf: Tensor) -> None:
+        """Refuse a tensor that requires grad, is not w, and was there before the loss was evaluated."""
+        raise ProblemError(past_w(f"a tensor of shape {list(leaf.shape)} that requires a gradient"))
+
+    def _name_random(self) -> str:
+        """Where two values of the loss at one w come from, in words."""
+        return ""
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ProblemError(
+            "derivatives cannot be taken inside torch.inference_mode(): leave it, or enter torch.inference_mode(False) "
+            "(torch.no_grad() does no harm)"
+        )
 
 
 def _flat_weights(w0: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
 AT_EDGE = 1e-3  # an effective eigenvalue is at the edge when it is this close to 2
@@ -74,7 +75,9 @@ class Approach:
         room = CRITICAL - self.values
         on_its_way = (room > AT_EDGE) & (self.rates > 1e-7)
         rates, turns = np.where(on_its_way, self.rates, 1.0), np.maximum(self.turns, 1e-12)
-        times: Array = np.where(on_its_way, (np.sqrt(rates**2 + 2 * turns * room) - rates) / turns, np.inf)
+        times: Array = np.where(
+            on_its_way, (np.sqrt(np.maximum(rates**2 + 2 * turns * room, 0.0)) - rates) / turns, np.inf
+        )
         return np.where(on_its_way & (turns * room < 1e-6 * rates**2), room / rates, times)
 
     def none_within(self, h: float) -> bool:
@@ -121,6 +124,9 @@ class Watch:
     survey_every: float = 20.0
     survey_soonest: float = np.inf
     patience: float = 10.0
+
+    def __post_init__(self) -> None:
+        with_numbers(self)
 
     def look(
         self,

@@ -1,0 +1,169 @@
+"""What a loss is made of, found out when the problem is made: by walking its graph and watching its operations once.
+
+Derivatives are taken with respect to w alone.  A loss that depends on other things that train, that rounds to a lower
+precision on the way, or whose operations have "gradients" that are none, would be differentiated wrongly in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dvi.problems.errors import ProblemError
+
+#: Functions that take a tensor for its shape, dtype and device only.
+_SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+
+_NO_GRADIENT = "None of the inputs have requires_grad=True"  # torch's own words, of a checkpoint that loses gradients
+
+
+class Watcher(TorchFunctionMode):
+    """Watches the operations of one evaluation of a loss.
+
+    Args:
+        w0: the weights [d].
+        foreign: tensors that train but are not w, by identity, in words: the parameters of the user's own module.
+        stack: the modules under way, in words (:meth:`~dvi.problems.flat_model.FlatModel.traced`).
+
+    Raises:
+        ProblemError: at the operation at fault.
+
+    """
+
+    def __init__(self, w0: Tensor, foreign: Mapping[int, str], stack: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._dtype = w0.dtype
+        self._foreign = foreign
+        self._stack = stack
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Carry out one operation, and look at it."""
+        kwargs = kwargs or {}
+        if func in (F.embedding, F.embedding_bag):
+            self._look_at_embedding(func, args, kwargs)
+        out = func(*args, **kwargs)
+        made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        if made and self._foreign and func.__name__ not in _SHAPE_ONLY:
+            for x in pytree.tree_leaves((args, kwargs)):
+                if id(x) in self._foreign:
+                    raise ProblemError(self._past_w(self._foreign[id(x)]))
+        for x in made:
+            if x.is_floating_point() and x.requires_grad and _coarser(x.dtype, self._dtype):
+                self._refuse_island(func, x.dtype)
+        return out
+
+    def _past_w(self, what: str) -> str:
+        if not self._stack:
+            return past_w(what)
+        return (
+            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers "
+            "to your module by name (a lambda, a closure, a replaced forward). Make it a method: def forward(self, x)"
+        )
+
+    def _where(self) -> str:
+        return self._stack[-1] if self._stack else "the loss"
+
+    def _look_at_embedding(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        called = inspect.signature(func).bind(*args, **kwargs)
+        called.apply_defaults()
+        options = called.arguments
+        if options.get("max_norm") is not None:
+            raise ProblemError(
+                f"{self._where()} has max_norm={options['max_norm']}: it rescales its weights in place at every "
+                "forward pass, so the loss is no function of them. Set max_norm=None"
+            )
+        if options.get("scale_grad_by_freq"):
+            raise ProblemError(
+                f"{self._where()} has scale_grad_by_freq=True: what it gives back is not the gradient of the loss. "
+                "Set scale_grad_by_freq=False"
+            )
+        if options.get("sparse"):
+            raise ProblemError(f"{self._where()} asks for sparse gradients: set sparse=False, the values are the same")
+
+    def _refuse_island(self, func: Callable[..., Any], dtype: torch.dtype) -> None:
+        if torch.is_autocast_enabled(torch.get_default_device().type) or dtype in (torch.float16, torch.bfloat16):
+            cause, remedy = "under autocast, or by a cast", "Leave autocast out and cast to w's dtype only"
+        else:
+            cause, remedy = (
+                "by a cast",
+                (
+                    "Take everything in that precision (model.float(), data.float()), or let the module keep the dtype "
+                    "of its inputs"
+                ),
+            )
+        raise ProblemError(
+            f"{self._where()} computes in {dtype} {cause} ({func.__name__}), while the weights are {self._dtype}: "
+            f"derivatives would be good to the lower precision only, without a word. {remedy}"
+        )
+
+
+def past_w(what: str) -> str:
+    """Say that a loss depends on something that trains beside w, and what to do."""
+    return (
+        f"the loss depends on {what}, past w: it stays where it is while w moves, and the gradient lacks its part. "
+        "A penalty on a model's parameters is penalty= (a function of the parameters by name) or weight_decay= of "
+        "from_module; parameters of a criterion belong in one module with the model; what is to stay fixed is handed "
+        "over as tensor.detach() or by requires_grad_(False)"
+    )
+
+
+def other_leaves(value: Tensor, w: Tensor) -> list[Tensor]:
+    """Return the leaves of the graph of ``value`` [] other than w [d].
+
+    Raises:
+        ProblemError: if a part of the graph is computed by reentrant checkpointing, which allows no such derivatives.
+
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ProblemError(REENTRANT)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf is not w:
+            found[id(leaf)] = leaf
+        waiting.extend(following for following, _ in node.next_functions)
+    return list(found.values())
+
+
+REENTRANT = (
+    "the loss uses activation checkpointing with use_reentrant=True, which loses gradients or allows first "
+    "derivatives only: take use_reentrant=False, or switch checkpointing off "
+    "(of transformers: model.gradient_checkpointing_disable())"
+)
+
+
+@contextmanager
+def attentive() -> Iterator[None]:
+    """Inside, torch's warning that a checkpoint loses gradients is an error; other warnings come as they would."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if _NO_GRADIENT in str(warning.message):
+            raise ProblemError(REENTRANT)
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _coarser(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return torch.finfo(dtype).eps > torch.finfo(than).eps
