@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvi import series
+from dvi import chatter, series
+from dvi.chatter import fixed_steps, recent_cost
 from dvi.flows import CompiledFlow
 from dvi.predict import Observation, Observer
 from dvi.problems import Ledger
@@ -28,11 +29,6 @@ FEASIBLE = 2.3
 
 #: An effective sharpness above this, and above that of the start, was not seen coming: held directions stay at 2.
 MISSED = 2.05
-
-#: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.
-#: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
-#: kink, steps as short as allowed cost 1,000 to 3,000.
-KINK_COST, KINK_TIME = 1000.0, 10.0
 
 
 class Process(ABC):
@@ -206,30 +202,18 @@ class FlowProcess(Process):
         return result if at_jump else None
 
     def _refuse_to_chatter(self, reached: float) -> None:
-        """End the run if it costs too much and kinks are the cause.
-
-        An integrator whose steps are fixed costs what it was told to.
-        """
-        if any(getattr(self.integrator, name, None) is not None for name in ("dt", "h")):
-            return
+        """End the run if it costs too much and kinks are the cause."""
         weights = self.flow.problem.ledger.weights
-        cost, earlier = (Ledger(**counts, weights=weights).gradient_equivalents for counts in self._since(reached))
-        if cost - max(earlier, self.looked) < KINK_COST:
+        cost, earlier = recent_cost([node["t"] for node in self.nodes], self.counts, weights, reached)
+        if fixed_steps(self.integrator) or cost - max(earlier, self.looked) < chatter.KINK_COST:
             return
         self.looked = cost
         if self._kinks_since_anchor():
             raise RunError(
                 Status.KINKS,
                 f"{self.flow.name} flow: {cost - earlier:.0f} gradient equivalents since t = "
-                f"{max(reached - KINK_TIME, 0):.4g}, and kinks were crossed on the way to t = {reached:.4g}.",
+                f"{max(reached - chatter.KINK_TIME, 0):.4g}, and kinks were crossed on the way to t = {reached:.4g}.",
             )
-
-    def _since(self, reached: float) -> tuple[dict[str, int], dict[str, int]]:
-        """What was counted until now, and what until the time that the bound on the cost looks back to."""
-        for node, counts in zip(reversed(self.nodes), reversed(self.counts), strict=True):
-            if node["t"] < reached - KINK_TIME:
-                return self.counts[-1], counts
-        return self.counts[-1], {}
 
     def _kinks_since_anchor(self) -> bool:
         with self.flow.problem.ledger.paused():
