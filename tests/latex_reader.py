@@ -11,8 +11,8 @@ import re
 
 import sympy
 
-from dvi.printers import PRINTED, latex
-from dvi.symbols import Total, entry, letters
+from dvi.symbolic.printers import PRINTED, latex
+from dvi.symbolic.vectors import Total, entry, letters
 
 TOKEN = re.compile(
     r"@\d+@|\\(?:left|right)?\s*\\?(?:langle|rangle)|\\left[(\[]|\\right[)\]](?:_\{i\})?|\\sum_\{i\}|\\[a-z]+|\\\||\d+(?:\.\d+)?|[-+^{},]"

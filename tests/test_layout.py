@@ -16,8 +16,9 @@ import dvi
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("methods", "problems", "solvers")
 FOLDERS = ("dvi", *FLOORS)
-FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-PACKAGES = ("dvi", *(f"dvi.{floor}" for floor in FLOORS))
+ROOMS = ("dvi/symbolic",)
+FILES = [path for folder in (*FOLDERS, *ROOMS) for path in sorted((ROOT / folder).glob("*.py"))]
+PACKAGES = ("dvi", *(f"dvi.{floor}" for floor in FLOORS), *(room.replace("/", ".") for room in ROOMS))
 
 
 def name(path):
@@ -37,12 +38,12 @@ def imported(path):
 
 def test_there_are_files():
     assert len(FILES) > 30
-    assert {path.parent.name for path in FILES} == set(FOLDERS)
+    assert {path.parent for path in FILES} == {ROOT / folder for folder in (*FOLDERS, *ROOMS)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_run_one_way(path):
-    floor = path.parent.name
+    floor = path.relative_to(ROOT).parts[0]
     ours = [module for module in imported(path) if module.split(".")[0] == "dvi"]
     assert not [module for module in imported(path) if module.split(".")[0] in FLOORS], (
         "import dvi.methods, not methods"
@@ -69,8 +70,10 @@ def test_the_package_list_is_the_folders():
                 found.add(".".join([prefix, *parts]))
     assert set(setuptools["packages"]) == found
     assert len(setuptools["packages"]) == len(found)
-    expected = {package: package.replace("dvi.", "", 1).replace(".", "/") for package in found}
-    assert setuptools["package-dir"] == expected
+    paths = [package.replace(".", "/") for package in found]
+    beside = {f"dvi/{floor}" for floor in FLOORS}
+    folders = [p.removeprefix("dvi/") if any(p == b or p.startswith(f"{b}/") for b in beside) else p for p in paths]
+    assert setuptools["package-dir"] == dict(zip(found, folders, strict=True))
     assert (ROOT / "dvi" / "py.typed").exists()
 
 

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
-from dvi.printers import latex
 from dvi.solvers.svec import smat, svec
-from dvi.symbols import Bilinear, Image, Total, along, contract, directional, entry, letters
+from dvi.symbolic.printers import latex
+from dvi.symbolic.vectors import Bilinear, Image, Total, along, contract, directional, entry, letters
 
 seeds = st.integers(0, 2**32 - 1)
 x = letters()
@@ -632,7 +632,7 @@ def test_a_method_that_is_none():
 
 def test_every_function_in_the_table_means_what_it_means_in_torch():
     """Each function that is written as a formula, evaluated there, is torch's."""
-    from dvi.symbol_tensor import SymbolTensor
+    from dvi.symbolic.tensors import SymbolTensor
 
     value = torch.tensor([0.3, 0.7, 1.2], dtype=torch.float64)
     other = torch.tensor([0.9, 0.4, 2.0], dtype=torch.float64)

@@ -26,9 +26,9 @@ from dvi.methods import (
     RMSProp,
     RMSPropNorm,
 )
-from dvi.printers import latex
 from dvi.solvers.svec import svec
-from dvi.symbols import Total
+from dvi.symbolic.printers import latex
+from dvi.symbolic.vectors import Total
 
 g, m = x.g, x.m
 beta, beta1, beta2, n, eta = sympy.symbols("beta beta1 beta2 n eta", positive=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sympy
 from sympy import Add, Expr, Mul, Pow, Symbol
 
-from dvi.symbol_spec import SymbolicSpec
-from dvi.symbols import Total, along, letters
-from dvi.tidy import each
+from dvi.symbolic.reader import SymbolicSpec
+from dvi.symbolic.simplification import each
+from dvi.symbolic.vectors import Total, along, letters
 
 
 def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:

@@ -15,10 +15,10 @@ from dvi.methods import SpecError
 from dvi.methods.schedules import value_and_slope
 from dvi.solvers.protocol import Array
 from dvi.solvers.svec import triu
-from dvi.symbols import letters
+from dvi.symbolic.vectors import letters
 
 if TYPE_CHECKING:
-    from dvi.symbolic import Derivation
+    from dvi.symbolic.derivation import Derivation
 
 
 @dataclass(frozen=True, eq=False)

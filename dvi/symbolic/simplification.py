@@ -7,7 +7,7 @@ from collections.abc import Callable
 import sympy
 from sympy import Add, Dummy, Expr, Integer, Mul, Pow, Rational
 
-from dvi.symbols import changes
+from dvi.symbolic.vectors import changes
 
 _LONG = 80  # operations
 

@@ -11,10 +11,10 @@ from sympy.printing.precedence import precedence
 from sympy.printing.pretty.pretty_symbology import pretty_symbol, pretty_use_unicode
 from sympy.printing.str import StrPrinter
 
-from dvi.symbols import Entry, Total, changes, entry, is_vector, letters
-from dvi.tidy import negative, outer
+from dvi.symbolic.simplification import negative, outer
+from dvi.symbolic.vectors import Entry, Total, changes, entry, is_vector, letters
 
-#: How the letters of :func:`dvi.symbols.letters` are printed: LaTeX, text.
+#: How the letters of :func:`dvi.symbolic.vectors.letters` are printed: LaTeX, text.
 PRINTED = {
     "g": (r"\nabla L(w)", "∇L"),
     "m": ("m", "m"),

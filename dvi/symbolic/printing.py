@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from sympy import Add, Expr
 
-from dvi.printers import latex, text
-from dvi.symbols import is_vector, letters
-from dvi.tidy import each, negative
+from dvi.symbolic.printers import latex, text
+from dvi.symbolic.simplification import each, negative
+from dvi.symbolic.vectors import is_vector, letters
 
 if TYPE_CHECKING:
-    from dvi.symbolic import Derivation
+    from dvi.symbolic.derivation import Derivation
 
 _FORCE = r"\left[\nabla L(w) + \tfrac12 \nabla^3 L(w)[\Sigma]\right]"
 _T = r"\mathcal{T}"

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from dvi.flows import MethodLike
 from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
 from dvi.methods.validate import leaves
-from dvi.symbol_tensor import SymbolTensor, number, symbolic
-from dvi.symbols import Level, Total, entry, letters
-from dvi.tidy import separate, tidy
+from dvi.symbolic.simplification import separate, tidy
+from dvi.symbolic.tensors import SymbolTensor, number, symbolic
+from dvi.symbolic.vectors import Level, Total, entry, letters
 
 #: Names of hyperparameters in the paper, where they differ from the fields'.
 PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n"}

@@ -17,7 +17,7 @@ from sympy import Expr, Integer, Rational
 from torch import Tensor
 
 from dvi.methods import SpecError
-from dvi.symbols import DIMENSION, Total
+from dvi.symbolic.vectors import DIMENSION, Total
 
 
 class UnknownOperationError(SpecError, AttributeError):
@@ -37,7 +37,7 @@ class SymbolTensor:
     """A scalar (``ndim`` 0) or the generic entry of a vector [d] (``ndim`` 1), as a sympy expression.
 
     Args:
-        expr: the expression; see :mod:`dvi.symbols` for how a vector is written.
+        expr: the expression; see :mod:`dvi.symbolic.vectors` for how a vector is written.
         ndim: 0 or 1.
     """
 

@@ -1,7 +1,7 @@
 """The central flow of a declared optimizer in closed form.
 
-From the f and P that were written once for tensors, called on symbols (:mod:`dvi.symbol_spec`), by sympy (paper, C.7
-with its errata):
+From the f and P that were written once for tensors, called on symbols (:mod:`dvi.symbolic.reader`), by sympy (paper,
+C.7 with its errata):
 
     dw/dt = −P(ν)⁻¹ [∇L(w) + ½∇³L(w)[Σ]]
     dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
@@ -26,13 +26,13 @@ from sympy import Add, Derivative, Eq, Expr, Function, Matrix
 
 from dvi.flows import MethodLike
 from dvi.forgetting import Accuracy
-from dvi.latex import document, plain
 from dvi.methods import Method, Nu, SpecError
-from dvi.symbol_spec import SymbolicSpec, read
-from dvi.symbol_values import Values, evaluate
-from dvi.symbols import Total, contract, directional, letters, on_edge
-from dvi.tidy import each, factored, tidy
-from dvi.variance import one_direction
+from dvi.symbolic.evaluation import Values, evaluate
+from dvi.symbolic.printing import document, plain
+from dvi.symbolic.reader import SymbolicSpec, read
+from dvi.symbolic.simplification import each, factored, tidy
+from dvi.symbolic.variance import one_direction
+from dvi.symbolic.vectors import Total, contract, directional, letters, on_edge
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Derivation:
     """What :func:`dvi.derive` found: the central flow of an optimizer in closed form, as sympy expressions.
 
     A vector [d] is written by its generic entry: ``g`` stands for gᵢ, and ``Total(e)`` is Σᵢ e over the coordinates
-    (:mod:`dvi.symbols`); the letters are in :attr:`symbols`.  Unit time is one step of the optimizer.
+    (:mod:`dvi.symbolic.vectors`); the letters are in :attr:`symbols`.  Unit time is one step of the optimizer.
 
     Attributes:
         spec: f and P as expressions.
