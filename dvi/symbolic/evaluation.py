@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import sympy
@@ -14,18 +14,22 @@ from torch.utils import _pytree as pytree
 from dvi.methods import SpecError
 from dvi.methods.schedules import value_and_slope
 from dvi.solvers.protocol import Array
-from dvi.solvers.svec import triu
+from dvi.solvers.svec import Triu, triu
+from dvi.symbolic.formulas import Formulas
 from dvi.symbolic.vectors import letters
-
-if TYPE_CHECKING:
-    from dvi.symbolic.derivation import Derivation
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """α [k, k], β [n, n] in svec (n = k(k+1)/2), dw/dt [d], dν/dt like ν, and σ² for k = 1 (else None).
+    """The formulas in numbers, at one point of the flow.
 
-    dm/dt [d] where the momentum is a state of the flow.
+    Attributes:
+        alpha: α [k, k].
+        beta: β [n, n] in svec order, n = k(k+1)/2.
+        w: dw/dt [d].
+        nu: dν/dt, of the structure of ν.
+        sigma2: σ² for k = 1, else None.
+        m: dm/dt [d] where the momentum is a state of the flow, else None.
     """
 
     alpha: Array
@@ -36,87 +40,99 @@ class Values:
     m: Array | None = None
 
 
-def evaluate(
-    d: Derivation,
-    g: Any,
-    nu: Any,
-    U: Any,
-    HU: Any,
-    T: Any,
-    X: Any,
-    t: float,
-    m: Any,
-    hyperparameters: Mapping[str, float],
-) -> Values:
-    """See :meth:`dvi.Derivation.evaluate`."""
-    x = letters()
-    g, U, HU, T = map(_array, (g, U, HU, T))
-    size, k = U.shape
-    X = np.zeros((k, k)) if X is None else _array(X)
-    index = triu(k)
-    rows, columns, weight = index.rows, index.columns, index.weight
-    state = [_array(leaf) for leaf in pytree.tree_leaves(nu)]
-    known: dict[Expr, Any] = {x.g: g, x.d: size, x.t: t}
-    known |= {leaf.symbol: value for leaf, value in zip(d.spec.leaves, state, strict=True)}
-    known |= _hyperparameters(d, t, hyperparameters)
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where the formulas are evaluated; :meth:`dvi.Derivation.evaluate` says what each of the fields is."""
 
-    T_pair = T / weight[:, None]  # svec carries √2 off the diagonal
-    # pair ab along the first axis, pair cd along the second, coordinates last
-    pairs: dict[Expr, Any] = {x.T_ab: T_pair[:, None], x.T_cd: T_pair[None]}
-    pairs |= {x.U_a: U.T[rows, None], x.U_b: U.T[columns, None], x.U_c: U.T[None, rows], x.U_d: U.T[None, columns]}
-    pairs |= {x.HU_c: HU.T[None, rows], x.HU_d: HU.T[None, columns]}
-    alpha = _value(d.alpha, known | pairs, (index.n, 1, 1))[:, 0, 0]
-    beta = _value(d.beta, known | pairs, (index.n, index.n, 1))[:, :, 0] * np.outer(weight, weight)
+    g: Array
+    nu: Any
+    U: Array
+    HU: Array
+    T: Array
+    X: Array
+    t: float
+    m: Array | None
 
-    matrices = {"HSigmaH": (HU, X), "Sigma": (U, X)}
-    moved = known | {
-        x.D3L: np.einsum("ab,abi->i", X, T_pair[index.position]),
-        x.HSH: ((HU @ X) * HU).sum(1),
-        x.Sii: ((U @ X) * U).sum(1),
-    }
-    if d.flow.m is not None:
-        moved[x.m] = g + moved[x.D3L] / 2 if m is None else _array(m)
-    rates = [
-        _value(d.flow.nu[leaf.name].rhs, moved, value.shape, matrices)
-        for leaf, value in zip(d.spec.leaves, state, strict=True)
-    ]
-    return Values(
-        alpha=alpha[index.position],
-        beta=beta,
-        w=_value(d.flow.w.rhs, moved, (size,)),
-        nu=pytree.tree_unflatten(rates, pytree.tree_structure(nu)),
-        sigma2=_sigma2(d, known, U[:, 0], HU[:, 0], T[0]) if k == 1 else None,
-        m=None if d.flow.m is None else _value(d.flow.m.rhs, moved, (size,)),
-    )
-
-
-def _sigma2(d: Derivation, known: dict[Expr, Any], u: Array, Hu: Array, T: Array) -> float:
-    x = letters()
-    length = 1.0 if d.spec.diagonal else float(np.linalg.norm(u))
-    u, Hu, T = u / length, Hu / length, T / length**2
-    one = {x.u: u, x.Tuu: T, x.dS: T, x.S: u @ Hu}
-    return float(_value(d.sigma2, known | one, ()))
+    @classmethod
+    def of(cls, g: Any, nu: Any, U: Any, HU: Any, T: Any, X: Any, t: float, m: Any) -> Point:
+        """Arrays or tensors as float64 arrays."""
+        g, U, HU, T = map(_array, (g, U, HU, T))
+        X = np.zeros((U.shape[1],) * 2) if X is None else _array(X)
+        return cls(g, pytree.tree_map(_array, nu), U, HU, T, X, t, None if m is None else _array(m))
 
 
 def _array(x: Any) -> Array:
     return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
-def _hyperparameters(d: Derivation, t: float, given: Mapping[str, float]) -> dict[Expr, float]:
+def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]) -> Values:
+    """The formulas in numbers.
+
+    Raises:
+        SpecError: if a hyperparameter has no value, or a name is not that of a hyperparameter.
+    """
+    x, flow, leaves = letters(), formulas.flow, formulas.spec.leaves
+    size, k = at.U.shape
+    index = triu(k)
+    T = at.T / index.weight[:, None]  # svec carries √2 off the diagonal
+    state = pytree.tree_leaves(at.nu)
+    known: dict[Expr, Any] = {x.g: at.g, x.d: size, x.t: at.t}
+    known |= {leaf.symbol: value for leaf, value in zip(leaves, state, strict=True)}
+    known |= _hyperparameters(formulas, at.t, hyperparameters)
+
+    pairs = known | _pairs(at, T, index)
+    alpha = _value(formulas.alpha, pairs, (index.n, 1, 1))[:, 0, 0]
+    beta = _value(formulas.beta, pairs, (index.n, index.n, 1))[:, :, 0] * np.outer(index.weight, index.weight)
+
+    D3L = np.einsum("ab,abi->i", at.X, T[index.position])
+    oscillating = known | {x.D3L: D3L, x.HSH: ((at.HU @ at.X) * at.HU).sum(1), x.Sii: ((at.U @ at.X) * at.U).sum(1)}
+    if flow.m is not None:
+        oscillating[x.m] = at.g + D3L / 2 if at.m is None else at.m
+    matrices = {"HSigmaH": (at.HU, at.X), "Sigma": (at.U, at.X)}
+    rates = [
+        _value(flow.nu[leaf.name].rhs, oscillating, value.shape, matrices)
+        for leaf, value in zip(leaves, state, strict=True)
+    ]
+    return Values(
+        alpha=alpha[index.position],
+        beta=beta,
+        w=_value(flow.w.rhs, oscillating, (size,)),
+        nu=pytree.tree_unflatten(rates, pytree.tree_structure(at.nu)),
+        sigma2=_sigma2(formulas, known, at) if k == 1 else None,
+        m=None if flow.m is None else _value(flow.m.rhs, oscillating, (size,)),
+    )
+
+
+def _pairs(at: Point, T: Array, index: Triu) -> dict[Expr, Array]:
+    """The letters of α and β: the pair ab along the first axis, cd along the second, coordinates along the last."""
+    x, U, HU = letters(), at.U.T, at.HU.T
+    a, b, c, d = (index.rows, None), (index.columns, None), (None, index.rows), (None, index.columns)
+    vectors = {x.U_a: U[a], x.U_b: U[b], x.U_c: U[c], x.U_d: U[d], x.HU_c: HU[c], x.HU_d: HU[d]}
+    return vectors | {x.T_ab: T[:, None], x.T_cd: T[None]}
+
+
+def _sigma2(formulas: Formulas, known: Mapping[Expr, Any], at: Point) -> float:
+    x = letters()
+    length = 1.0 if formulas.spec.diagonal else float(np.linalg.norm(at.U))
+    u, Hu, T = at.U[:, 0] / length, at.HU[:, 0] / length, at.T[0] / length**2
+    return float(_value(formulas.sigma2, {**known, x.u: u, x.Tuu: T, x.dS: T, x.S: u @ Hu}, ()))
+
+
+def _hyperparameters(formulas: Formulas, t: float, given: Mapping[str, float]) -> dict[Expr, float]:
     """The value of every hyperparameter's symbol, and the slopes of schedules."""
     out: dict[Expr, float] = {}
-    method = d.spec.method
-    unknown = set(given) - set(d.spec.hyperparameters)
-    if unknown:
-        raise SpecError(f"no symbol for {', '.join(sorted(unknown))}; there are {', '.join(d.spec.hyperparameters)}.")
-    for field, symbol in d.spec.hyperparameters.items():
+    method, symbols = formulas.spec.method, formulas.spec.hyperparameters
+    if unknown := set(given) - set(symbols):
+        raise SpecError(f"no symbol for {', '.join(sorted(unknown))}; there are {', '.join(symbols)}.")
+    for field, symbol in symbols.items():
         value = given.get(field, None if isinstance(method, type) else getattr(method, field))
         if value is None:
             raise SpecError(f"evaluate(…, {field}=…): {field} has no value; it was derived from a class.")
+        slope = 0.0
         if callable(value):
-            value, out[Derivative(symbol, letters().t)] = value_and_slope(value, t)
-        elif symbol.is_Function:
-            out[Derivative(symbol, letters().t)] = 0.0
+            value, slope = value_and_slope(value, t)
+        if symbol.is_Function:
+            out[Derivative(symbol, letters().t)] = slope
         out[symbol] = float(value)
     return out
 
@@ -127,13 +143,13 @@ def _value(
     shape: tuple[int, ...],
     matrices: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> Array:
-    """The expression with the symbols' values, vectors along the last axis; to the shape asked for.
+    """The value of an expression, broadcast to a shape.
 
     Args:
         e: the expression.
-        known: the values.
+        known: the values of its symbols, the coordinates of vectors along the last axis.
         shape: of the result.
-        matrices: by name, (V [d, k], X [k, k]) for VXVᵀ.
+        matrices: (V [d, k], X [k, k]) by name, for the matrix VXVᵀ.
     """
     # schedules and their slopes become symbols, the slopes first, since they hold the schedules
     scalars = {key: Symbol(f"schedule_{i}") for i, key in enumerate(known) if not isinstance(key, Symbol)}
@@ -151,11 +167,7 @@ def _value(
 
     functions = {"Total": total, "Image": image, "Bilinear": lambda a, b, name: total(a * image(b, name))}
     evaluated = sympy.lambdify(list(given), flat, modules=[functions, "numpy"])(*given.values())
-    return _shaped(np.asarray(evaluated, dtype=np.float64), shape)
-
-
-def _shaped(value: Array, shape: tuple[int, ...]) -> Array:
-    """A sum comes with an axis of length 1 where the coordinates were."""
+    value = np.asarray(evaluated, dtype=np.float64)
     if value.ndim > len(shape) and value.shape[-1] == 1:
-        value = value[..., 0]
+        value = value[..., 0]  # a sum keeps an axis of length 1 in place of the coordinates
     return np.array(np.broadcast_to(value, shape))

@@ -1,105 +1,222 @@
-"""A derived flow in print: LaTeX as in the paper's C.3–C.5, and plain text."""
+"""A derived flow in print: LaTeX with the letters of the paper's C.3–C.5, and plain text.
+
+sympy's printers do the work.  This module has the names of the letters, and what a vector needs: products (⊙),
+quotients, powers and functions of vectors are taken entry by entry, and a sum over coordinates is an inner product.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from sympy import Add, Expr
+import sympy
+from sympy import Derivative, Eq, Expr, Float, Function, Mul, Pow, Rational, Symbol
+from sympy.printing.latex import LatexPrinter
+from sympy.printing.precedence import PRECEDENCE
+from sympy.printing.pretty.pretty_symbology import pretty_symbol, pretty_use_unicode
+from sympy.printing.printer import Printer
+from sympy.printing.str import StrPrinter
 
-from dvi.symbolic.printers import latex, text
+from dvi.symbolic.formulas import Formulas
 from dvi.symbolic.simplification import each, negative
-from dvi.symbolic.vectors import is_vector, letters
+from dvi.symbolic.vectors import Entry, Letter, Level, is_vector, letters
 
-if TYPE_CHECKING:
-    from dvi.symbolic.derivation import Derivation
+# Letters that stand only in printed equations: 𝒯[Σ], which is a vector, and the identity.
+_T_SIGMA, _IDENTITY = Entry("T_Sigma"), Level("one")
 
-_FORCE = r"\left[\nabla L(w) + \tfrac12 \nabla^3 L(w)[\Sigma]\right]"
-_T = r"\mathcal{T}"
-_TT = r"\mathcal{T}^{\mathsf{T}}"
-
-
-def equations(d: Derivation) -> list[tuple[str, str]]:
-    """(left, right) of every equation, in LaTeX; the right side begins with its relation."""
-    inverse = latex(d.gain / d.P)
-    times = rf"{inverse} \odot" if is_vector(d.P) else inverse
-    lines = [(r"\frac{dw}{dt}", rf"= -{times} {_FORCE if d.flow.m is None else 'm'}")]
-    if d.flow.m is not None:
-        lag = r"\left(\tau + \tfrac12\right)" if d.spec.momentum else r"\tfrac12"
-        lines.append((rf"{lag} \frac{{dm}}{{dt}}", rf"= {_FORCE} - m"))
-    for leaf in d.spec.leaves:
-        if not leaf.clock:
-            lines.append((rf"\frac{{d{latex(leaf.symbol)}}}{{dt}}", f"= {latex(d.flow.nu[leaf.name].rhs)}"))
-    lines.append((r"0 \preceq \Sigma", rf"\perp {'c' if d.spec.momentum else '2'}P - H(w) \succeq 0"))
-    if d.spec.momentum:
-        lines += [
-            (name, f"= {latex(value)}") for name, value in (("c", d.threshold), ("Q_1", d.gain), (r"\tau", d.lag))
-        ]
-    lines.append(("P", f"= {_matrix(d.P, d.spec.diagonal)}"))
-    if d.spec.diagonal:
-        alpha = rf"{_TT}\left[-{latex(d.gain * letters().g / d.P)}\right]"
-        beta = rf"\tfrac12 {_TT}\left[{times} {_T}[\Sigma]\right]"
-    else:
-        alpha = rf"{inverse}\, {_TT}\left[-\nabla L(w)\right]"
-        beta = rf"\tfrac12 {inverse}\, {_TT} {_T}[\Sigma]"
-    lines.append((r"\alpha", f"= {alpha}{_moved(d, each(d.P_free, lambda e: -2 * e))}"))
-    lines.append((r"\beta[\Sigma]", f"= {beta}{_moved(d, each(d.P_pushed, lambda e: 2 * e))}"))
-    lines.append((r"\sigma^2", f"= {_quotient(*d.sigma2_parts)}"))
-    for condition in d.stationary_nu.values():
-        lines.append((rf"\text{{stationary: }} {latex(condition.lhs)}", f"= {latex(condition.rhs)}"))
-    return lines
-
-
-def _quotient(numerator: Expr, denominator: Expr) -> str:
-    if isinstance(numerator, Add) or isinstance(denominator, Add):
-        return rf"\frac{{{latex(numerator)}}}{{{latex(denominator)}}}"
-    return latex(numerator / denominator)
+#: How letters are printed: LaTeX, text.  Terms and factors are printed in this order.
+NAMES: dict[Symbol, tuple[str, str]] = {
+    _T_SIGMA: (r"\mathcal{T}[\Sigma]", "𝒯[Σ]"),
+    **{
+        vars(letters())[letter]: names
+        for letter, names in {
+            "dS": (r"\nabla S(w)", "∇S"),
+            "Tuu": (r"\nabla^3 L(w)[u, u]", "∇³L[u,u]"),
+            "T_ab": (r"\mathcal{T}_{ab}", "𝒯_ab"),
+            "T_cd": (r"\mathcal{T}_{cd}", "𝒯_cd"),
+            "u": ("u", "u"),
+            **{f"U_{a}": (f"u_{{{a}}}", f"u_{a}") for a in "abcd"},
+            **{f"HU_{a}": (f"(H u_{{{a}}})", f"(Hu_{a})") for a in "cd"},
+            "g": (r"\nabla L(w)", "∇L"),
+            "D3L": (r"\nabla^3 L(w)[\Sigma]", "∇³L[Σ]"),
+            "HSH": (r"\mathrm{diag}(H \Sigma H)", "diag(HΣH)"),
+            "Sii": (r"\mathrm{diag}(\Sigma)", "diag(Σ)"),
+            "S": ("S(w)", "S"),
+            "HSigmaH": (r"H \Sigma H", "HΣH"),
+            "Sigma": (r"\Sigma", "Σ"),
+        }.items()
+    },
+    _IDENTITY: ("I", "I"),
+    Symbol("beta_Sigma"): (r"\beta[\Sigma]", "β[Σ]"),
+    Symbol("sigma2"): (r"\sigma^2", "σ²"),
+    Symbol("Q1"): ("Q_1", "Q₁"),
+}
+_ORDER = {symbol: place for place, symbol in enumerate(NAMES)}
+_MAPS = {
+    "Adjoint": (r"\mathcal{T}^{\mathsf{T}}", "𝒯ᵀ"),
+    "diag": (r"\mathrm{diag}", "diag"),
+    "diag_U": (r"\mathrm{diag}_{U}", "diag_U"),
+}
+_TRACES = {letters().HSH: (r"\mathrm{tr}(H \Sigma H)", "tr(HΣH)"), letters().Sii: (r"\mathrm{tr}(\Sigma)", "tr(Σ)")}
+_DECIMAL = 1000  # from this denominator on, a number is printed with a decimal point
 
 
-def _matrix(e: Expr, diagonal: bool) -> str:
-    """e·I or diag(e)."""
-    if diagonal:
-        return rf"\mathrm{{diag}}\left[{latex(e)}\right]"
-    return rf"\left[{latex(e)}\right] I" if isinstance(e, Add) else rf"{latex(e)}\, I"
-
-
-def _moved(d: Derivation, e: Expr) -> str:
-    """What a moving P adds to α or β, on the critical subspace."""
-    if e == 0:
-        return ""
-    sign, e = ("-", -e) if negative(e) else ("+", e)
-    matrix = _matrix(e, d.spec.diagonal)
-    return rf" {sign} \left.{matrix}\right|_{{U}}" if d.spec.diagonal else f" {sign} {matrix}"
-
-
-def document(d: Derivation) -> str:
+def latex_page(d: Formulas) -> str:
     """All equations as one ``align*`` environment."""
-    body = " \\\\\n".join(f"  {left} &{right}" for left, right in equations(d))
+    lines = [f"{latex(e.lhs)} &= {latex(e.rhs)}" for e in flow_equations(d)]
+    lines.append(rf"0 \preceq \Sigma &\perp {'c' if d.spec.momentum else '2'}P - H(w) \succeq 0")
+    lines += [f"{latex(e.lhs)} &= {latex(e.rhs)}" for e in definitions(d)]
+    lines += [rf"\text{{stationary: }} {latex(e.lhs)} &= {latex(e.rhs)}" for e in d.stationary_nu.values()]
+    body = " \\\\\n".join(f"  {line}" for line in lines)
     return f"\\begin{{align*}}\n{body}\n\\end{{align*}}"
 
 
-def plain(d: Derivation) -> str:
+def text_page(d: Formulas) -> str:
     """All equations in plain text, one a line."""
-    inverse = d.gain / d.P
-    shown = f"({text(inverse)})" if inverse.is_Add else text(inverse)
-    force = "[∇L + ½∇³L[Σ]]"
-    lines = [f"dw/dt = -{shown} {force if d.flow.m is None else 'm'}"]
-    if d.flow.m is not None:
-        lines.append(f"{'(τ + ½)' if d.spec.momentum else '½'} dm/dt = {force} - m")
-    for leaf in d.spec.leaves:
-        if not leaf.clock:
-            lines.append(f"d{text(leaf.symbol)}/dt = {text(d.flow.nu[leaf.name].rhs)}")
-    matrix = "diag[{}]" if d.spec.diagonal else "({}) I"
-    lines.append(f"0 ⪯ Σ ⟂ {'c' if d.spec.momentum else '2'}P - H ⪰ 0,  P = {matrix.format(text(d.P))}")
-    if d.spec.momentum:
-        lines.append(f"c = {text(d.threshold)},  Q₁ = {text(d.gain)},  τ = {text(d.lag)}")
-    free, pushed = each(d.P_free, lambda e: -2 * e), each(d.P_pushed, lambda e: 2 * e)
-    first = (f"𝒯ᵀ[-{text(d.gain * letters().g / d.P)}]", f"½ 𝒯ᵀ[{shown} 𝒯[Σ]]")
-    if not d.spec.diagonal:
-        first = (f"{shown} 𝒯ᵀ[-∇L]", f"½ {shown} 𝒯ᵀ𝒯[Σ]")
-    for name, start, moved in zip(("α", "β[Σ]"), first, (free, pushed), strict=True):
-        sign, moved = ("-", -moved) if negative(moved) else ("+", moved)
-        lines.append(f"{name} = {start}" + (f" {sign} {matrix.format(text(moved))}" if moved != 0 else ""))
-    numerator, denominator = d.sigma2_parts
-    lines.append(f"σ² = ({text(numerator)}) / ({text(denominator)})")
-    lines += [f"stationary: {text(c.lhs)} = {text(c.rhs)}" for c in d.stationary_nu.values()]
+    lines = [f"d{_letter(str(e.lhs.expr.func))}/dt = {text(e.rhs)}" for e in flow_equations(d)]
+    lines.append(f"0 ⪯ Σ ⟂ {'c' if d.spec.momentum else '2'}P - H ⪰ 0")
+    lines += [f"{text(e.lhs)} = {text(e.rhs)}" for e in definitions(d)]
+    lines += [f"stationary: {text(e.lhs)} = {text(e.rhs)}" for e in d.stationary_nu.values()]
     return "\n".join([f"Central flow of {d.spec.name}", *(f"  {line}" for line in lines)])
+
+
+def flow_equations(d: Formulas) -> list[Eq]:
+    """The differential equations, apart from those of clocks; the lag of the momentum is written τ."""
+    out = [d.flow.w]
+    if d.flow.m is not None:
+        lag = {d.lag + sympy.S.Half: Symbol("tau") + sympy.S.Half} if d.spec.momentum else {}
+        out.append(Eq(d.flow.m.lhs, d.flow.m.rhs.xreplace(lag), evaluate=False))
+    return out + [d.flow.nu[leaf.name] for leaf in d.spec.leaves if not leaf.clock]
+
+
+def definitions(d: Formulas) -> list[Eq]:
+    """P, the constants of the momentum, α, β and σ²."""
+    T, drift = Function("Adjoint"), d.gain / d.P
+    named = {"P": _matrix(d, d.P, "diag")}
+    if d.spec.momentum:
+        named |= {"c": d.threshold, "Q1": d.gain, "tau": d.lag}
+    named["alpha"] = T(-drift * letters().g) + _matrix(d, each(d.P_free, lambda e: -2 * e), "diag_U")
+    named["beta_Sigma"] = T(drift * _T_SIGMA / 2) + _matrix(d, each(d.P_pushed, lambda e: 2 * e), "diag_U")
+    named["sigma2"] = d.sigma2
+    return [Eq(Symbol(name), value, evaluate=False) for name, value in named.items()]
+
+
+def _matrix(d: Formulas, e: Expr, name: str) -> Expr:
+    """e·I, or diag(e) by the name that it has."""
+    if e == 0 or not d.spec.diagonal:
+        return e * _IDENTITY
+    return -Function(name)(-e) if negative(e) else Function(name)(e)
+
+
+def latex(e: Expr) -> str:
+    """An expression in LaTeX."""
+    return str(_Latex({"symbol_names": {symbol: names[0] for symbol, names in NAMES.items()}}).doprint(e))
+
+
+def text(e: Expr) -> str:
+    """An expression in a line of text."""
+    return str(_Text().doprint(e))
+
+
+def _place(e: Expr) -> int:
+    """Where a term or factor stands: in the order of the names, and a denominator last."""
+    place = min((_ORDER[symbol] for symbol in e.free_symbols if symbol in _ORDER), default=len(_ORDER))
+    return place + len(_ORDER) * bool(e.as_base_exp()[1].is_negative)
+
+
+class _Common(Printer):  # type: ignore[misc]
+    """What LaTeX and text have in common."""
+
+    def _as_ordered_terms(self, expr: Expr, order: Any = None) -> list[Expr]:
+        """What is added stands before what is taken away."""
+        terms = super()._as_ordered_terms(expr, order)
+        return sorted(terms, key=lambda term: (negative(term), _place(term)))
+
+    def _print_Rational(self, e: Rational) -> str:
+        return str(self._print(Float(e, 15)) if e.q >= _DECIMAL else super()._print_Rational(e))
+
+
+class Entrywise(Letter):
+    """A product of vectors, by how it is printed."""
+
+
+class _Latex(_Common, LatexPrinter):  # type: ignore[misc]
+    def _print_Mul(self, e: Mul) -> str:
+        for part, power in zip(sympy.fraction(e, exact=True), (1, -1), strict=True):
+            vectors = sorted((x for x in Mul.make_args(part) if is_vector(x)), key=_place)
+            if len(vectors) > 1:  # one name, a ⊙ b, in place of them
+                shown = r" \odot ".join(self.parenthesize(x, PRECEDENCE["Mul"]) for x in vectors)
+                e = e / Mul(*vectors) ** power * Entrywise(shown) ** power
+        return str(super()._print_Mul(e))
+
+    def _print_Entrywise(self, e: Symbol) -> str:
+        return str(e.name)
+
+    def _print_Pow(self, e: Pow) -> str:
+        root = e.exp.is_Rational and abs(e.exp.p) == 1
+        if root or e.exp.is_negative or not (is_vector(e.base) or e.base.is_Function):
+            return str(super()._print_Pow(e))
+        base = self.parenthesize(e.base, PRECEDENCE["Pow"])
+        if e.base.is_Symbol or e.base.is_Function:
+            base = self.parenthesize_super(base)
+        exponent = self._print(e.exp)
+        return rf"{base}^{{\odot {exponent}}}" if is_vector(e.base) else f"{base}^{{{exponent}}}"
+
+    def _print_Total(self, e: Expr) -> str:
+        inner = e.args[0]
+        if inner in _TRACES:
+            return _TRACES[inner][0]
+        if isinstance(inner, Pow) and inner.exp == 2:
+            return rf"\|{self._print(inner.base)}\|^{{2}}"
+        first, *others = sorted(Mul.make_args(inner), key=_place)
+        return rf"\left\langle {self._print(first)}, {self._print(Mul(*others))} \right\rangle"
+
+    def _print_Bilinear(self, e: Expr) -> str:
+        a, b, M = map(self._print, e.args)
+        return rf"\left\langle {a}, {M} \left[{b}\right] \right\rangle"
+
+    def _print_Image(self, e: Expr) -> str:
+        b, M = map(self._print, e.args)
+        return rf"{M} \left[{b}\right]"
+
+    def _print_Derivative(self, e: Derivative) -> str:
+        return rf"\frac{{d{self._print(Symbol(str(e.expr.func)))}}}{{dt}}"
+
+    def _hprint_Function(self, name: str) -> str:
+        return _MAPS[name][0] if name in _MAPS else str(super()._hprint_Function(name))
+
+
+class _Text(_Common, StrPrinter):  # type: ignore[misc]
+    def _print_Symbol(self, e: Symbol) -> str:
+        return NAMES[e][1] if e in NAMES else _letter(e.name)
+
+    def _print_Total(self, e: Expr) -> str:
+        inner = e.args[0]
+        if inner in _TRACES:
+            return _TRACES[inner][1]
+        if isinstance(inner, Pow) and inner.exp == 2:
+            return f"|{self._print(inner.base)}|²"
+        return f"Σᵢ[{self._print(inner)}]"
+
+    def _print_Bilinear(self, e: Expr) -> str:
+        a, b, M = map(self._print, e.args)
+        return f"⟨{a}, {M}[{b}]⟩"
+
+    def _print_Image(self, e: Expr) -> str:
+        b, M = map(self._print, e.args)
+        return f"{M}[{b}]"
+
+    def _print_Derivative(self, e: Derivative) -> str:
+        return f"{_letter(str(e.expr.func))}'(t)"
+
+    def _print_Function(self, e: Expr) -> str:
+        name = e.func.__name__
+        return f"{_MAPS[name][1] if name in _MAPS else _letter(name)}({self.stringify(e.args, ', ')})"
+
+
+def _letter(name: str) -> str:
+    """``eta`` as η, whatever stdout was when sympy was first loaded (it then decides whether there is Unicode)."""
+    before = pretty_use_unicode(True)
+    try:
+        return str(pretty_symbol(name))
+    finally:
+        pretty_use_unicode(before)

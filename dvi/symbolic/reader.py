@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -16,7 +15,8 @@ from torch.utils import _pytree as pytree
 from dvi.flows import MethodLike
 from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
 from dvi.methods.validate import leaves
-from dvi.symbolic.simplification import separate, tidy
+from dvi.symbolic.formulas import Leaf, SymbolicSpec
+from dvi.symbolic.simplification import factored, split_roots
 from dvi.symbolic.tensors import SymbolTensor, number, symbolic
 from dvi.symbolic.vectors import Level, Total, entry, letters
 
@@ -24,55 +24,6 @@ from dvi.symbolic.vectors import Level, Total, entry, letters
 PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n"}
 
 _SAMPLE = 11  # weights of the vector that init is called with, to see which parts of ν are like it
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A part of ν: its name in the declaration, its symbol, 0 or 1 axes, and whether it counts steps (f = 1)."""
-
-    name: str
-    symbol: Symbol
-    ndim: int
-    clock: bool = False
-
-
-@dataclass(frozen=True)
-class SymbolicSpec:
-    """f and P as expressions.
-
-    Attributes:
-        method: the declaration.
-        leaves: the parts of ν, in the order of ``torch.utils._pytree``.
-        structure: how they are put together.
-        f: the change of each.
-        p: P = p·I, or diag(p) written by its generic entry.
-        diagonal: which of the two.
-        hyperparameters: field → its symbol, or η(t) for a schedule; numbers are not listed.
-        momentum: is there a filter Q ≠ 1?
-        threshold, gain, lag: c, Q₁ and τ of the filter; 2, 1 and 0 without.
-    """
-
-    method: Method | type[Method]
-    leaves: tuple[Leaf, ...]
-    structure: pytree.TreeSpec
-    f: tuple[Expr, ...]
-    p: Expr
-    diagonal: bool
-    hyperparameters: dict[str, Expr]
-    momentum: bool
-    threshold: Expr
-    gain: Expr
-    lag: Expr
-
-    @property
-    def edge(self) -> Expr:
-        """P̃ = cP/2, which is P without momentum: complementarity is HΣ = 2P̃Σ."""
-        return self.threshold * self.p / 2
-
-    @property
-    def name(self) -> str:
-        """The class's name."""
-        return (self.method if isinstance(self.method, type) else type(self.method)).__name__
 
 
 def read(method: MethodLike | type[Method], numeric: bool = False, inertial: bool | None = None) -> SymbolicSpec:
@@ -120,7 +71,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
         tuple(parts),
         structure,
         f,
-        separate(p.expr),
+        split_roots(p.expr),
         isinstance(P, Diagonal),
         hyperparameters,
         momentum,
@@ -138,7 +89,7 @@ def _filter(method: MethodLike | type[Method], spec: Method) -> tuple[bool, Expr
     Q = _call(name, lambda: Filter([symbolic(x) for x in Q.numerator], [symbolic(x) for x in Q.denominator]))
     if Q.order == 0 and sympy.expand(Q.numerator[0].expr - Q.denominator[0].expr) == 0:
         return False, sympy.Integer(2), sympy.Integer(1), sympy.Integer(0)
-    return True, *(tidy(sympy.factor(number.expr)) for number in (Q.threshold, Q.gain, Q.lag))
+    return True, *(factored(sympy.factor(number.expr)) for number in (Q.threshold, Q.gain, Q.lag))
 
 
 def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
@@ -248,7 +199,7 @@ def _named(parts: list[Leaf], clocks: list[bool], used: set[str], scheduled: boo
         label = part.name
         if clock:
             if single_clock:
-                label = "tau" if scheduled else "t"
+                label = "t_nu" if scheduled else "t"
             symbol = Symbol(label, real=True, positive=True)
         else:
             label = "nu" if alone else f"nu_{label}" if label in used else label

@@ -1,8 +1,9 @@
 """A stand-in for a tensor that records, as a sympy expression, what f and P do with it.
 
-``f`` and ``P`` are written once, for torch tensors.  Called with a :class:`SymbolTensor` they run as they are: Python
-operators and methods are the class's own, and ``torch.sqrt(x)`` and its kind reach it by ``__torch_function__``.  What
-has no closed form here (a branch on a value, a function that is not in the table below) is refused by name.
+``f`` and ``P`` are written once, for torch tensors.  They run on a :class:`SymbolTensor` as they are: numpy's mixin
+routes Python's operators to ``__array_ufunc__``, and torch's functions arrive at ``__torch_function__``.  Both look
+the operation up by name in one table.  Whatever has no closed form is refused by name: a branch on a value, or a
+function that is not in the table.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from sympy import Expr, Integer, Rational
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from dvi.symbolic.vectors import DIMENSION, Total
 
 
 class UnknownOperationError(SpecError, AttributeError):
-    """An operation without a symbolic counterpart; an AttributeError, too, so that ``hasattr`` says no."""
+    """An operation without a symbolic counterpart.  It is an AttributeError, too, so that ``hasattr`` says no."""
 
 
 def number(x: float) -> Expr:
@@ -33,19 +36,19 @@ def number(x: float) -> Expr:
     return Rational(repr(float(x)))
 
 
-class SymbolTensor:
+class SymbolTensor(NDArrayOperatorsMixin):
     """A scalar (``ndim`` 0) or the generic entry of a vector [d] (``ndim`` 1), as a sympy expression.
 
     Args:
-        expr: the expression; see :mod:`dvi.symbolic.vectors` for how a vector is written.
+        expr: the expression; :mod:`dvi.symbolic.vectors` says how a vector is written.
         ndim: 0 or 1.
     """
 
-    # What numpy and torch scalars on the left of an operator ask for.
-    __array_ufunc__ = None
     dtype = torch.float64
     device = torch.device("cpu")
     requires_grad = False
+    # A symbol differs from every number: a hyperparameter of 0 is no symbol, so that ``eps == 0`` is right.
+    __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
     def __init__(self, expr: Expr, ndim: int) -> None:
         self.expr = expr
@@ -54,17 +57,32 @@ class SymbolTensor:
     def __repr__(self) -> str:
         return f"{self.expr} [{'d' * self.ndim}]"
 
-    # ---- shape ----------------------------------------------------------------------------------------
-
     @property
     def shape(self) -> tuple[SymbolTensor, ...]:
         """() or (d,)."""
         return (SymbolTensor(DIMENSION, 0),) * self.ndim
 
-    def __len__(self) -> int:
-        raise UnknownOperationError("len(…) of a vector of d weights is not a number here; write x.numel().")
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, out: Any = None, **kwargs: Any) -> SymbolTensor:
+        """Operators.  ``x += y`` asks for y to be added in place (``out``); like a number, x is then a new one."""
+        return _operation(ufunc.__name__)(*args, **kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> SymbolTensor:
+        return _operation(getattr(func, "__name__", str(func)))(*args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of tensors."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        operation = _operation(name)
+        return lambda *args, **kwargs: operation(self, *args, **kwargs)
 
     # ---- what has no symbolic counterpart -------------------------------------------------------------
+
+    def __len__(self) -> int:
+        raise UnknownOperationError("len(…) of a vector of d weights is not a number here; write x.numel().")
 
     def __bool__(self) -> bool:
         raise SpecError(
@@ -87,68 +105,6 @@ class SymbolTensor:
             f"it takes part of a vector ([{key!r}]); only whole vectors and scalars have symbols."
         )
 
-    def _compare(self, other: Any) -> Any:
-        raise SpecError(f"it compares {self.expr} with a value; a closed form cannot depend on values.")
-
-    __lt__ = __le__ = __gt__ = __ge__ = _compare
-
-    # ---- torch ----------------------------------------------------------------------------------------
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> SymbolTensor:
-        out: SymbolTensor = _operation(getattr(func, "__name__", str(func)))(*args, **(kwargs or {}))
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        operation = _operation(name)
-        return lambda *args, **kwargs: operation(self, *args, **kwargs)
-
-    def __add__(self, other: Any) -> SymbolTensor:
-        return _add(self, other)
-
-    def __radd__(self, other: Any) -> SymbolTensor:
-        return _add(other, self)
-
-    def __sub__(self, other: Any) -> SymbolTensor:
-        return _sub(self, other)
-
-    def __rsub__(self, other: Any) -> SymbolTensor:
-        return _sub(other, self)
-
-    def __mul__(self, other: Any) -> SymbolTensor:
-        return _entrywise(lambda a, b: a * b)(self, other)
-
-    def __rmul__(self, other: Any) -> SymbolTensor:
-        return _entrywise(lambda a, b: a * b)(other, self)
-
-    def __truediv__(self, other: Any) -> SymbolTensor:
-        return _entrywise(lambda a, b: a / b)(self, other)
-
-    def __rtruediv__(self, other: Any) -> SymbolTensor:
-        return _entrywise(lambda a, b: a / b)(other, self)
-
-    def __pow__(self, other: Any) -> SymbolTensor:
-        return _entrywise(sympy.Pow)(self, other)
-
-    def __rpow__(self, other: Any) -> SymbolTensor:
-        return _entrywise(sympy.Pow)(other, self)
-
-    def __matmul__(self, other: Any) -> SymbolTensor:
-        return _dot(self, other)
-
-    def __neg__(self) -> SymbolTensor:
-        return SymbolTensor(-self.expr, self.ndim)
-
-    def __pos__(self) -> SymbolTensor:
-        return self
-
-    def __abs__(self) -> SymbolTensor:
-        return SymbolTensor(sympy.Abs(self.expr), self.ndim)
-
 
 def symbolic(x: Any) -> SymbolTensor:
     """A number, a one-element tensor or a SymbolTensor as the latter.
@@ -166,41 +122,39 @@ def symbolic(x: Any) -> SymbolTensor:
     raise SpecError(f"it combines ν, g or a hyperparameter with {what}, which has no symbol.")
 
 
+# ---- the table of operations ---------------------------------------------------------------------------
+
+
 def _entrywise(function: Callable[..., Expr]) -> Callable[..., SymbolTensor]:
     """An operation entry by entry; a scalar goes with every entry of a vector."""
 
-    def operation(*args: Any) -> SymbolTensor:
+    def operation(*args: Any, **kwargs: Any) -> SymbolTensor:
         tensors = [symbolic(x) for x in args]
-        return SymbolTensor(function(*(x.expr for x in tensors)), max(x.ndim for x in tensors))
+        given = {key: symbolic(x).expr for key, x in kwargs.items()}
+        return SymbolTensor(function(*(x.expr for x in tensors), **given), max(x.ndim for x in tensors))
 
     return operation
 
 
-def _add(x: Any, y: Any, *, alpha: Any = 1) -> SymbolTensor:
-    return _entrywise(lambda x, y, a: x + a * y)(x, y, alpha)
-
-
-def _sub(x: Any, y: Any, *, alpha: Any = 1) -> SymbolTensor:
-    return _entrywise(lambda x, y, a: x - a * y)(x, y, alpha)
-
-
-def _sum(x: SymbolTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolTensor:
+def _sum(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolTensor:
     if keepdim or dim not in (None, 0, -1, (), (0,), (-1,), [0], [-1]):
         raise UnknownOperationError(f"it sums with dim={dim!r}, keepdim={keepdim!r}; only whole sums have symbols.")
     return SymbolTensor(Total(x.expr), 0) if x.ndim else x
 
 
-def _mean(x: SymbolTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolTensor:
-    return _sum(x, dim, keepdim) / _numel(x)
+def _mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolTensor:
+    mean: SymbolTensor = _sum(x, dim, keepdim) / _numel(x)
+    return mean
 
 
-def _norm(x: SymbolTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> SymbolTensor:
-    if isinstance(p, str) or (isinstance(p, (int, float)) and not 0 < p < math.inf):
-        if p != "fro":
-            raise UnknownOperationError(f"it takes the norm of order {p!r}, which is not smooth.")
+def _norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> SymbolTensor:
+    if p == "fro":
         p = 2
+    if isinstance(p, str) or (isinstance(p, (int, float)) and not 0 < p < math.inf):
+        raise UnknownOperationError(f"it takes the norm of order {p!r}, which is not smooth.")
     order = symbolic(p)
-    return _sum(_entrywise(sympy.Abs)(x) ** order, dim, keepdim) ** (1 / order)
+    norm: SymbolTensor = _sum(abs(x) ** order, dim, keepdim) ** (1 / order)
+    return norm
 
 
 def _dot(x: Any, y: Any) -> SymbolTensor:
@@ -214,71 +168,61 @@ def _numel(x: SymbolTensor) -> SymbolTensor:
     return SymbolTensor(DIMENSION if x.ndim else Integer(1), 0)
 
 
-def _softplus(x: SymbolTensor, beta: Any = 1, threshold: Any = 20) -> SymbolTensor:
-    return _entrywise(lambda x, b: sympy.log(1 + sympy.exp(b * x)) / b)(x, beta)
+def _full_like(x: SymbolTensor, value: Any, **_: Any) -> SymbolTensor:
+    return SymbolTensor(symbolic(value).expr, x.ndim)
 
 
-def _filled(value: Any) -> Callable[..., SymbolTensor]:
-    return lambda x, **_: SymbolTensor(number(value), x.ndim)
+def _same(x: SymbolTensor, **_: Any) -> SymbolTensor:
+    return x
 
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "add": _add,
-    "sub": _sub,
-    "subtract": _sub,
-    "rsub": lambda x, y: _sub(y, x),
-    "sum": _sum,
-    "mean": _mean,
-    "norm": _norm,
-    "vector_norm": _norm,
-    "dot": _dot,
-    "vdot": _dot,
-    "inner": _dot,
-    "matmul": _dot,
-    "numel": _numel,
-    "softplus": _softplus,
-    "zeros_like": _filled(0),
-    "ones_like": _filled(1),
-    "full_like": lambda x, value, **_: SymbolTensor(symbolic(value).expr, x.ndim),
-    "lerp": _entrywise(lambda x, y, a: x + a * (y - x)),
-    "addcmul": lambda x, y, z, *, value=1: x + symbolic(value) * y * z,
-    "addcdiv": lambda x, y, z, *, value=1: x + symbolic(value) * y / z,
-    "clone": lambda x, **_: x,
-    "contiguous": lambda x: x,
-    "double": lambda x: x,
-    "pow": _entrywise(sympy.Pow),
+def _comparison(x: Any, y: Any) -> SymbolTensor:
+    raise SpecError(f"it compares {symbolic(x).expr} with a value; a closed form cannot depend on values.")
+
+
+# By the names that numpy and torch have for an operation.
+_NAMED: dict[str, Callable[..., SymbolTensor]] = {
+    "add radd": _entrywise(lambda x, y, alpha=1: x + alpha * y),
+    "sub subtract": _entrywise(lambda x, y, alpha=1: x - alpha * y),
+    "rsub": _entrywise(lambda x, y, alpha=1: y - alpha * x),
+    "mul multiply rmul": _entrywise(lambda x, y: x * y),
+    "div divide truediv true_divide": _entrywise(lambda x, y: x / y),
+    "rdiv rtruediv": _entrywise(lambda x, y: y / x),
+    "pow power float_power": _entrywise(sympy.Pow),
     "rpow": _entrywise(lambda x, y: y**x),
-    "float_power": _entrywise(sympy.Pow),
-    "mul": _entrywise(lambda x, y: x * y),
-    "multiply": _entrywise(lambda x, y: x * y),
-    "rmul": _entrywise(lambda x, y: x * y),
-    "div": _entrywise(lambda x, y: x / y),
-    "divide": _entrywise(lambda x, y: x / y),
-    "truediv": _entrywise(lambda x, y: x / y),
-    "true_divide": _entrywise(lambda x, y: x / y),
-    "rdiv": _entrywise(lambda x, y: y / x),
-    "rtruediv": _entrywise(lambda x, y: y / x),
-    "neg": _entrywise(lambda x: -x),
-    "negative": _entrywise(lambda x: -x),
+    "neg negative": _entrywise(lambda x: -x),
+    "abs absolute": _entrywise(sympy.Abs),
     "square": _entrywise(lambda x: x**2),
     "reciprocal": _entrywise(lambda x: 1 / x),
     "sqrt": _entrywise(sympy.sqrt),
     "rsqrt": _entrywise(lambda x: 1 / sympy.sqrt(x)),
-    "abs": _entrywise(sympy.Abs),
-    "absolute": _entrywise(sympy.Abs),
-    "sign": _entrywise(sympy.sign),
-    "exp": _entrywise(sympy.exp),
     "exp2": _entrywise(lambda x: 2**x),
     "expm1": _entrywise(lambda x: sympy.exp(x) - 1),
-    "log": _entrywise(sympy.log),
     "log1p": _entrywise(lambda x: sympy.log(1 + x)),
     "sigmoid": _entrywise(lambda x: 1 / (1 + sympy.exp(-x))),
-    **{name: _entrywise(getattr(sympy, name)) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "asinh")},
-    **{"radd": _add, "atan": _entrywise(sympy.atan), "arctan": _entrywise(sympy.atan)},
+    "softplus": _entrywise(lambda x, beta=1, threshold=20: sympy.log(1 + sympy.exp(beta * x)) / beta),
+    **{name: _entrywise(getattr(sympy, name)) for name in ("sign", "exp", "log", "sin", "cos", "tan")},
+    **{name: _entrywise(getattr(sympy, name)) for name in ("sinh", "cosh", "tanh", "asinh", "atan")},
+    "arctan": _entrywise(sympy.atan),
+    "lerp": _entrywise(lambda x, y, weight: x + weight * (y - x)),
+    "addcmul": _entrywise(lambda x, y, z, value=1: x + value * y * z),
+    "addcdiv": _entrywise(lambda x, y, z, value=1: x + value * y / z),
+    "positive clone contiguous double": _same,
+    "sum": _sum,
+    "mean": _mean,
+    "norm vector_norm": _norm,
+    "dot vdot inner matmul": _dot,
+    "numel": _numel,
+    "full_like": _full_like,
+    "zeros_like": lambda x, **_: _full_like(x, 0),
+    "ones_like": lambda x, **_: _full_like(x, 1),
+    "less less_equal greater greater_equal lt le gt ge": _comparison,
 }
+_OPERATIONS = {name: operation for names, operation in _NAMED.items() for name in names.split()}
+_SWITCHES = {"clamp", "clip", "clamp_min", "maximum", "minimum", "max", "min", "amax", "amin", "where", "relu", "round"}
 
 
-def _operation(name: str) -> Callable[..., Any]:
+def _operation(name: str) -> Callable[..., SymbolTensor]:
     plain = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     plain = plain.removeprefix("linalg_").removeprefix("special_")
     if plain in _OPERATIONS:
@@ -290,7 +234,5 @@ def _operation(name: str) -> Callable[..., Any]:
         f"it uses {name}{why}; there is no symbolic form of that. flow.linearise(w, nu) gives α and β in numbers."
     )
 
-
-_SWITCHES = {"clamp", "clip", "clamp_min", "maximum", "minimum", "max", "min", "amax", "amin", "where", "relu", "round"}
 
 __all__ = ["SymbolTensor", "UnknownOperationError", "number", "symbolic"]

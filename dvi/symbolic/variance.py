@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from sympy import Add, Expr, Mul, Pow, Symbol
 
-from dvi.symbolic.reader import SymbolicSpec
+from dvi.symbolic.formulas import SymbolicSpec
 from dvi.symbolic.simplification import each
 from dvi.symbolic.vectors import Total, along, letters
 

@@ -19,22 +19,26 @@ from sympy import Add, Dummy, Expr, Function, Integer, Mul, Symbol
 DIMENSION = Symbol("d", positive=True, integer=True)
 
 
-class Entry(Symbol):  # type: ignore[misc]
+class Letter(Symbol):  # type: ignore[misc]
+    """What changes along the flow, unlike a hyperparameter."""
+
+    @classmethod
+    def class_key(cls) -> tuple[int, int, str]:
+        """Letters are printed behind other factors."""
+        return 5, 0, cls.__name__
+
+
+class Entry(Letter):
     """The generic entry of a vector [d]."""
 
 
-class Level(Symbol):  # type: ignore[misc]
-    """A scalar that changes along the flow, unlike a hyperparameter."""
+class Level(Letter):
+    """A scalar that changes along the flow."""
 
 
 def entry(name: str) -> Entry:
     """The generic entry of a real vector."""
     return Entry(name, real=True)
-
-
-def changes(e: Any) -> bool:
-    """Does the expression change along the flow, or is it made of numbers, hyperparameters and clocks only?"""
-    return bool(e.has(Entry, Level, Total, Bilinear, Image))
 
 
 def is_vector(e: Any) -> bool:
