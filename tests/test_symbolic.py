@@ -20,7 +20,7 @@ import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers.svec import smat, svec
 from dvi.symbolic.printing import latex
-from dvi.symbolic.vectors import Bilinear, Image, Total, along, contract, directional, entry, letters
+from dvi.symbolic.vectors import Bilinear, Entry, Image, Total, along, contract, directional, entry, letters
 
 seeds = st.integers(0, 2**32 - 1)
 x = letters()
@@ -502,14 +502,18 @@ READ |= {"adagrad": AdaGrad(0.25), "warmed": Warmed(0.1, 0.9, 0.99)}  # ε/η to
 
 
 def same(a, b):
-    """Equal with random numbers in place of letters, schedules and sums."""
+    """Equal in numbers: random vectors of four weights, random scalars, schedules and slopes."""
     rng = np.random.default_rng(0)
-    a, b = sympy.expand(a), sympy.expand(b)
-    for kind in (Total, sympy.Derivative, AppliedUndef, sympy.Symbol):
-        letters = sorted(a.atoms(kind) | b.atoms(kind), key=sympy.default_sort_key)
-        numbers = {letter: sympy.Float(rng.uniform(0.2, 0.9), 40) for letter in letters}
-        a, b = a.xreplace(numbers), b.xreplace(numbers)
-    return abs(sympy.N(a - b, 40)) <= 1e-25 * abs(sympy.N(b, 40))
+    for kind in (sympy.Derivative, AppliedUndef):
+        atoms = sorted(a.atoms(kind) | b.atoms(kind), key=str)
+        names = {atom: sympy.Symbol(f"{kind.__name__}_{i}") for i, atom in enumerate(atoms)}
+        a, b = a.xreplace(names), b.xreplace(names)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    numbers = [rng.uniform(0.2, 0.9, size=4 if isinstance(symbol, Entry) else ()) for symbol in symbols]
+    numbers = [4 if symbol == x.d else value for symbol, value in zip(symbols, numbers, strict=True)]
+    functions = [{"Total": lambda e: np.sum(e * np.ones(4))}, "numpy"]
+    left, right = (sympy.lambdify(symbols, e, modules=functions)(*numbers) for e in (a, b))
+    return np.allclose(left, right, rtol=1e-11, atol=1e-11)
 
 
 def the_page_says_what_the_derivation_holds(d):
