@@ -491,6 +491,22 @@ class Warmed(dvi.Method):
         return dvi.Diagonal((1 - self.beta1 ** nu["t"]) * v.sqrt() / self.lr)
 
 
+class Product(dvi.Method):
+    """Sums of vectors as factors, above and below the line."""
+
+    lr: float
+    eps: float
+
+    def init(self, w):
+        return {"v": torch.zeros_like(w), "s": torch.zeros_like(w)}
+
+    def f(self, nu, g):
+        return {"v": 0.1 * (g**2 - nu["v"]), "s": 0.2 * (g**2 - nu["s"])}
+
+    def P(self, nu):
+        return dvi.Diagonal((nu["v"].sqrt() + self.eps) * (nu["s"].sqrt() + self.eps) / self.lr)
+
+
 COUPLED = (
     "relative",
     "norm of powers",
@@ -498,7 +514,11 @@ COUPLED = (
     "crossed, scalar P",
 )  # HΣH stands in products, which is not read back
 READ = {name: method for name, method in METHODS.items() if name not in COUPLED}
-READ |= {"adagrad": AdaGrad(0.25), "warmed": Warmed(0.1, 0.9, 0.99)}  # ε/η to 15 digits is exact
+READ |= {
+    "adagrad": AdaGrad(0.25),
+    "warmed": Warmed(0.1, 0.9, 0.99),
+    "product": Product(0.1, 0.25),
+}  # ε/η to 15 digits is exact
 
 
 def same(a, b):

@@ -14,34 +14,35 @@ _LONG = 80  # operations; sympy.factor may take minutes on an expression with mo
 
 
 def factored(e: Expr) -> Expr:
-    """The shortest form of an expression among itself, itself with common factors taken out, and a product."""
-    if isinstance(e, Mul):  # one factor at a time, since sympy.factor would multiply them out first
-        return _positive(Mul(*map(factored, e.args)))
-    if not isinstance(e, Add):
-        return e
+    """The expression with each of its factors in the shortest form, and with signs as a person writes them."""
+    number, product = e.as_coeff_Mul()
+    factors = []
+    for part in Mul.make_args(product):  # one at a time, since sympy.factor would multiply them out first
+        factors += Mul.make_args(_shortest(part) if isinstance(part, Add) else part)
+    for i, factor in enumerate(factors):
+        base, exponent = factor.as_base_exp()
+        if exponent.is_odd and isinstance(base, Add) and _begins_with_minus(base):
+            number, factors[i] = -number, (-base) ** exponent
+    number, rest = number * Mul(*(x for x in factors if x.is_Number)), Mul(*(x for x in factors if not x.is_Number))
+    # sympy would multiply the number into a sum
+    return Mul(number, rest, evaluate=False) if isinstance(rest, Add) and abs(number) != 1 else number * rest
+
+
+def _shortest(e: Add) -> Expr:
+    """The shortest of a sum, the sum with common factors taken out, and a product."""
     logs = {x: Dummy() for x in e.atoms(sympy.log) if x.is_number}  # factor would write log 0.9 as 2 log 3 − log 10
     flat = e.xreplace(logs)
-    forms = [flat, sympy.factor_terms(flat)]
+    forms = [sympy.factor_terms(flat), flat]
     if flat.count_ops() <= _LONG:
         with suppress(sympy.PolynomialError):  # a function of which sympy makes no polynomials
-            forms.append(sympy.factor(flat))
-    shortest = min(reversed(forms), key=lambda form: form.count_ops())
-    return _positive(shortest).xreplace({dummy: x for x, dummy in logs.items()})
+            forms.insert(0, sympy.factor(flat))
+    return min(forms, key=lambda form: form.count_ops()).xreplace({dummy: x for x, dummy in logs.items()})
 
 
-def _positive(e: Expr) -> Expr:
-    """The product with 1 − β for each factor β − 1, and x + y − z for each factor z − x − y."""
-    sign, factors = 1, []
-    for factor in Mul.make_args(e):
-        base, exponent = factor.as_base_exp()
-        if exponent.is_odd and isinstance(base, Add):
-            balance = sum(-1 if negative(term) else 1 for term in base.args)
-            if balance < 0 or (balance == 0 and base.as_coeff_Add()[0].is_negative):
-                sign, factor = -sign, (-base) ** exponent
-        factors.append(factor)
-    number, rest = Mul(*factors).as_coeff_Mul()
-    number *= sign  # sympy would multiply a number into a sum
-    return Mul(number, rest, evaluate=False) if isinstance(rest, Add) and abs(number) != 1 else number * rest
+def _begins_with_minus(e: Add) -> bool:
+    """Is the sum rather written with the other sign, as 1 − β for β − 1, or x + y − z for z − x − y?"""
+    balance = sum(-1 if negative(term) else 1 for term in e.args)
+    return balance < 0 or (balance == 0 and bool(e.as_coeff_Add()[0].is_negative))
 
 
 def negative(e: Expr) -> bool:
