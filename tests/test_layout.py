@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib
 import importlib.util
 import inspect
@@ -57,6 +58,21 @@ def test_the_check_of_imports_can_fail(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("def f():\n    from dvi.methods import GradientDescent\n    import dvi.compile as c\n")
     assert {"dvi.methods", "dvi.methods.GradientDescent", "dvi.compile"} <= set(imported(wrong))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_no_import_cycle(room):
+    """Its files can be put in an order in which each imports earlier ones only, also for type checkers."""
+    package = room.replace("/", ".")
+    graph = {
+        f"{package}.{path.stem}": {module for module in imported(path) if module.startswith(f"{package}.")}
+        for path in (ROOT / room).glob("*.py")
+        if path.stem != "__init__"
+    }
+    within = {module: {other for other in graph if other in imports} for module, imports in graph.items()}
+    assert list(graphlib.TopologicalSorter(within).static_order())
+    # what is imported from the room itself goes through its __init__, which imports everything
+    assert not [path for path in (ROOT / room).glob("*.py") if package in imported(path) and path.stem != "__init__"]
 
 
 def test_the_package_list_is_the_folders():

@@ -108,10 +108,14 @@ class Derivation(Formulas):
         Raises:
             SpecError: if a hyperparameter has no value, or a name is not that of a hyperparameter.
         """
-        return evaluate(self, Point.of(g, nu, U, HU, T, X, t, m), hyperparameters)
+        return evaluate(self, Point(g, nu, U, HU, T, X, t, m), hyperparameters)
 
     def latex(self) -> str:
-        """The flow, α, β, σ² and the stationary ν as an ``align*`` environment (amsmath)."""
+        """The flow, α, β, σ² and the stationary ν as an ``align*`` environment (amsmath).
+
+        Products and powers of vectors are taken entry by entry (⊙), and so are quotients.  𝒯ᵀ is the adjoint of
+        𝒯[Σ] = ∇³L(w)[Σ], and diag_U(x) is Uᵀdiag(x)U.
+        """
         return latex_page(self)
 
     def _repr_latex_(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,21 +45,20 @@ class Values:
 class Point:
     """Where the formulas are evaluated; :meth:`dvi.Derivation.evaluate` says what each of the fields is."""
 
-    g: Array
+    g: Any
     nu: Any
-    U: Array
-    HU: Array
-    T: Array
-    X: Array
-    t: float
-    m: Array | None
+    U: Any
+    HU: Any
+    T: Any
+    X: Any = None
+    t: float = 0.0
+    m: Any = None
 
-    @classmethod
-    def of(cls, g: Any, nu: Any, U: Any, HU: Any, T: Any, X: Any, t: float, m: Any) -> Point:
-        """Arrays or tensors as float64 arrays."""
-        g, U, HU, T = map(_array, (g, U, HU, T))
-        X = np.zeros((U.shape[1],) * 2) if X is None else _array(X)
-        return cls(g, pytree.tree_map(_array, nu), U, HU, T, X, t, None if m is None else _array(m))
+    def arrays(self) -> Point:
+        """Every tensor as a float64 array, and X = 0 where it is left out."""
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        given = {name: pytree.tree_map(_array, value) for name, value in fields if value is not None}
+        return Point(**{"X": np.zeros((given["U"].shape[1],) * 2), **given, "t": float(self.t)})
 
 
 def _array(x: Any) -> Array:
@@ -71,7 +71,7 @@ def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]
     Raises:
         SpecError: if a hyperparameter has no value, or a name is not that of a hyperparameter.
     """
-    x, flow, leaves = letters(), formulas.flow, formulas.spec.leaves
+    x, flow, leaves, at = letters(), formulas.flow, formulas.spec.leaves, at.arrays()
     size, k = at.U.shape
     index = triu(k)
     T = at.T / index.weight[:, None]  # svec carries √2 off the diagonal
