@@ -167,6 +167,41 @@ def test_letters_do_not_collide():
     check(Awkward(0.3, 0.5), 3, 4, 2)
 
 
+def test_clocks_and_hyperparameters_have_letters_of_their_own():
+    class Clocks(dvi.Method):
+        """Two clocks, one called like a hyperparameter, and a hyperparameter called like the state."""
+
+        eta: float
+        nu: float
+
+        def init(self, w):
+            return {"v": torch.zeros_like(w), "eta": w.new_zeros(()), "n": w.new_zeros(())}
+
+        def f(self, nu, g):
+            return {
+                "v": self.nu * (g**2 - nu["v"]),
+                "eta": torch.ones_like(nu["eta"]),
+                "n": torch.ones_like(nu["n"]),
+            }
+
+        def P(self, nu):
+            return dvi.Diagonal((nu["v"] + self.eta / nu["eta"]) * (1 + 1 / nu["n"]))
+
+    d = dvi.derive(Clocks(0.3, 0.5))
+    names = [str(leaf.symbol) for leaf in d.spec.leaves] + [str(s) for s in d.spec.hyperparameters.values()]
+    assert len(set(names)) == 5, names
+    check(Clocks(0.3, 0.5), 3, 4, 2)
+
+
+def test_a_condition_that_is_not_solved_for_nu_is_put_on_the_edge_too():
+    d = dvi.derive(METHODS["norm of powers"])
+    (condition,) = d.stationary_nu.values()
+    (edge,) = d.at_edge().stationary_nu.values()
+    assert condition.rhs == edge.rhs == 0
+    assert condition.has(x.HSH, x.HSigmaH)
+    assert not edge.has(x.HSH, x.HSigmaH)
+
+
 # ---- against the compiler -----------------------------------------------------------------------------------------
 
 

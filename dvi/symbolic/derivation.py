@@ -189,6 +189,8 @@ def _jacobian(spec: SymbolicSpec) -> Matrix:
 
 def _inverse(spec: SymbolicSpec, J: Matrix) -> Matrix:
     """(I + J)⁻¹."""
+    if not J.rows:
+        return J  # older versions of sympy invert no empty matrix
     matrix = sympy.eye(J.rows) + J
     if factored(sympy.expand(matrix.det())) == 0:
         raise SpecError(

@@ -37,8 +37,8 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
         inertial: is the letter m kept for the momentum?  By default it is where the method has a filter.
 
     Raises:
-        SpecError: if a part of ν is neither a scalar nor like w, if P is neither ``Scalar`` nor ``Diagonal``, if f, P
-            or Q has no closed form, or if the first instability of a method with numbers is not of period two.
+        SpecError: if f, P or Q has no closed form.  If a part of ν is neither a scalar nor like w, or P is neither
+            ``Scalar`` nor ``Diagonal``.  If the first instability of a method with numbers is not of period two.
     """
     given = method_of(method)
     spec, hyperparameters = _with_symbols(given, numeric)
