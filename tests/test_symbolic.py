@@ -1,6 +1,8 @@
 """Closed forms against the paper's, typed by hand, and against what the compiler finds by automatic differentiation."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -715,6 +717,12 @@ def test_what_has_no_closed_form_is_refused_by_name(case):
     parts, words = REFUSED[case]
     with pytest.raises(dvi.SpecError, match=words):
         dvi.derive(declared(**parts))
+
+
+def test_the_room_is_loaded_when_a_closed_form_is_asked_for():
+    """sympy takes its time to load."""
+    code = "import sys, dvi; assert 'dvi.symbolic' not in sys.modules; dvi.symbolic.Values; dvi.derive"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_method_that_is_none():
