@@ -84,7 +84,7 @@ class Balance:
 
     def __init__(self, flow: CompiledFlow, w: Tensor, g: Tensor, t: float) -> None:
         self.flow, self.w, self.g, self.t = flow, w, g, t
-        self.method = flow.method.at(t)
+        self.method = flow.calculus.metric.at(t)
         if flow.calculus.stateless:
             raise SpecError(f"{flow.method} has no ν that could settle: P is what it is.")
         if flow.covariance != "gradient-covariance":

@@ -261,6 +261,7 @@ def compare(
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
+            problem.check_unchanged()
             while done < len(grid):
                 if not any(process.near_end for process in processes.values()):
                     mark = here()
@@ -273,6 +274,7 @@ def compare(
                 done += 1
                 bar.update(1)
                 keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
+            problem.check_unchanged()
         except KeyboardInterrupt:
             keeper.write(result(Status.INTERRUPTED), checkpoint())
             raise

@@ -77,7 +77,7 @@ class SpecCalculus:
         self.method = method
         self.covariance, self.accuracy = covariance, accuracy
         self.replays = Replays(method)
-        self.metric = Metric(method, nu, self.replays)
+        self.metric = Metric(method, nu, self.replays, centred=accuracy == "paper")
         self.momentum, self.stateless = self.metric.momentum, self.metric.stateless
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
@@ -113,6 +113,10 @@ class SpecCalculus:
             P.check(g)
         except NotPositiveDefiniteError as error:
             raise LeftDomainError(f"At t = {t:g}: {error}") from None
+
+    def clock(self, t: float) -> float:
+        """The argument of schedules for P at the time t of a flow of second order."""
+        return self.metric.timetable.clock(t)
 
     def lag(self, t: float) -> float:
         """τ′ = τ + ½, unit times: with how much delay the flow's momentum follows the gradient."""

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dvi.compile import Covariance, EdgeHessian, LeftDomainError, LossLeftDomain
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.linearised import Linearisation, LinearisedFlow
-from dvi.methods import Method, Nu, Preconditioner, as_method, validate
+from dvi.methods import Method, Nu, Preconditioner, Timetable, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
@@ -27,6 +27,9 @@ from dvi.solvers.watch import Watch
 from dvi.spec_check import SpecCheck
 
 logger = logging.getLogger("dvi")
+
+#: What is compared with differences when a flow is compiled: all derivatives, the gradient alone, or nothing.
+Check = bool | Literal["gradient"]
 
 MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
@@ -57,7 +60,7 @@ class CompiledFlow:
         problem: Problem,
         method: MethodLike,
         *,
-        check: bool = True,
+        check: Check = True,
         covariance: Covariance = "gradient-covariance",
         accuracy: Accuracy | None = None,
         edge_hessian: EdgeHessian = "integrator",
@@ -72,7 +75,8 @@ class CompiledFlow:
         self.max_gib = max_gib
         self.notes: list[str] = []
         if check:
-            problem.check()
+            problem.check(gradient_only=check == "gradient")
+        if check is True:
             self._note_differences(problem.uncertainty())
         w = problem.w0
         _, g = problem.value_and_grad(w)
@@ -106,6 +110,15 @@ class CompiledFlow:
         if accuracy not in ("paper", "second-order"):
             raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
         return accuracy
+
+    @property
+    def timetable(self) -> Timetable:
+        """The schedules of the method, as a run reads them."""
+        return self.calculus.metric.timetable
+
+    def settle(self, y: State) -> State:
+        """This state, as the flow may start from it, or go on from it behind a jump of a schedule."""
+        return y
 
     @property
     def inertial(self) -> bool:
@@ -383,7 +396,10 @@ def central_map(
 
 
 def stable_flow(
-    problem: Problem, method: MethodLike, *, check: bool = False, accuracy: Accuracy | None = None
+    problem: Problem, method: MethodLike, *, check: Check = "gradient", accuracy: Accuracy | None = None
 ) -> StableFlow:
-    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`."""
+    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`.
+
+    It needs first derivatives only, so ``check="gradient"`` compares no others.
+    """
     return StableFlow(problem, method, check=check, accuracy=accuracy)

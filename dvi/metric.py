@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar
+from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar, Timetable
 from dvi.replay import Replays
 from dvi.tangents import derivative
 
@@ -23,10 +23,12 @@ class Metric:
         method: the declaration.
         nu: an example of ν, after a first update.
         replays: the derivatives of the spec that are replayed.
+        centred: how tables are read, see :meth:`dvi.methods.Timetable.at`.
     """
 
-    def __init__(self, method: Method, nu: Nu, replays: Replays) -> None:
-        self.method, self.replays = method, replays
+    def __init__(self, method: Method, nu: Nu, replays: Replays, centred: bool = False) -> None:
+        self.method, self.replays, self.centred = method, replays, centred
+        self.timetable = Timetable(method)
         self.scheduled = bool(method.scheduled)
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
@@ -36,7 +38,7 @@ class Metric:
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
-        return self.method.at(t) if self.scheduled else self.method
+        return self.timetable.at(t, centred=self.centred)
 
     def P(self, nu: Nu, t: float) -> Preconditioner:
         """P̃ at (ν, t): the preconditioner, scaled so that the threshold is 2."""
@@ -64,7 +66,11 @@ class Metric:
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
         """Uᵀ (∂P̃/∂t) U [k, k], as the schedules move."""
         dt = U.new_zeros(())
-        PU: Tensor = derivative(lambda dt: self._scaled(self.method.at(t, dt), nu).apply(U), dt, torch.ones_like(dt))
+
+        def image(dt: Tensor) -> Tensor:
+            return self._scaled(self.timetable.at(t, dt, self.centred), nu).apply(U)
+
+        PU: Tensor = derivative(image, dt, torch.ones_like(dt))
         return U.T @ PU
 
     def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dvi.discrete import Discrete, OptimizerDivergedError, at_lr
+from dvi.discrete_process import DiscreteProcess
 from dvi.flows import CentralMap, CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
+from dvi.methods.errors import ScheduleError
 from dvi.predict import Observer
-from dvi.problems import ProblemError
-from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
+from dvi.problems import LossChangedError, ProblemError
+from dvi.process import FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
@@ -69,6 +71,7 @@ def solve(
 
     Raises:
         RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        SpecError: if a schedule of the method fails in the time of the run.
         ValueError: if steps or save_every is not positive.
     """
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
@@ -88,11 +91,13 @@ def solve(
     todo = len(grid) if failure is None else 0
     with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
         try:
+            flow.problem.check_unchanged()
             for i in range(todo):
                 w = process.weights(i)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
+            flow.problem.check_unchanged()
         except FAILURES as error:
             (status, words), failure = verdict(error, flow, process.y), error
     solution = process.solution(status, about)
@@ -107,7 +112,7 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+FAILURES = (RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
 
 
 def classify(error: BaseException) -> Status:
@@ -115,9 +120,11 @@ def classify(error: BaseException) -> Status:
     if isinstance(error, RunError):
         return error.status
     for kind, status in (
+        (LossChangedError, Status.LOSS_CHANGED),
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (ScheduleError, Status.SCHEDULE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
@@ -190,10 +197,8 @@ def make_process(
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
     integrator = integrator or default_integrator(flow)
-    if isinstance(flow, StationaryFlow):
-        if not isinstance(integrator, Quasistatic):
-            raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
-        start = flow.settle(start)
+    if isinstance(flow, StationaryFlow) and not isinstance(integrator, Quasistatic):
+        raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
     if flow.inertial and not isinstance(integrator, SemiImplicit):
         raise ValueError(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '

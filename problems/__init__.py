@@ -6,7 +6,7 @@ if __name__ != "dvi.problems":  # a second copy under another name would load ev
 from dvi.problems.berthier import TwoScales
 from dvi.problems.catalogue import digits, sorting
 from dvi.problems.edge import Circle, MatrixSweep
-from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.ledger import Ledger
 from dvi.problems.module import ModuleProblem
 from dvi.problems.networks import CNN, GPT, MLP, RNN, BetaGELU
@@ -25,6 +25,7 @@ __all__ = [
     "Cubic",
     "DerivativeError",
     "Ledger",
+    "LossChangedError",
     "MatrixSweep",
     "ModuleProblem",
     "NotFiniteError",

@@ -194,6 +194,17 @@ def examine(parts: Sequence[Part], derivatives: Derivatives, w: Tensor) -> Verdi
     return Verdict(_integrate(loss, w, near) if kinks else None, w, kinks)
 
 
+def examine_gradient(parts: Sequence[Part], w: Tensor) -> NotFinite | Jump | None:
+    """Compare the gradient alone with the loss, on the way from w to a second point nearby: 10 gradients."""
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(parts, x)
+
+    gradient = loss(w)[1]
+    near = _second_point(loss, w)
+    return _not_finite(1, gradient) or (None if near is None else _integrate(loss, w, near))
+
+
 def compare(
     parts: Sequence[Part], derivatives: Derivatives, w: Tensor, directions: int = 2
 ) -> tuple[Finding | None, Piece | None]:

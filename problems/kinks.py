@@ -11,6 +11,7 @@ of largest entries.  Piecewise functions that are one kernel are first decompose
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,13 @@ aten = torch.ops.aten
 # By how much two ways of computing the same may differ, relative to it.  Some kernels of torch have constants of single
 # precision, whatever the dtype (hardsigmoid: 1/6), which is 3e-8.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+KINKS = (
+    "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
+    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall "
+    "at one. If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
+)
 
 
 class Undecided(RuntimeError):
@@ -91,6 +99,20 @@ class Piece:
         if replay and mode.asked != len(self._answers):
             raise Undecided("the loss asks fewer questions at other weights")
         return result
+
+
+def kinks_between(parts: Sequence[Part], w: Tensor, x: Tensor) -> bool:
+    """Whether the loss has a kink between w and x [d], as far as can be seen: not if it was crossed there and back."""
+    try:
+        piece = Piece(parts, w)
+        return not piece.only and piece.ends_before(x)
+    except Undecided:
+        return False
+
+
+def tell_of_kinks(name: str) -> None:
+    """Warn the user, through the logger "dvi", that the loss of this name has kinks."""
+    logging.getLogger("dvi").warning("%s: %s", name, KINKS)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

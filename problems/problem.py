@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,26 +11,19 @@ import torch
 from torch import Tensor
 
 from dvi.problems.autodiff import Autodiff
-from dvi.problems.check import Discrepancy, NotFinite, examine
+from dvi.problems.check import Verdict, examine, examine_gradient
 from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
-from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
-from dvi.problems.kinks import Piece, Undecided
+from dvi.problems.kinks import kinks_between, tell_of_kinks
 from dvi.problems.ledger import Ledger
 from dvi.problems.mixed import Mixed
+from dvi.problems.refusal import refusal
 from dvi.problems.timing import measure
 
 if TYPE_CHECKING:
     from dvi.problems.module import ModuleProblem
-
-logger = logging.getLogger("dvi")
-
-KINKS = (
-    "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
-    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall "
-    "at one. If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
-)
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
 
@@ -252,12 +244,12 @@ class Problem:
             return U.new_zeros(m, k, k)
         return _finite(self._derivatives.along(w, _rows(U), _rows(V)), "third derivative")
 
-    def check(self, w: Tensor | None = None) -> None:
+    def check(self, w: Tensor | None = None, *, gradient_only: bool = False) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
 
-        They are taken along a random direction and along the gradient.  The 50 to 100 gradient equivalents are not
-        counted in the ledger.  A loss with kinks (ReLU, max, abs) is compared piece by piece; that it has some is
-        logged as a warning, once.
+        That costs 50 to 100 gradients, not counted in the ledger.  A loss with kinks (ReLU, max, abs) is compared piece
+        by piece; that it has some is logged as a warning, once.  With ``gradient_only`` the gradient is compared with
+        the loss between the two points, to a tenth: what an optimizer needs, for 10 gradients.
 
         Raises:
             DerivativeError: if one is wrong, not finite or not available; the message names the module at fault.
@@ -265,61 +257,27 @@ class Problem:
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
-        at, finding, refusal = w.detach(), None, None
         with self.ledger.paused():
+            at, finding, cause = w.detach(), None, None
             try:
-                verdict = examine(self._parts, self._derivatives, at)
-            except DerivativeError as error:
-                refusal = error
-            else:
+                if gradient_only:
+                    verdict = Verdict(examine_gradient(self._parts, at), at, False)
+                else:
+                    verdict = examine(self._parts, self._derivatives, at)
                 at, finding = verdict.at, verdict.finding
-                if verdict.kinks and finding is None and not self._kinks_told:
-                    logger.warning("%s: %s", self.name, KINKS)
-                    self._kinks_told = True
-            if finding is None and refusal is None:
-                return
-            what = str(refusal or finding).rstrip(".")
-            if isinstance(finding, NotFinite):
-                what += self._name_entries(finding)
-                raise NotFiniteError(f"{self.name}: {what}.\nAt fault: {self._blame_or_say_why_not(at)}")
-            if isinstance(finding, Discrepancy) and finding.order > 1:
-                if self.derivatives == "finite-difference" or (self.derivatives == "mixed" and finding.order == 3):
-                    raise DerivativeError(
-                        f"{self.name}: {what} of other steps: this loss bends too sharply for differences in "
-                        f'{self.dtype}, or has kinks; take derivatives="autodiff", or float64'
-                    )
-                what += ' (derivatives="finite-difference" needs a right gradient only)'
-            raise DerivativeError(f"{self.name}: {what}.\nAt fault: {self._blame_or_say_why_not(at)}") from refusal
+            except DerivativeError as error:
+                cause = error
+            if wrong := finding or cause:
+                raise refusal(self, wrong, lambda: self._blame(at)) from cause
+        if verdict.kinks and not self._kinks_told:
+            self._kinks_told = True
+            tell_of_kinks(self.name)
 
     def kinks_between(self, w: Tensor, x: Tensor) -> bool:
-        """Whether the loss has a kink between the weights ``w`` [d] and ``x`` [d], as far as that can be seen.
-
-        The smooth piece that ``w`` is on is continued to ``x`` and compared there with the loss, for 5 gradients (1 for
-        a loss without kinks), which are not counted.  Kinks that were crossed there and back are not seen.
-        """
+        """Whether the loss has a kink between the weights ``w`` and ``x`` [d]; the few gradients are not counted."""
         self._check_weights(w)
         self._check_weights(x)
-        with self.ledger.paused():
-            try:
-                piece = Piece(self._parts, w.detach())
-                return not piece.only and piece.ends_before(x.detach())
-            except Undecided:
-                return False
-
-    def _blame_or_say_why_not(self, w: Tensor) -> str:
-        """Where a wrong derivative comes from; to find no name for it takes nothing from the finding."""
-        try:
-            return self._blame(w)
-        except Exception as error:  # the user's modules, called in ways they were not made for
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"not known, since the parts of this loss cannot be tried alone ({reason})"
-
-    def _name_entries(self, found: NotFinite) -> str:
-        """Which parameter tensors have the entries that are not finite, where they have names."""
-        slices: dict[str, slice] = getattr(self, "parameter_slices", {})
-        counts = {name: sum(s.start <= i < s.stop for i in found.entries) for name, s in slices.items()}
-        listed = [f"{name} ({n} of {slices[name].stop - slices[name].start})" for name, n in counts.items() if n]
-        return f", in {', '.join(listed)}" if listed and found.order else ""
+        return kinks_between(self._parts, w.detach(), x.detach())
 
     def uncertainty(self, w: Tensor | None = None) -> dict[str, float]:
         """Relative errors of derivatives made by differences, along the gradient at ``w`` (default: w0); {} if exact.
@@ -437,13 +395,13 @@ class Problem:
         """Ask the loss at w0 once more: is it what it was when the problem was made?  Not counted in the ledger.
 
         Raises:
-            ProblemError: if it is not, since then the loss is no function of w alone.
+            LossChangedError: if it is not, since then the loss is no function of w alone.
 
         """
         with self.ledger.paused():
             now = float(self.value(self.w0))
         if not self._agrees(self._value_at_w0, now):
-            raise ProblemError(
+            raise LossChangedError(
                 f"the loss of {self.name} at w0 was {self._value_at_w0} when the problem was made, and is {now} now: "
                 "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
                 "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"

@@ -84,6 +84,11 @@ class SemiImplicit:
         """The first block is one step."""
         return SemiImplicitMemory(self.dt)
 
+    def restart(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> SemiImplicitMemory:
+        """The memory behind a jump of the flow: the momentum goes on, all else is looked at anew."""
+        s = None if memory.s is None else replace(memory.s, t=y.t)
+        return SemiImplicitMemory(self.dt, s, memory.dt)
+
     def horizon(self, memory: SemiImplicitMemory) -> float:
         """How near the end decides about a block: one that would pass it is fitted to it."""
         return max(min(memory.h, self.h_max), self.dt) + self.dt
