@@ -37,7 +37,7 @@ from dvi.methods import (
     RMSProp,
     RMSPropNorm,
 )
-from dvi.plot import time_average
+from dvi.plotting import time_average
 from dvi.problems import digits, sorting
 
 ADAM_LIKE = {"eps": 1e-8, "bias_correction": True}

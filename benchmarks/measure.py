@@ -81,7 +81,7 @@ class Cost:
 
 def warm_started(case: Case) -> tuple[Problem, State, float]:
     """The case's problem, the state it starts from, and how many optimizer steps that took."""
-    from dvi.solve import warm_up
+    from dvi.runs.solving import warm_up
 
     problem = case.make("autodiff")
     flow = dvi.central_flow(problem, case.method, check=False)

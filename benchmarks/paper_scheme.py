@@ -20,7 +20,7 @@ import torch
 from ccp_timing import solve_with_cvxpy
 from torch import Tensor
 
-from dvi.flows import CompiledFlow
+from dvi.compiler.flows import CompiledFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock

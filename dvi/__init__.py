@@ -15,12 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dvi import methods, problems, solvers
-from dvi.ablated import AblatedFlow, ablated_flow
-from dvi.compare import Comparison, compare
-from dvi.discrete import Discrete, discrete
-from dvi.files import StoreError
-from dvi.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
-from dvi.linearised import Linearisation
+from dvi.compiler.ablated import AblatedFlow, ablated_flow
+from dvi.compiler.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
+from dvi.compiler.linearised import Linearisation
+from dvi.compiler.optimizer import Discrete, discrete
 from dvi.methods import (
     Blocks,
     Dense,
@@ -34,8 +32,12 @@ from dvi.methods import (
     SpecError,
 )
 from dvi.problems import DerivativeError, Problem, ProblemError
-from dvi.solution import Solution
-from dvi.solve import solve
+from dvi.results.comparison import Comparison
+from dvi.results.run_error import RunError
+from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs.comparing import compare
+from dvi.runs.solving import solve
 from dvi.solvers import (
     CCPError,
     ConvergenceError,
@@ -47,10 +49,10 @@ from dvi.solvers import (
     TorchDiffEq,
 )
 from dvi.solvers.protocol import State
-from dvi.stationary import StationaryPoint, duality, stationary
-from dvi.stationary_flow import Quasistatic, StationaryFlow, stationary_flow
-from dvi.status import RunError, Status
-from dvi.store import load
+from dvi.stationarity.api import StationaryPoint, duality, stationary
+from dvi.stationarity.flow import Quasistatic, StationaryFlow, stationary_flow
+from dvi.storage.files import StoreError
+from dvi.storage.hdf5 import load
 
 if TYPE_CHECKING:
     from dvi.symbolic import Derivation, derive

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from dvi.methods.errors import ScheduleError, SpecError
 from dvi.methods.filter import Filter
 from dvi.methods.numbers import number
-from dvi.methods.preconditioners import Preconditioner
+from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.schedules import Schedule, as_schedule
 
 Nu = Any  # a pytree of tensors: the optimizer's state ν

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dvi.problems.derivatives import Part
+from dvi.problems.derivatives.locate import name_culprit
+from dvi.problems.derivatives.protocol import Part
 from dvi.problems.errors import ProblemError
 from dvi.problems.examples import (
     Examples,
@@ -28,7 +29,6 @@ from dvi.problems.fingerprint import fingerprint
 from dvi.problems.flat_model import FlatModel
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
-from dvi.problems.locate import name_culprit
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
 
@@ -267,6 +267,9 @@ class ModuleProblem(Problem):
     def _name_random(self) -> str:
         culprit = self._model.find_random_module(lambda: self._loss.outputs(self.w0, self._inputs))
         return f" (it comes from {culprit})" if culprit else ""
+
+
+Problem.from_module = ModuleProblem
 
 
 class _Loss:

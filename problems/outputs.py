@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dvi.problems.autodiff import explained
+from dvi.problems.derivatives.autodiff import explained
+from dvi.problems.derivatives.finite_difference import unit
+from dvi.problems.derivatives.safe import differentiable_layers
 from dvi.problems.errors import ProblemError
-from dvi.problems.finite_difference import unit
-from dvi.problems.safe import differentiable_layers
 
 
 def curvature(f: Callable[[Tensor], Tensor], w: Tensor, V: Tensor, x: Tensor, derivatives: str = "autodiff") -> Tensor:

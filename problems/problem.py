@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dvi.problems.autodiff import Autodiff
-from dvi.problems.check import Verdict, examine, examine_gradient
-from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
+from dvi.problems.derivatives.autodiff import Autodiff
+from dvi.problems.derivatives.check import Verdict, examine, examine_gradient
+from dvi.problems.derivatives.finite_difference import FiniteDifference
+from dvi.problems.derivatives.kinks import kinks_between, tell_of_kinks
+from dvi.problems.derivatives.mixed import Mixed
+from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradient
+from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
-from dvi.problems.finite_difference import FiniteDifference
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
-from dvi.problems.kinks import kinks_between, tell_of_kinks
 from dvi.problems.ledger import Ledger
-from dvi.problems.mixed import Mixed
-from dvi.problems.refusal import refusal
 from dvi.problems.timing import measure
-
-if TYPE_CHECKING:
-    from dvi.problems.module import ModuleProblem
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
 
@@ -57,6 +54,10 @@ class Problem:
 
     """
 
+    #: ``from_module(model, criterion, inputs, targets, …)``: the loss of a module as a function of its parameters.
+    #: This is :class:`~dvi.problems.ModuleProblem`, which takes this place when it is defined.
+    from_module: ClassVar[Callable[..., Any]]
+
     def __init__(
         self,
         loss: Part | Sequence[Part],
@@ -89,24 +90,6 @@ class Problem:
         self._measured = False
         self._kinks_told = False
         self._try_loss()
-
-    @classmethod
-    def from_module(
-        cls,
-        model: torch.nn.Module,
-        criterion: Callable[..., Tensor] | None,
-        inputs: Any,
-        targets: Any = None,
-        chunk_size: int | None = None,
-        **options: Any,
-    ) -> ModuleProblem:
-        """Return the loss ``criterion(model(inputs), targets)`` as a function of the model's parameters, flat.
-
-        See :class:`~dvi.problems.module.ModuleProblem` for the arguments and what is refused.
-        """
-        from dvi.problems.module import ModuleProblem
-
-        return ModuleProblem(model, criterion, inputs, targets, chunk_size, **options)
 
     def fingerprints(self) -> dict[str, str]:
         """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.

@@ -6,18 +6,33 @@ from collections.abc import Callable
 from itertools import count
 from statistics import median
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dvi.problems.problem import Problem
-
 BLOCK = 2  # directions at once: as many as a flow follows most of the time
 
 
-def measure(problem: Problem, repeats: int) -> dict[str, float]:
+class Evaluated(Protocol):
+    """What is measured: a problem, by what is asked of it."""
+
+    w0: Tensor
+
+    def value(self, w: Tensor) -> Any:
+        """The loss."""
+
+    def value_and_grad(self, w: Tensor) -> Any:
+        """The loss and its gradient."""
+
+    def hvp(self, w: Tensor, V: Tensor) -> Any:
+        """Products with the Hessian."""
+
+    def hessian_gradient(self, w: Tensor, U: Tensor) -> Any:
+        """Third derivatives."""
+
+
+def measure(problem: Evaluated, repeats: int) -> dict[str, float]:
     """Median time of one of each kind over that of one gradient: CPU time, on another device by the clock on the wall.
 
     On a shared machine the wall's clock goes on while others compute, longest for calls that do not fit a time slice.
@@ -25,7 +40,7 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
     nothing can be reused from the last.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    U = torch.randn(problem.dim, BLOCK, generator=generator, dtype=torch.float64, device="cpu").to(problem.w0)
+    U = torch.randn(problem.w0.numel(), BLOCK, generator=generator, dtype=torch.float64, device="cpu").to(problem.w0)
     U = U / torch.linalg.vector_norm(U, dim=0)
     calls: dict[str, tuple[Callable[[Tensor], object], int]] = {
         "gradients": (problem.value_and_grad, 1),
@@ -33,7 +48,7 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
         "hvps": (lambda w: problem.hvp(w, U), BLOCK),
         "third_derivatives": (lambda w: problem.hessian_gradient(w, U), BLOCK * (BLOCK + 1) // 2),
     }
-    clock = process_time if problem.device.type == "cpu" else perf_counter
+    clock = process_time if problem.w0.device.type == "cpu" else perf_counter
     times: dict[str, list[float]] = {kind: [] for kind in calls}
     shifts = count()
     for turn in range(repeats + 1):

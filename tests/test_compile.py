@@ -13,9 +13,9 @@ from torch.nn.functional import softplus
 from torch.utils import _pytree as pytree
 
 import dvi
-from dvi import compile as compiler
-from dvi import coupled
-from dvi.linearised import gram_of_pairs
+from dvi.compiler import calculus as compiler
+from dvi.compiler import jacobian_solve as coupled
+from dvi.compiler.linearised import gram_of_pairs
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers import ccp
 from dvi.solvers.protocol import State

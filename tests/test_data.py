@@ -21,9 +21,9 @@ from dvi.problems import (
     digits,
     sorting,
 )
-from dvi.problems.catalogue import cross_entropy, squared_error
-from dvi.problems.data import load_digits, make_sorting
-from dvi.problems.networks import initialise
+from dvi.problems.catalogue.data import load_digits, make_sorting
+from dvi.problems.catalogue.networks import initialise
+from dvi.problems.catalogue.tasks import cross_entropy, squared_error
 
 F64 = torch.float64
 SMALL = {

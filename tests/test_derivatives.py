@@ -150,7 +150,7 @@ def test_autograd_alone_is_wrong(monkeypatch):
     """What the replacement is for.  When this fails, PyTorch has been mended."""
     from contextlib import nullcontext
 
-    from dvi.problems import autodiff
+    from dvi.problems.derivatives import autodiff
 
     monkeypatch.setattr(autodiff, "differentiable_layers", nullcontext)
     for name, order in {"LayerNorm": "third", "BatchNorm, own statistics": "third", "weight_norm": "second"}.items():
@@ -163,7 +163,7 @@ def test_autograd_alone_is_wrong(monkeypatch):
 
 
 def test_values_agree_inside_and_outside():
-    from dvi.problems.safe import differentiable_layers
+    from dvi.problems.derivatives.safe import differentiable_layers
 
     for make, shape in LAYERS.values():
         problem, _ = layer_problem(make, shape)

@@ -8,7 +8,7 @@ import torch
 
 import dvi
 from dvi.methods import GradientDescent, HeavyBall, RMSProp
-from dvi.status import Status
+from dvi.results.status import Status
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from conftest import AdaGrad
 from scipy.integrate import solve_ivp
 
 import dvi
-from dvi.freeze import from_bytes, to_bytes
 from dvi.problems import Circle, MatrixSweep, TwoScales, two_scales
 from dvi.solvers.rkc import chebyshev, rkc, stages
 from dvi.solvers.runge_kutta import TABLEAUX, Tableau
+from dvi.storage.checkpoint import from_bytes, to_bytes
 
 # name: (integrator, error in w allowed on the sweep, on the two scales).
 # Sweep: the first-order ones are off by about dt·|dw/dt| = 2e-3; MacroStep by some tol; the others land on

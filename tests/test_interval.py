@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dvi
 from dvi.methods import GradientDescent, RMSPropNorm
 from dvi.problems import digits
-from dvi.problems.edge import MatrixSweep
+from dvi.problems.exact.edge import MatrixSweep
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.interval import Experience, Moments, Slope, ahead, partial_isometry, vectors_ahead
 from dvi.solvers.macro_attempt import Attempt

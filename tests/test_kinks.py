@@ -12,8 +12,8 @@ from torch import nn
 
 import dvi
 from dvi.problems import DerivativeError, Problem, digits
-from dvi.problems.derivatives import value_and_gradient
-from dvi.problems.kinks import Piece
+from dvi.problems.derivatives.kinks import Piece
+from dvi.problems.derivatives.protocol import value_and_gradient
 
 F64 = torch.float64
 
@@ -121,7 +121,7 @@ def test_a_detached_factor_between_relus_is_refused():
 def test_layer_norm_of_torch_is_refused_inside_a_relu_network(monkeypatch):
     from contextlib import nullcontext
 
-    from dvi.problems import autodiff
+    from dvi.problems.derivatives import autodiff
 
     net(lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(8))).check()
     monkeypatch.setattr(autodiff, "differentiable_layers", nullcontext)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
 import dvi
-from dvi.local import is_local
+from dvi.compiler.jacobian_structure import is_local
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 
 EPS = np.finfo(np.float64).eps

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import dvi
 from dvi.methods import GradientDescent
-from dvi.problems.edge import MatrixSweep
-from dvi.series import breakpoints
+from dvi.problems.exact.edge import MatrixSweep
+from dvi.runs.sampling import breakpoints
 from dvi.solvers import bending, followed, gap, secant
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.errors import ConvergenceError, StepError

@@ -15,7 +15,8 @@ from torch import nn
 
 import dvi
 from dvi.methods import GradientDescent, HeavyBall, Preconditioned, RMSProp, Shampoo
-from dvi.status import RunError, Status
+from dvi.results.run_error import RunError
+from dvi.results.status import Status
 
 D = torch.float64
 WAYS = {

@@ -11,11 +11,11 @@ import torch
 
 import dvi
 from dvi.problems import Ledger
-from dvi.solution import Cost
+from dvi.results.solution import Cost
 
 pytest.importorskip("matplotlib")
 
-from dvi.plot import plot_comparison, plot_solution, time_average
+from dvi.plotting import plot_comparison, plot_solution, time_average
 
 N = 121
 
@@ -334,7 +334,7 @@ assert settings() == before
 
 
 def test_missing_matplotlib_says_what_to_install():
-    code = "import sys; sys.modules['matplotlib'] = None; import dvi.plot"
+    code = "import sys; sys.modules['matplotlib'] = None; import dvi.plotting"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "pip install 'dvi-flows[plot]'" in done.stderr
 

@@ -11,7 +11,7 @@ from scipy.linalg import block_diag, fractional_matrix_power
 from torch.func import jacfwd, jacrev, jvp, vmap
 
 import dvi
-from dvi.methods.powers import Factor, divided_difference
+from dvi.methods.preconditioners.powers import Factor, divided_difference
 from dvi.solvers.svec import smat, svec
 
 EPS = np.finfo(np.float64).eps

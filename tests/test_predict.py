@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import dvi
-from dvi.predict import Observer
-from dvi.problems.data import load_digits
+from dvi.problems.catalogue.data import load_digits
+from dvi.runs.observables import Observer
 from dvi.solvers.protocol import Node, host
 
 

@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import dvi
-from dvi.replay import WARM, Replay
+from dvi.compiler.tracing import WARM, Replay
 
 seeds = st.integers(0, 2**32 - 1)
 EPS = torch.finfo(torch.float64).eps

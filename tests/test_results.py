@@ -17,11 +17,12 @@ import torch
 
 import dvi
 from dvi import flows, store
-from dvi.discrete_process import DiscreteProcess
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
-from dvi.process import FlowProcess
-from dvi.status import RunError, Status
+from dvi.results.run_error import RunError
+from dvi.results.status import Status
+from dvi.runs.optimizer_process import DiscreteProcess
+from dvi.runs.process import FlowProcess
 
 compare_module = sys.modules["dvi.compare"]  # dvi.compare itself is the function
 STEPS = 6
@@ -365,7 +366,7 @@ def test_resume_without_a_path_or_without_a_checkpoint(tmp_path, whole):
 
 KILLED = """
 import sys, torch, dvi, time
-from dvi import store
+from dvi.storage import hdf5 as store
 from dvi.methods import GradientDescent
 from dvi.problems import MatrixSweep
 torch.set_num_threads(1)
@@ -493,7 +494,7 @@ def test_what_is_not_ours_is_refused(tmp_path):
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
-    from dvi.freeze import from_bytes, thaw
+    from dvi.storage.checkpoint import from_bytes, thaw
 
     with pytest.raises(ValueError, match="not part of dvi"):
         thaw({"__class__": "subprocess:Popen", "fields": {"args": "true"}})

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import dvi
-from dvi.identity import difference, identity
 from dvi.methods import GradientDescent, HeavyBall, Preconditioned, RMSProp
+from dvi.runs.identity import identity
+from dvi.storage.difference import difference
 
 D = torch.float64
 
@@ -223,7 +224,7 @@ def test_a_warm_start_does_not_set_the_schedule_back(tmp_path):
 def test_a_file_of_an_earlier_version_is_refused_in_words(tmp_path):
     import h5py
 
-    from dvi.freeze import from_bytes, to_bytes
+    from dvi.storage.checkpoint import from_bytes, to_bytes
 
     path = tmp_path / "race.h5"
     run(path)

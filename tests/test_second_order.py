@@ -12,9 +12,9 @@ from test_methods import bowl, seeds
 from test_zoo import ShampooWithMomentum
 
 import dvi
-from dvi import forgetting
+from dvi.compiler import exact_rates as forgetting
 from dvi.methods import Adam, GradientDescent, HeavyBall, Nesterov, RMSProp, RMSPropNorm
-from dvi.problems.edge import MatrixSweep
+from dvi.problems.exact.edge import MatrixSweep
 from dvi.solvers.protocol import State
 from dvi.solvers.svec import smat, svec
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import dvi
 from dvi.problems import Problem, ProblemError, smoothed
-from dvi.problems.kinks import Piece
+from dvi.problems.derivatives.kinks import Piece
 
 F64 = torch.float64
 

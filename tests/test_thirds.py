@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dvi
 from dvi.methods import GradientDescent
 from dvi.problems import digits
-from dvi.problems.edge import MatrixSweep
+from dvi.problems.exact.edge import MatrixSweep
 from dvi.solvers import thirds
 from dvi.solvers.here import Here
 from dvi.solvers.interval import Experience, Slope, Taken

@@ -10,8 +10,8 @@ from torch.func import vmap
 
 import dvi
 from dvi import methods as M
+from dvi.compiler.tangents import derivative
 from dvi.methods import Method
-from dvi.tangents import derivative
 
 D = torch.float64
 UNUSED = [(2, 2), (1,)]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import dvi
-from dvi.plot import time_average
+from dvi.plotting import time_average
 
 torch.set_num_threads(1)  # the matrices are small: threads would only wait for each other
 folder = Path("runs/demo")

@@ -21,8 +21,8 @@ import tyro
 import dvi
 from dvi.cli.names import KINDS, Make, UsageError, in_words, made, maker
 from dvi.cli.options import flags
-from dvi.files import writable
-from dvi.solve import default_integrator
+from dvi.runs.solving import default_integrator
+from dvi.storage.files import writable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
 

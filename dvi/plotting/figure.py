@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dvi.compare import Comparison
-from dvi.files import replacing, writable
 from dvi.plotting.panels import Panel, panels
 from dvi.plotting.style import LEGEND, ONSET, rank, settings
-from dvi.solution import Solution
-from dvi.status import Status
+from dvi.results.comparison import Comparison
+from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.storage.files import replacing, writable
 
 try:
     import matplotlib.style

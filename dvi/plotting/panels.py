@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvi.compare import Comparison, gaussian_average
 from dvi.plotting.style import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, Look, of_flow, rank
-from dvi.solution import Solution
+from dvi.results.averages import gaussian_average
+from dvi.results.comparison import Comparison
+from dvi.results.solution import Solution
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.protocol import Array
 

@@ -23,8 +23,8 @@ from typing import Any
 import sympy
 from sympy import Add, Derivative, Eq, Expr, Function, Matrix
 
-from dvi.flows import MethodLike
-from dvi.forgetting import Accuracy
+from dvi.compiler.exact_rates import Accuracy
+from dvi.compiler.flows import MethodLike
 from dvi.methods import Method, Nu, SpecError
 from dvi.symbolic.evaluation import Point, Values, evaluate
 from dvi.symbolic.formulas import Formulas, SymbolicFlow, SymbolicSpec

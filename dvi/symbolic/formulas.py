@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sympy import Eq, Expr, Matrix, Symbol
 from torch.utils import _pytree as pytree
 
-from dvi.forgetting import Accuracy
+from dvi.compiler.exact_rates import Accuracy
 from dvi.methods import Method
 
 

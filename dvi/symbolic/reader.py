@@ -13,9 +13,9 @@ import torch
 from sympy import Expr, Symbol
 from torch.utils import _pytree as pytree
 
-from dvi.flows import MethodLike
+from dvi.compiler.flows import MethodLike
 from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
-from dvi.methods.validate import leaves
+from dvi.methods.validation import leaves
 from dvi.symbolic.formulas import Leaf, SymbolicSpec
 from dvi.symbolic.simplification import factored, split_roots
 from dvi.symbolic.tensors import SymbolTensor, number, symbolic

@@ -1,0 +1,84 @@
+"""P̃(ν, t), and how it changes when ν and the clock move.
+
+Momentum Q enters by its threshold c and gain Q₁.  H ⪯ cP is H ⪯ 2P̃ with P̃ = (c/2)P, so all of the numerics is written
+in P̃, where the edge is at 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from dvi.compiler.tangents import derivative
+from dvi.compiler.tracing import Replays
+from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar, Timetable
+
+
+class Metric:
+    """P̃ of a spec.
+
+    Args:
+        method: the declaration.
+        nu: an example of ν, after a first update.
+        replays: the derivatives of the spec that are replayed.
+        centred: how tables are read, see :meth:`dvi.methods.Timetable.at`.
+    """
+
+    def __init__(self, method: Method, nu: Nu, replays: Replays, centred: bool = False) -> None:
+        self.method, self.replays, self.centred = method, replays, centred
+        self.timetable = Timetable(method)
+        self.scheduled = bool(method.scheduled)
+        self.momentum = not method.at(0.0).Q().trivial
+        self.stateless = not pytree.tree_leaves(nu)
+        P = self.P(nu, 0.0)
+        #: is it known by a tensor p, as diag(p) or p I?
+        self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
+
+    def at(self, t: float) -> Method:
+        """The method with its schedules' values at t."""
+        return self.timetable.at(t, centred=self.centred)
+
+    def P(self, nu: Nu, t: float) -> Preconditioner:
+        """P̃ at (ν, t): the preconditioner, scaled so that the threshold is 2."""
+        return self._scaled(self.at(t), nu)
+
+    def _scaled(self, method: Method, nu: Nu) -> Preconditioner:
+        return method.P(nu).scaled(0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+
+    def rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
+        """The upper triangles of Uᵀ ∂P̃[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""
+        k = U.shape[1]
+        rows, columns = torch.triu_indices(k, k, device=U.device)
+        if self.simple:  # then [d, k] products are not needed
+            p: Tensor = self.replays.each(self._p_rate, self.at(t), (nu,), dnu)
+            products = U[:, rows] * U[:, columns]
+            return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
+
+        def rate(dnu: Nu) -> Tensor:
+            PU: Tensor = derivative(lambda nu: self.P(nu, t).apply(U), nu, dnu)
+            return (U.T @ PU)[rows, columns]
+
+        generic: Tensor = vmap(rate, chunk_size=max(1, 64 // k))(dnu)  # each direction holds a [d, k] product
+        return generic
+
+    def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
+        """Uᵀ (∂P̃/∂t) U [k, k], as the schedules move."""
+        dt = U.new_zeros(())
+
+        def image(dt: Tensor) -> Tensor:
+            return self._scaled(self.timetable.at(t, dt, self.centred), nu).apply(U)
+
+        PU: Tensor = derivative(image, dt, torch.ones_like(dt))
+        return U.T @ PU
+
+    def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:
+        """d/ds p(ν + s·dν) for P̃ = diag(p), [d], or p I, []."""
+
+        def p(nu: Nu) -> Tensor:
+            entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
+            return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays so
+
+        rate: Tensor = derivative(p, nu, dnu)
+        return rate

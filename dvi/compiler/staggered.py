@@ -1,0 +1,169 @@
+"""The flow with momentum as a state: second order in the step size, for every filter, and for none (τ = 0).
+
+    dw/dt = −Q₁P(ν)⁻¹ m,      τ′ dm/dt = g + ½∇³L[Σ] − m,      τ′ = τ + ½,
+    dν/dt = K J⁻¹ (f(ν, g) + ½∇²_g f[HΣH]),      K = log(I+J), J = ∂f/∂ν,
+    0 ⪯ Σ  ⟂  cP(ν) − H(w) ⪰ 0.
+
+Where a schedule changes Q₁, it is Q₁m that obeys the second equation (times Q₁).
+
+An optimizer's step from w_t to w_{t+1} uses m_t and ν_t, made with the gradient at w_t: they belong to the middle of
+that step, t + ½.  This is where the ½ in τ′ comes from, and why ν's and the schedules' clocks run half a step behind.
+
+One semi-implicit step of h, m and ν at half-steps, e = (τ′ − h/2)/(τ′ + h/2):
+
+    m⁺ = e m + (1−e)(g + ½∇³L[Σ]),      ν⁺ = ν + ((I+J)ʰ − I)J⁻¹ (f + ½∇²f[HΣH]),      w⁺ = w − h Q₁P(ν⁺)⁻¹ m⁺,
+
+is for h = 1 the optimizer's own step with the force of Σ added (exactly, for filters with one buffer and no direct
+part, and for none).  Σ comes from the gap at the end of the step, which is linear in X as far as ν's response is small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.methods import Nu, Preconditioner
+from dvi.solvers.protocol import Array, Frame, Staggered, State, host, like
+from dvi.solvers.svec import smat, svec, triu
+
+if TYPE_CHECKING:
+    from dvi.compiler.calculus import SpecCalculus
+
+
+def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
+    """Momentum and ν half a step h behind y.
+
+    Args:
+        calculus: of the spec.
+        y: a state of the optimizer, ν after the update with g; or of a flow with momentum, ν and m [d] at y.t.
+        g: the gradient at y [d].
+        h: unit times, at most 1.
+
+    Without a filter m starts at g.  (A start on the slow manifold, m = g + τ′Hg̃ with one product more, was measured to
+    end 4 to 8 times further from gradient descent: the short transient makes up for a part of the next order's error.)
+    """
+    lag = calculus.lag(y.t)
+    last = calculus.last_update(y.nu, y.t, g)
+    if isinstance(y.m, Tensor):
+        m = regained(calculus, y.m - 0.5 * h / lag * (g - y.m), y.t, y.t - 0.5 * h)
+        return Staggered(y.w, m, _shifted(y.nu, last, -0.5 * h), y.nu, y.t)
+    if y.m is None:
+        m = g
+    else:
+        Q = calculus.metric.at(y.t).Q()
+        now = Q.step(g, y.m)[0] / Q.gain  # the flow's m at ½, and at −½
+        before = y.m[-1] / calculus.metric.at(calculus.clock(y.t - 0.5)).Q().gain
+        m = before + (0.5 - 0.5 * h) * (now - before)
+    return Staggered(y.w, m, _shifted(y.nu, last, -0.5 - 0.5 * h), _shifted(y.nu, last, -0.5), y.t)
+
+
+def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
+    """Momentum and ν half a step h behind w, from half a step ``before``: along their rates, without oscillation."""
+    by = 0.5 * (before - h)
+    m = s.m + by / calculus.lag(s.t) * (g - s.m)
+    m = regained(calculus, m, s.t - 0.5 * before, s.t - 0.5 * h)
+    return replace(s, m=m, nu=pytree.tree_map(torch.add, s.nu, calculus.nu_changes(s.nu, s.t, g, [by])[0]))
+
+
+def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Tensor:
+    """The momentum m [d] of one time in the units of another: Q₁m is what lasts, and a schedule may change Q₁."""
+    if not calculus.momentum or not calculus.metric.scheduled:
+        return m
+    old, new = (float(calculus.metric.at(calculus.clock(t)).Q().gain) for t in (before, now))
+    return m if old == new else (old / new) * m
+
+
+def _shifted(nu: Nu, change: Nu, by: float) -> Nu:
+    return pytree.tree_map(lambda x, dx: x + by * dx, nu, change)
+
+
+@dataclass(frozen=True)
+class ImplicitStep:
+    """A semi-implicit step of h from s with the constraint modelled by a frame, linear in X (svec where flat)."""
+
+    calculus: SpecCalculus
+    s: Staggered
+    g: Tensor
+    frame: Frame
+    h: float
+
+    @cached_property
+    def decay(self) -> float:
+        """E = (τ′ − h/2)/(τ′ + h/2)."""
+        lag = self.calculus.lag(self.s.t)
+        return (lag - 0.5 * self.h) / (lag + 0.5 * self.h)
+
+    @cached_property
+    def _free(self) -> tuple[Tensor, Nu, Nu]:
+        """(m, ν) at t + h/2 and ν at t + h, without oscillation."""
+        s, e = self.s, self.decay
+        kept = regained(self.calculus, s.m, s.t - 0.5 * self.h, s.t + 0.5 * self.h)
+        m = e * kept + (1 - e) * self.g
+        middle, end = (
+            pytree.tree_map(torch.add, s.nu, change)
+            for change in self.calculus.nu_changes(s.nu, s.t, self.g, [self.h, 1.5 * self.h])
+        )
+        return m, middle, end
+
+    def _moved(self, P: Preconditioner, m: Tensor) -> Tensor:
+        return -self.h * self.calculus.speed(self.calculus.clock(self.s.t + 0.5 * self.h)) * P.solve(m)
+
+    def _middle_P(self, nu: Nu) -> Preconditioner:
+        return self.calculus.checked_P(nu, self.calculus.clock(self.s.t + 0.5 * self.h), self.g)
+
+    @cached_property
+    def _responses(self) -> tuple[Nu, Nu]:
+        """How ν at t + h/2 and at t + h answers to every svec basis element."""
+        s, frame = self.s, self.frame
+        HU = 2 * self._middle_P(self._free[1]).apply(frame.U)  # what holds on the constraint
+        second = self.calculus.f_curvature(s.nu, s.t, self.g, HU, frame.T)
+        middle, end = self.calculus.nu_changes(s.nu, s.t, self.g, [self.h, 1.5 * self.h], second)
+        return middle, end
+
+    @cached_property
+    def _host(self) -> tuple[Array, Array]:
+        """The gap at t + h without oscillation [k, k], and how X opens it [n, n]."""
+        frame, calculus, end_clock = self.frame, self.calculus, self.calculus.clock(self.s.t + self.h)
+        k, (m, nu, nu_end) = frame.k, self._free
+        if not k:
+            return np.zeros((0, 0)), np.zeros((0, 0))
+        P, P_end = self._middle_P(nu), calculus.checked_P(nu_end, end_clock)
+        opened = frame.T @ (0.5 * (1 - self.decay) * self._moved(P, frame.T.T))
+        gap = 2 * (frame.U.T @ P_end.apply(frame.U))
+        moved = frame.T @ (self.s.w + self._moved(P, m) - frame.w)
+        parts = [-opened, gap, moved]
+        if not calculus.stateless:
+            parts.append(calculus.metric.rates(nu_end, end_clock, self._responses[1], frame.U).T)
+        B, G, v, *bP = host(*parts)
+        B = B + 2 * triu(k).weight[:, None] * bP[0] if bP else 0.5 * (B + B.T)
+        return 0.5 * (G + G.T) - frame.M - smat(v), B
+
+    @property
+    def gap(self) -> Array:
+        """Uᵀ(2P̃ − H)U [k, k] at the end of the step, without oscillation."""
+        return self._host[0]
+
+    @property
+    def beta(self) -> Array:
+        """[n, n] in svec: what X adds to that gap."""
+        return self._host[1]
+
+    def end(self, X: Array | None) -> Staggered:
+        """Where the step ends with oscillation covariance UXUᵀ (None: without)."""
+        s, h = self.s, self.h
+        m, nu, nu_end = self._free
+        if X is not None and X.any():
+            z = like(svec(X), self.g)
+            m = m + (1 - self.decay) * 0.5 * (z @ self.frame.T)
+            if not self.calculus.stateless:
+                nu, nu_end = (
+                    pytree.tree_map(lambda x, b: x + torch.tensordot(z, b, dims=1), base, response)
+                    for base, response in zip((nu, nu_end), self._responses, strict=True)
+                )
+        return Staggered(s.w + self._moved(self._middle_P(nu), m), m, nu, nu_end, s.t + h)

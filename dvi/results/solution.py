@@ -1,0 +1,137 @@
+"""The result of a run."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.problems import Ledger
+from dvi.results.status import Status
+from dvi.solvers.protocol import Array
+
+Tree = dict[str, Any]
+
+
+@dataclass
+class Cost:
+    """What a run cost, as counts that hold on every machine.
+
+    Attributes:
+        t: recorded times [m]; ``counts``: the ledger after the steps that begin at these times.
+        ledger: totals.
+    """
+
+    t: Array
+    counts: list[dict[str, int]]
+    ledger: Ledger
+
+    def __repr__(self) -> str:
+        return f"Cost({self.ledger!r}, {self.ledger.gradient_equivalents:.0f} gradient equivalents)"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "ledger":
+            raise AttributeError(name)
+        return getattr(self.ledger, name)
+
+    def per_unit_time(self, t0: float | None = None, t1: float | None = None) -> float:
+        """Gradient equivalents per unit time between two times (the whole run by default).
+
+        A step's evaluations are spent between the times it leads from and to, the first search for eigenvectors
+        with the first step; what is looked at when the end is reached is in the totals only.
+
+        Raises:
+            ValueError: unless t1 > t0.
+        """
+        t0 = self.t[0] if t0 is None else t0
+        t1 = self.t[-1] if t1 is None else t1
+        if not t1 > t0:
+            raise ValueError(f"per_unit_time({t0}, {t1}): the second time must be later.")
+        # the counts at t[i] are those after the step that begins there
+        after = [Ledger(**counts, weights=self.ledger.weights).gradient_equivalents for counts in self.counts]
+        spent = [0.0, *after[:-1]]
+        return float((np.interp(t1, self.t, spent) - np.interp(t0, self.t, spent)) / (t1 - t0))
+
+
+@dataclass
+class Solution:
+    """One process: the optimizer, its central flow or its stable flow.
+
+    Times are unit times (1 = one optimizer step), counted from the end of the warm start.
+
+    Attributes:
+        name: "discrete", "central", "stable".
+        t: recorded times [n].
+        loss: L(w(t)) [n]; for the optimizer, at the iterates.
+        predicted_loss: the time average of the optimizer's loss that the flow predicts, L + ½⟨H, Σ⟩ (eq. 7) [n];
+            NaN for the optimizer.
+        eigenvalues: effective eigenvalues [n, m], descending, NaN where not followed.
+        X: oscillation covariance in the critical eigenvectors' basis, a list of [k, k].
+        w: weights [d] at the end; nu: the optimizer's state there.
+        breakpoints: (t, "enter" | "leave", k): directions that start or stop oscillating.
+        status: how the run ended; ``str(status)`` is a sentence with advice.
+        ledger: what it cost, see :class:`Cost`.
+        series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
+            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖), and, where
+            asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, and ``w``.
+        notes: what the user should know about this run.
+        about: method, problem, integrator, versions, in words.
+    """
+
+    name: str
+    t: Array
+    loss: Array
+    predicted_loss: Array
+    eigenvalues: Array
+    X: list[Array]
+    w: Tensor
+    nu: Any
+    breakpoints: list[tuple[float, str, int]]
+    status: Status
+    ledger: Cost
+    series: dict[str, Array] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        end = f"t = {self.t[0]:g} … {self.t[-1]:g}" if len(self.t) else "no time recorded"
+        loss = f", loss {self.loss[-1]:.4g}" if len(self.loss) else ""
+        return f"Solution({self.name}: {end}{loss}, {len(self.breakpoints)} breakpoints, {self.status.name})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tensors as bytes: torch sends them between processes by a handle, which is lost if the sender ends."""
+        buffer = io.BytesIO()
+        torch.save((self.w, self.nu), buffer)
+        return {**self.__dict__, "w": None, "nu": None, "tensors": buffer.getvalue()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From :meth:`__getstate__`, tensors on the device where they were."""
+        state = dict(state)
+        tensors = io.BytesIO(state.pop("tensors"))
+        self.__dict__.update(state)
+        self.w, self.nu = torch.load(tensors, weights_only=False)  # part of a pickle, which may run code anyway
+
+    @property
+    def k(self) -> Array:
+        """How many directions oscillate at the recorded times [n]."""
+        times = np.array([b[0] for b in self.breakpoints])
+        counts = np.array([0] + [b[2] for b in self.breakpoints])
+        out: Array = counts[np.searchsorted(times, self.t, side="right")]
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write to an HDF5 file (atomically: an older file is replaced only by a whole one)."""
+        from dvi.storage.hdf5 import save
+
+        save(self, path)
+
+    def plot(self, path: str | Path | None = None, **options: Any) -> Any:
+        """Draw loss, effective eigenvalues and what else was recorded; returns the figure, saves it to ``path``."""
+        from dvi.plotting import plot_solution
+
+        return plot_solution(self, path, **options)

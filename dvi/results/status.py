@@ -1,0 +1,59 @@
+"""How a run ended, in a sentence with advice."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class Status(Enum):
+    """How a run ended.  The value of a member is the sentence to print; ``str(status)`` gives it."""
+
+    SUCCESS = "The run reached the requested time."
+    RUNNING = "The run has not reached the requested time; go on from its file with resume=."
+    INTERRUPTED = "The run was interrupted by the user; what was computed is here, go on from its file with resume=."
+    INFEASIBLE_START = (
+        "The effective sharpness at the start is above 2, where the optimizer diverges and no central flow exists. "
+        'Let the real optimizer settle first: warm_start="auto", or warm_start=N for N steps; or lower lr.'
+    )
+    NO_SOLUTION = (
+        "The cone complementarity problem has no solution here: nothing that oscillates can keep the effective "
+        "sharpness at 2. On a quadratic loss there is no third derivative to do it; otherwise the method's f and P do "
+        "not react to oscillations (β is not monotone), and the flow ends where the optimizer would diverge."
+    )
+    NOT_CONVERGED = (
+        "The leading eigenpairs of the effective Hessian did not converge. Loosen the eigenvector tolerance, raise "
+        "max_iterations, or compute in float64."
+    )
+    NOT_POSITIVE_DEFINITE = (
+        "P(ν) stopped being positive definite. Give the method an eps > 0, or check the formula of P."
+    )
+    DIVERGED = (
+        "The trajectory diverged (weights or loss not finite). Lower lr; for a flow, also lower dt or tol, and start "
+        "from an effective sharpness below 2 (warm_start)."
+    )
+    OUT_OF_MEMORY = (
+        "So many directions are critical that their third derivatives would not fit the memory allowed. Allow more "
+        "(max_gib= of central_flow), compute in float32, or lower lr so that fewer directions oscillate."
+    )
+    KINKS = (
+        "The loss has kinks (ReLU, max, abs, …), and the flow cannot go on across them at a bounded cost: its gradient "
+        "jumps there, so the flow slides along a kink in ever shorter steps. Give the flow a smooth loss: "
+        "dvi.problems.smoothed(model, beta=20) is a copy of the model with β-GELU for ReLU; a larger beta is closer to "
+        "ReLU, and costs more."
+    )
+    SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
+    LOSS_CHANGED = (
+        "The loss at the starting weights is not what it was when the problem was made: it depends on something beside "
+        "the weights (data that were changed, random numbers, a counter), and what was computed cannot be trusted."
+    )
+    DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
+
+    def __str__(self) -> str:
+        return self.value
+
+
+__all__ = ["Status"]

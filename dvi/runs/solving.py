@@ -1,0 +1,334 @@
+"""Run one process: ``solve(flow, steps)``; and what it shares with running several (:mod:`dvi.compare`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
+from dvi.runs.optimizer_process import DiscreteProcess
+from dvi.compiler.flows import CentralMap, CompiledFlow
+from dvi.methods import NotPositiveDefiniteError
+from dvi.methods.errors import ScheduleError
+from dvi.runs.observables import Observer
+from dvi.problems import LossChangedError, ProblemError
+from dvi.runs.process import FlowProcess, MapProcess, Process
+from dvi.results.solution import Solution
+from dvi.solvers.ccp import CCPError
+from dvi.solvers.critical import CRITICAL
+from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.numbers import number
+from dvi.solvers.protocol import Array, Integrator, State
+from dvi.solvers.semi_implicit import SemiImplicit
+from dvi.solvers.watch import Watch
+from dvi.stationarity.flow import Quasistatic, StationaryFlow
+from dvi.results.run_error import RunError
+from dvi.results.status import Status
+
+logger = logging.getLogger("dvi")
+
+WarmStart = int | Literal["auto"]
+
+_AUTO_LIMIT = 500  # steps of the optimizer after which "auto" gives up
+
+
+def solve(
+    flow: CompiledFlow,
+    steps: int,
+    *,
+    integrator: Integrator | None = None,
+    warm_start: WarmStart = 0,
+    save_every: float = 1,
+    save: tuple[str, ...] = (),
+    coordinates: tuple[int, ...] = (),
+    test_inputs: Any = None,
+    eigen_every: float = 5,
+    progress: bool = True,
+    throw: bool = True,
+    start: State | None = None,
+) -> Solution:
+    """Integrate a flow, or run the optimizer, over ``steps`` unit times.
+
+    Args:
+        flow: what :func:`dvi.central_flow`, :func:`dvi.stable_flow` or :func:`dvi.discrete` made.
+        steps: how long, in unit times (steps of the optimizer).
+        integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
+        warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
+            bring the effective sharpness below 2, and to fill the buffers of momentum.
+        save_every: unit times between recorded moments.
+        save: ("w",) to record the weights at every recorded moment, too.
+        coordinates, test_inputs: what else to observe, see :class:`dvi.runs.observables.Observer`.
+        eigen_every: unit times between looks at the eigenvalues of the optimizer, which it does not need (0: never).
+        progress: show a progress bar.
+        throw: raise where the run cannot go on; otherwise give back what was computed, with its status.
+        start: a state to start from instead of the flow's own.
+
+    Raises:
+        RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        SpecError: if a schedule of the method fails in the time of the run.
+        ValueError: if steps or save_every is not positive.
+    """
+    steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
+    grid = time_grid(steps, save_every)
+    status, words = Status.SUCCESS, ""
+    failure: BaseException | None = None
+    try:
+        start, notes = warm_up(flow, warm_start, start)
+    except RunError as error:
+        start, notes, failure = start or flow.initial, [], error
+        status, words = error.status, error.detail
+    observer = Observer(tuple(coordinates), test_inputs)
+    process = make_process(flow, integrator, start, grid, observer, eigen_every)
+    flow.notes.extend(notes)
+    about = describe(flow, steps) | {"warm_start": start.t}
+    kept: list[Array] = []
+    todo = len(grid) if failure is None else 0
+    with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
+        try:
+            flow.problem.check_unchanged()
+            for i in range(todo):
+                w = process.weights(i)
+                if "w" in save:
+                    kept.append(w.detach().cpu().numpy())
+                bar.update(1)
+            flow.problem.check_unchanged()
+        except FAILURES as error:
+            (status, words), failure = verdict(error, flow, process.y), error
+    solution = process.solution(status, about)
+    if kept:
+        solution.series["w"] = np.stack(kept[: len(solution.t)])
+    if failure is not None:
+        solution.notes.append(f"Stopped: {words}")
+        if throw:
+            raise RunError(status, words, solution) from failure
+    return solution
+
+
+# ---- shared with compare ------------------------------------------------------------------------------
+
+FAILURES = (RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+
+
+def classify(error: BaseException) -> Status:
+    """The status that an exception of a run stands for."""
+    if isinstance(error, RunError):
+        return error.status
+    for kind, status in (
+        (LossChangedError, Status.LOSS_CHANGED),
+        (CCPError, Status.NO_SOLUTION),
+        (ConvergenceError, Status.NOT_CONVERGED),
+        (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (ScheduleError, Status.SCHEDULE),
+        (MemoryLimitError, Status.OUT_OF_MEMORY),
+        (StepError, Status.DIVERGED),
+        (DomainError, Status.DIVERGED),
+        (FloatingPointError, Status.DIVERGED),
+    ):
+        if isinstance(error, kind):
+            return status
+    return Status.DERIVATIVES
+
+
+def verdict(error: BaseException, flow: CompiledFlow, y: State) -> tuple[Status, str]:
+    """The status that an exception of a flow at y stands for, and its words.
+
+    Eigenvectors that do not converge are often weights that have run away: then that is what is said, if the optimizer
+    runs away from y, too.
+    """
+    status, words = classify(error), detail(error)
+    if status is Status.NOT_CONVERGED:
+        optimizer = Discrete(flow.problem, flow.method, check=False)
+        try:
+            with flow.problem.ledger.paused():
+                begin = float(flow.problem.value(flow.problem.w0))
+                _refuse_divergence(optimizer, State(y.w, y.nu, y.t, optimizer.initial.m), begin)
+        except OptimizerDivergedError as cause:
+            return Status.DIVERGED, f"{cause} (Before that: {words})"
+        except FAILURES:
+            pass
+    return status, words
+
+
+def detail(error: BaseException) -> str:
+    """The exception's own words, without the status sentence that will stand before them."""
+    return error.detail if isinstance(error, RunError) else str(error)
+
+
+def numbers(**arguments: Any) -> tuple[Any, ...]:
+    """Python's numbers for arguments that may be NumPy's, or tensors of shape []."""
+    return tuple(number(x, name) for name, x in arguments.items())
+
+
+def time_grid(steps: float, save_every: float) -> Array:
+    """Recorded times 0, save_every, … and the end itself."""
+    if not 0 < steps < np.inf or not 0 < save_every < np.inf:
+        raise ValueError(f"steps={steps} and save_every={save_every} must be positive and finite (unit times).")
+    grid = np.arange(0, np.floor(steps / save_every + 1e-9) + 1) * float(save_every)
+    return np.append(grid, float(steps)) if grid[-1] < steps - 1e-9 else grid
+
+
+def default_integrator(flow: CompiledFlow) -> Integrator:
+    """What a flow is integrated with unless the user says otherwise."""
+    if isinstance(flow, StationaryFlow):
+        return Quasistatic()
+    if isinstance(flow, CentralMap):
+        return SemiImplicit(dt=1.0)
+    return SemiImplicit() if flow.inertial else MacroStep()
+
+
+def make_process(
+    flow: CompiledFlow,
+    integrator: Integrator | None,
+    start: State,
+    grid: Array,
+    observer: Observer,
+    eigen_every: float,
+) -> Process:
+    """The process for a flow or an optimizer."""
+    observer.check(len(flow.problem.w0))
+    if isinstance(flow, Discrete):
+        if integrator is not None:
+            raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
+        return DiscreteProcess(flow, start, grid, observer, eigen_every)
+    integrator = integrator or default_integrator(flow)
+    if isinstance(flow, StationaryFlow) and not isinstance(integrator, Quasistatic):
+        raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
+    if flow.inertial and not isinstance(integrator, SemiImplicit):
+        raise ValueError(
+            f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
+            'the state: use SemiImplicit(dt=…), or compile the flow with accuracy="paper".'
+        )
+    if isinstance(integrator, SemiImplicit) and not flow.inertial:
+        raise ValueError(
+            f'SemiImplicit is for flows of accuracy="second-order", not for this {flow.name} flow of accuracy="paper": '
+            "take MacroStep, or compile the flow with the other accuracy."
+        )
+    if isinstance(flow, CentralMap):
+        if not isinstance(integrator, SemiImplicit) or integrator.dt != 1:
+            raise ValueError("The central map is driven by SemiImplicit(dt=1), one step of the optimizer at a time.")
+        return MapProcess(flow, integrator, start, grid, observer)
+    return FlowProcess(flow, integrator, start, grid, observer)
+
+
+def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
+    """What a result says about how it was made."""
+    import dvi
+
+    return {
+        "method": repr(flow.method),
+        "problem": repr(flow.problem),
+        "dim": len(flow.problem.w0),
+        "dtype": str(flow.problem.w0.dtype),
+        "device": str(flow.problem.w0.device),
+        "covariance": flow.covariance,
+        "accuracy": flow.accuracy,
+        "steps": float(steps),
+        "dvi": dvi.__version__,
+        "torch": str(torch.__version__),
+    }
+
+
+def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
+    """The state after a few steps of the real optimizer, and what to tell the user about it.
+
+    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and with
+    momentum at least four times its lag τ′, since a flow cannot know what an empty buffer does to the first steps.
+
+    Raises:
+        RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).
+    """
+    if start is not None and not isinstance(start, State):
+        raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
+    y = start or flow.initial
+    auto = isinstance(warm_start, str) and warm_start == "auto"
+    if not isinstance(warm_start, str):
+        (warm_start,) = numbers(warm_start=warm_start)
+    if not auto and not (isinstance(warm_start, int) and warm_start >= 0):
+        raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, or "auto".')
+    if warm_start == 0:
+        return y, []
+    optimizer = Discrete(flow.problem, flow.method, check=False)
+    limit = _AUTO_LIMIT if auto else int(warm_start)
+    with flow.problem.ledger.paused():
+        try:
+            burn_in = int(np.ceil(4 * flow.calculus.lag(y.t))) if auto and flow.calculus.momentum else 0
+            y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto, at_least=burn_in)
+        except FAILURES as error:
+            raise RunError(classify(error), f"In the warm start: {detail(error)}") from error
+    if taken == 0:
+        return y, []
+    why = f" (effective sharpness {sharpness:.2f} at the start)" if auto else ""
+    note = f"Warm start: {taken} steps of the real optimizer before time 0{why}."
+    logger.warning("%s", note)
+    return y, [note]
+
+
+def _settle(
+    optimizer: Discrete, y: State, limit: int, until_stable: bool, at_least: int = 0
+) -> tuple[State, int, float]:
+    """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
+    loss, g = optimizer.problem.value_and_grad(y.w)
+    begin = float(loss)
+    watch, first, suspected = Watch(), float("nan"), False
+    for taken in range(limit + 1):
+        if _run_away(loss, begin) and not suspected:
+            suspected = True
+            _refuse_divergence(optimizer, y, begin)
+        if until_stable and (taken == 0 or taken >= at_least):
+            try:
+                seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
+            except FAILURES:  # no eigenvectors: of a loss that is hard, or of weights that have run away?
+                _refuse_divergence(optimizer, y, begin)
+                raise
+            sharpness = float(seen.eigenvalues[0])
+            first = sharpness if taken == 0 else first
+            if sharpness <= CRITICAL and taken >= at_least:
+                return y, taken, first
+        if taken == limit:
+            break
+        y, loss, g = optimizer.step(y, g)
+    if until_stable:
+        _refuse_divergence(optimizer, y, begin)
+        raise RunError(
+            Status.INFEASIBLE_START,
+            f"{limit} steps of the optimizer left the effective sharpness at {sharpness:.2f}.",
+        )
+    return y, limit, first
+
+
+def _refuse_divergence(optimizer: Discrete, y: State, begin: float) -> None:
+    """Let the optimizer go on from y, without looks at eigenvectors, and raise if it does not come back.
+
+    Raises:
+        OptimizerDivergedError: if it ends where numbers end, or at far more than the loss to ``begin`` with.
+    """
+    loss, g = optimizer.value_and_grad(y)
+    here = loss
+    for _ in range(_AUTO_LIMIT):
+        y, loss, g = optimizer.step(y, g)
+    if _run_away(loss, begin) and loss > here:
+        raise OptimizerDivergedError(
+            f"The optimizer itself diverges{at_lr(optimizer.method.at(y.t))}: after {y.t:g} steps the loss has grown "
+            f"from {begin:.3g} to {float(loss):.3g}."
+        )
+
+
+def _run_away(loss: Tensor, begin: float) -> bool:
+    """Has the loss grown beyond what a catapult does?"""
+    return float(loss) - begin > 1e3 * abs(begin)
+
+
+@contextmanager
+def progress_bar(total: int, what: str, show: bool) -> Iterator[Any]:
+    """A tqdm bar over recorded moments."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, unit="t", disable=not show, leave=False) as bar:
+        yield bar

@@ -1,0 +1,114 @@
+"""The stationary ν: where ν would settle if the weights were held (paper, §5.2.1, App. B, C.6).
+
+For any spec that forgets.  At fixed w, with g = ∇L(w) and H = ∇²L(w), the pair (ν, Σ) of
+
+    f(ν, g) + ½∇²_g f[HΣH] = 0,        0 ⪯ Σ  ⟂  2P(ν) − H ⪰ 0.
+
+With Σ = DDᵀ, D [d, r], complementarity says P(ν)⁻¹HD = 2D, and the paper's fixed point for RMSProp becomes, for any
+(f, P),
+
+    ν ← the root of f(ν, g) + ½ Σⱼ ∇²_g f[HDⱼ, HDⱼ],        D ← ½ P(ν)⁻¹ H D.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.compiler.flows import CompiledFlow
+from dvi.methods import Method, RMSProp, SpecError
+from dvi.solvers.protocol import host, like
+from dvi.solvers.stable_diagonal import Bounds, bounds, require_small, stable_diagonal
+from dvi.stationarity.equation import Balance, StationaryPoint
+from dvi.stationarity.fixed_point import Search
+
+
+def stationary(
+    flow: CompiledFlow,
+    w: Tensor | None = None,
+    *,
+    t: float = 0.0,
+    by: Literal["fixed point", "sdp"] = "fixed point",
+    tol: float | None = None,
+    max_iterations: int = 3000,
+    rank: int = 8,
+    start: StationaryPoint | None = None,
+    seed: int = 0,
+) -> StationaryPoint:
+    """The ν at which dν/dt = 0 at fixed weights, with the oscillation that holds it there.
+
+    Args:
+        flow: a compiled flow, see :func:`dvi.central_flow`; of its method, f must forget (an average).
+        w: weights [d] (default: the flow's initial ones).
+        t: the clock, for methods with schedules (unit times).
+        by: "fixed point" needs Hessian–vector products with r directions only.  "sdp" solves eq. (12) as a semidefinite
+            program: for RMSProp with ε = 0 and about a hundred weights, as a reference.
+        tol: relative residual to be reached (default: 1e-9, in float32 1e-5); eigenvalues of P⁻¹H are then at most
+            2 + 1000 tol.
+        max_iterations: of the fixed point, r Hessian–vector products each.
+        rank: columns r of D to start with; it grows where more directions oscillate.
+        start: a point nearby, to start from.
+        seed: of the first D.
+
+    Raises:
+        SpecError: if ν has no stationary value: a method without state, or whose ν forgets nothing (AdaGrad, the clock
+            of a bias correction); with by="sdp", if the method is not RMSProp with ε = 0.
+        ConvergenceError: if the fixed point is not reached.
+        MemoryLimitError: with by="sdp", if there are too many weights.
+    """
+    w = flow.initial.w if w is None else w
+    _, g = flow.problem.value_and_grad(w)
+    balance = Balance(flow, w, g, t)
+    if by == "sdp":
+        return _by_sdp(flow, balance)
+    if by != "fixed point":
+        raise ValueError(f'by is "fixed point" or "sdp", not {by!r}.')
+    search = Search(balance, tol or (1e-9 if w.dtype == torch.float64 else 1e-5), max_iterations, rank, seed)
+    return search.run(start)
+
+
+def duality(flow: CompiledFlow, point: StationaryPoint) -> Bounds:
+    """Primal and dual value of eq. (12) at a stationary point: their gap bounds the error of both (App. B, errata).
+
+    Both points are first scaled to be feasible, so the bound holds whatever the point's residual is (to the accuracy of
+    its leading eigenvalue).
+
+    Raises:
+        SpecError: if the method is not RMSProp with ε = 0.
+    """
+    lr = _program(flow.method, point.t)
+    _, g = flow.problem.value_and_grad(point.w)
+    D = point.D
+    v, grad, sigma, HDD = host(point.nu["v"], g, point.covariance_diagonal, (D * flow.problem.hvp(point.w, D)).sum())
+    to_dual = 2 / lr**2  # Σ̂ = (2/η²) Σ
+    return bounds(np.sqrt(v) / lr, np.abs(grad) / lr, point.sharpness, to_dual * sigma, to_dual * float(HDD))
+
+
+def _program(method: Method, t: float) -> float:
+    """The learning rate of a method that eq. (12) is about."""
+    now = method.at(t)
+    if not isinstance(now, RMSProp) or now.bias_correction or now.eps != 0 or not now.Q().trivial:
+        raise SpecError(
+            f"{method}: the convex program (eq. 12) belongs to RMSProp with eps=0 and bias_correction=False; for "
+            'others take by="fixed point".'
+        )
+    return float(now.lr)
+
+
+def _by_sdp(flow: CompiledFlow, balance: Balance) -> StationaryPoint:
+    lr = _program(flow.method, balance.t)
+    w, g = balance.w, balance.g
+    require_small(len(w))
+    H, grad = host(flow.problem.hvp(w, torch.eye(len(w), dtype=w.dtype, device=w.device)), g)
+    found = stable_diagonal(0.5 * (H + H.T), grad / lr)
+    values, Q = np.linalg.eigh(0.5 * lr**2 * found.multiplier)
+    kept = values > 1e-6 * max(values[-1], np.finfo(np.float64).tiny)  # the interior point leaves some 1e-9 behind
+    D = like(Q[:, kept] * np.sqrt(values[kept]), w)
+    nu = {"v": like((lr * found.p) ** 2, w)}
+    return balance.point(D, flow.problem.hvp(w, D), nu, balance.look(nu, D, 1e-6), found.bounds.gap, 0, 0.0)
+
+
+__all__ = ["StationaryPoint", "duality", "stationary"]

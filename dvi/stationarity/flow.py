@@ -1,0 +1,172 @@
+"""The stationary flow: the central flow with ν always at its stationary value, a flow in w alone (paper, eq. 13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.compiler.flows import CompiledFlow, MethodLike
+from dvi.compiler.linearised import LinearisedFlow
+from dvi.problems import Problem
+from dvi.solvers import ccp
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
+from dvi.solvers.watch import shown
+from dvi.stationarity.api import StationaryPoint, stationary
+
+Part = Literal["curvature penalty"]
+
+
+class StationaryFlow(CompiledFlow):
+    """The stationary flow (eq. 13, with the sign that its text has lost)
+
+    dw/dt = −P̄(w)⁻¹ [∇L(w) + ½∇³L(w)[Σ]],        P̄(w) = P(ν̄(w)),
+
+    with ν̄(w) the stationary ν and Σ the solution of the central flow's CCP (eq. 25) at (w, ν̄(w)).  That Σ is not the
+    one that holds ν̄ still: there w is held, here it moves.
+
+    Attributes:
+        without: the part left out, if any: "curvature penalty" keeps the preconditioner and drops ½∇³L[Σ] (Fig. 11).
+    """
+
+    name = "stationary"
+    without: Part | None = None
+    tol: float | None = None
+
+    def settled(self, y: State, start: StationaryPoint | None = None) -> StationaryPoint:
+        """The stationary point at y's weights."""
+        return stationary(self, y.w, t=y.t, start=start, tol=self.tol, rank=4)
+
+    def settle(self, y: State) -> State:
+        """This state with ν at its stationary value."""
+        return self.settled(y).state
+
+    def look(self, point: StationaryPoint) -> Look:
+        """The flow at a stationary point."""
+        loss, g = self.value_and_grad(point.state)
+        frame = self._frame(point.state, point.U, point.HU, third=self.without is None)
+        lin = LinearisedFlow(self.calculus, point.state, g, frame)
+        X = np.zeros((0, 0))
+        rate = -self.velocity(point.state, g)
+        if point.k and self.without is None:
+            X = ccp.solve(lin.alpha, lin.beta).X
+            self.count_ccp()
+            rate = lin.drift(X).w
+        elif self.without is not None:
+            frame = replace(frame, U=point.U[:, :0], HU=point.HU[:, :0])
+        return Look(float(loss), g, frame, X, rate, point)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The stationary flow evaluated: loss, gradient [d], frame, X [k, k], dw/dt [d]."""
+
+    loss: float
+    g: Tensor
+    frame: Frame
+    X: Array
+    rate: Tensor
+    point: StationaryPoint
+
+    def node(self) -> Node:
+        """What a run records of it."""
+        still = pytree.tree_map(torch.zeros_like, self.point.nu)
+        return Node(
+            t=self.point.t,
+            loss=self.loss,
+            grad_sq=float(self.g @ self.g),
+            eigenvalues=shown(self.point.block),
+            U=self.frame.U,
+            HU=self.frame.HU,
+            X=self.X,
+            X_time=self.point.t,
+            g=self.g,
+            rate=Rate(self.rate, still),
+        )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The stationary point at the current weights, to start the next from."""
+
+    point: StationaryPoint
+
+
+@dataclass(frozen=True)
+class Quasistatic:
+    """Heun's method in w, ν settled anew at every stage: the integrator of the stationary flow, and of no other.
+
+    Between breakpoints of second order in h; two stationary points a step.
+
+    Args:
+        h: the step, unit times; beyond 1 unstable at an effective sharpness of 2.
+
+    Raises:
+        ValueError: if h is not in (0, 1].
+    """
+
+    h: float = 0.5
+
+    def __post_init__(self) -> None:
+        with_numbers(self)
+        if not 0 < self.h <= 1:
+            raise ValueError(f"Quasistatic(h={self.h}): h must lie in (0, 1] unit times.")
+
+    def init(self, flow: Flow, y: State) -> Settled:
+        """The stationary point at the start."""
+        return Settled(_own(flow).settled(y))
+
+    def step(self, flow: Flow, memory: Settled, y: State, h: float) -> StepResult:
+        """One step of at most h unit times."""
+        flow, h = _own(flow), min(self.h, h)
+        begin = flow.look(memory.point)
+        tried = flow.settled(State(y.w + h * begin.rate, y.nu, y.t + h), memory.point)
+        rate = flow.look(tried).rate
+        bend = (rate - begin.rate) / (2 * h)
+        point = flow.settled(State(y.w + h * begin.rate + h**2 * bend, y.nu, y.t + h), tried)
+
+        def inside(t: float) -> State:
+            s = t - y.t
+            nu = pytree.tree_map(lambda a, b: a + s / h * (b - a), y.nu, point.nu)
+            return State(y.w + s * begin.rate + s**2 * bend, nu, t)
+
+        return StepResult(point.state, Settled(point), begin.node(), inside)
+
+    def observe(self, flow: Flow, memory: Settled, y: State) -> Node:
+        """What a step from y would begin with."""
+        return _own(flow).look(memory.point).node()
+
+
+def _own(flow: Flow) -> StationaryFlow:
+    if not isinstance(flow, StationaryFlow):
+        raise ValueError(f"Quasistatic integrates dvi.stationary_flow, not the {getattr(flow, 'name', 'given')} flow.")
+    return flow
+
+
+def stationary_flow(
+    problem: Problem, method: MethodLike, *, without: Part | None = None, check: bool = True, tol: float | None = None
+) -> StationaryFlow:
+    """Compile the stationary flow of a method on a problem (eq. 13): ν at its stationary value at all times.
+
+    Args:
+        problem, method, check: as for :func:`dvi.central_flow`.
+        without: "curvature penalty" for the same flow without ½∇³L[Σ] (Fig. 11).
+        tol: to which a stationary ν is solved, see :func:`dvi.stationary`.
+
+    Raises:
+        SpecError: if the declaration is wrong, or ν has no stationary value.
+        ConvergenceError: if the stationary ν at the initial weights is not reached.
+    """
+    if without not in (None, "curvature penalty"):
+        raise ValueError(f'without is "curvature penalty" or None, not {without!r}.')
+    flow = StationaryFlow(problem, method, check=check, accuracy="paper")
+    flow.without, flow.tol = without, tol
+    if without is not None:
+        flow.name = "stationary, ablated"
+    flow.initial = flow.settle(flow.initial)
+    return flow

@@ -1,0 +1,40 @@
+"""RMSProp-Norm: one global adaptive step size η/√ν, ν an EMA of ‖∇L‖² (paper, §4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dvi.methods.preconditioners.diagonal import Scalar
+from dvi.methods.spec import Hyperparameter, Method, Nu
+
+
+class RMSPropNorm(Method):
+    """RMSProp-Norm (paper, §4): f = (1−β₂)(‖g‖² − v), P = (√v̂ + ε)/η · I.
+
+    Args:
+        lr: η > 0, or a schedule.
+        beta2: β₂ in [0, 1), or a schedule (with bias correction: a number).
+        eps: ε ≥ 0, added to √v̂.
+        bias_correction: divide v by 1 − β₂ᵗ, t the number of updates made; t is then part of ν.
+    """
+
+    lr: Hyperparameter
+    beta2: Hyperparameter
+    eps: Hyperparameter = 0.0
+    bias_correction: bool = False
+
+    def init(self, w: Tensor) -> Nu:
+        """V = 0 and, with bias correction, t = 0."""
+        zero = w.new_zeros(())
+        return {"v": zero, "t": zero.clone()} if self.bias_correction else {"v": zero}
+
+    def f(self, nu: Nu, g: Tensor) -> Nu:
+        """(1−β₂)(‖g‖² − v)."""
+        change = {"v": (1 - self.beta2) * ((g**2).sum() - nu["v"])}
+        return change | {"t": torch.ones_like(nu["t"])} if self.bias_correction else change
+
+    def P(self, nu: Nu) -> Scalar:
+        """(√v̂ + ε)/η · I."""
+        v = nu["v"] / (1 - self.beta2 ** nu["t"]) if self.bias_correction else nu["v"]
+        return Scalar((v**0.5 + self.eps) / self.lr)

@@ -1,0 +1,1 @@
+"""Preconditioners: what P(ν) may be, one structure a file."""

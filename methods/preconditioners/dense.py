@@ -1,0 +1,28 @@
+"""A full matrix as a preconditioner: full-matrix AdaGrad, natural gradient, the last resort of a small problem."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dvi.methods.preconditioners.kronecker import Kronecker
+
+
+class Dense(Kronecker):
+    """P = A^p with a symmetric positive definite A [d, d].
+
+    Costs d² numbers and a decomposition, d³ operations, for every A: for up to some thousand weights, or for one small
+    parameter tensor among the :class:`Blocks`.
+
+    Args:
+        A: the matrix [d, d].
+        power: the exponent p; ½ for full-matrix AdaGrad.
+
+    Raises:
+        NotPositiveDefiniteError: if A is not a square matrix.
+    """
+
+    def __init__(self, A: Tensor, power: float = 1.0) -> None:
+        super().__init__([A], power)
+
+
+__all__ = ["Dense"]

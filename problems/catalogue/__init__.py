@@ -1,0 +1,1 @@
+"""Ready-made problems: data, networks, and tasks by name."""

@@ -1,0 +1,1 @@
+"""Derivatives of a loss: backends, layers that are made safe, and the check."""

@@ -1,0 +1,1 @@
+"""Problems whose flows are known exactly."""
