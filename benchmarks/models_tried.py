@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -71,7 +72,7 @@ class Plain:
         if wanted is not None:
             outputs = getattr(outputs, wanted) if isinstance(wanted, str) else outputs[wanted]
         if given.criterion is None:
-            return outputs.loss
+            return outputs if isinstance(outputs, Tensor) else outputs.loss
         return given.criterion(outputs) if given.targets is None else given.criterion(outputs, given.targets)
 
     def gradient(self, w: Tensor) -> Tensor:
@@ -97,7 +98,6 @@ def differences(
     here = gradient(w)
     best: list[tuple[Tensor, float]] = [(here, math.inf), (here, math.inf)]
     before: list[Tensor] | None = None
-    worse = 0
     for h in STEPS[w.dtype]:
         far_below, below, above, far_above = (gradient(w + i * h * u) for i in (-2, -1, 1, 2))
         now = [
@@ -106,11 +106,10 @@ def differences(
         ]
         if before is not None:
             changes = [relative(new, old) for new, old in zip(now, before, strict=True)]
-            worse = 0 if any(change < least for change, (_, least) in zip(changes, best, strict=True)) else worse + 1
             triples = zip(now, changes, best, strict=True)
             best = [(new, change) if change < kept[1] else kept for new, change, kept in triples]
-        if worse == 4:  # rounding has taken over
-            break
+            if all(change > 30 * least for change, (_, least) in zip(changes, best, strict=True)):
+                break  # rounding has taken over
         before = now
     return best[0], best[1]
 
@@ -242,7 +241,7 @@ def main() -> None:
     print(table(rows) + "\n")
     for row in rows:
         if row.words:
-            print(f"- {row.package}, {row.name}: {' '.join(row.words.split())}")
+            print(f"- {row.package}, {row.name}: {textwrap.shorten(row.words, 500, placeholder=' …')}")
 
 
 if __name__ == "__main__":
