@@ -17,6 +17,7 @@ from dvi import methods, problems, solvers
 from dvi.ablated import AblatedFlow, ablated_flow
 from dvi.compare import Comparison, compare
 from dvi.discrete import Discrete, discrete
+from dvi.files import StoreError
 from dvi.flows import CentralFlow, CentralMap, StableFlow, central_flow, central_map, stable_flow
 from dvi.linearised import Linearisation
 from dvi.methods import (
@@ -48,7 +49,7 @@ from dvi.solvers.protocol import State
 from dvi.stationary import StationaryPoint, duality, stationary
 from dvi.stationary_flow import Quasistatic, StationaryFlow, stationary_flow
 from dvi.status import RunError, Status
-from dvi.store import StoreError, load
+from dvi.store import load
 
 if TYPE_CHECKING:
     from dvi.symbolic import Derivation, derive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 
 import dvi
 from dvi.cli_options import INTEGRATORS, METHODS, PROBLEMS, Options, UsageError, at_least_one, shown
-from dvi.cli_report import draw, hushed, report, say
+from dvi.cli_report import draw, hushed, picture_path, report, say
+from dvi.files import writable
 
 try:
     import tyro
@@ -54,14 +56,17 @@ class Compare(Options):
     def __call__(self) -> int:
         """Run, and return the exit code."""
         folder = self.out or Path("runs") / f"{self.problem}-{self.method}"
-        file = folder / "race.h5"
-        if file.exists() and not (self.resume or self.overwrite):
+        file, picture = folder / "race.h5", folder / "race.png"
+        if os.path.exists(file) and not (self.resume or self.overwrite):
             raise UsageError(
                 f"{file} exists: --resume goes on from it, --overwrite replaces it, or choose another --out."
             )
         if self.threads is not None:
             torch.set_num_threads(at_least_one("threads", self.threads))
         problem, method, integrator = self._problem(), self._method(), self._integrator()
+        writable(file)  # before the run, not after it
+        if not self.no_plot:
+            picture_path(picture)
         failure = None
         with hushed(self.quiet):
             try:
@@ -90,7 +95,7 @@ class Compare(Options):
                 return INTERRUPTED
         written = [file]
         if not self.no_plot:
-            written.append(draw(race, folder / "race.png"))
+            written.append(draw(race, picture))
         if failure is not None:
             say(f"{failure}\nWhat was computed until then: {', '.join(map(str, written))}")
             return FAILED
@@ -124,7 +129,8 @@ class Plot:
         """Draw, and return the exit code."""
         if not self.files:
             raise UsageError("Which results? Give one file or more, as in: dvi plot runs/x/race.h5")
-        for file, picture in zip(self.files, self._targets(), strict=True):
+        targets = [picture_path(target) for target in self._targets()]
+        for file, picture in zip(self.files, targets, strict=True):
             options: dict[str, Any] = {"sigma": self.sigma, "leading": self.leading, "title": self.title}
             print(draw(dvi.load(file), picture, **options))
         return DONE

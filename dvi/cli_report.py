@@ -55,6 +55,13 @@ def draw(result: dvi.Comparison | dvi.Solution, path: Path, **options: Any) -> P
     return path
 
 
+def picture_path(path: Path) -> Path:
+    """The path of a picture, once it was seen that one can be written there."""
+    from dvi.plot import picture
+
+    return picture(path)
+
+
 @contextmanager
 def hushed(quiet: bool) -> Iterator[None]:
     """Hold back the library's warnings, which are notes of the result, too."""
@@ -67,4 +74,4 @@ def hushed(quiet: bool) -> Iterator[None]:
         logger.setLevel(before)
 
 
-__all__ = ["draw", "hushed", "report", "say"]
+__all__ = ["draw", "hushed", "picture_path", "report", "say"]

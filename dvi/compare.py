@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dvi.ablated import AblatedFlow
 from dvi.discrete import Discrete
+from dvi.files import writable
 from dvi.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
 from dvi.forgetting import Accuracy
+from dvi.identity import identity, settings
 from dvi.predict import Observer
 from dvi.problems import Problem
 from dvi.process import Process
@@ -23,14 +25,13 @@ from dvi.solution import Solution
 from dvi.solve import (
     FAILURES,
     WarmStart,
-    classify,
     default_integrator,
     describe,
     detail,
-    identity,
     make_process,
     progress_bar,
     time_grid,
+    verdict,
     warm_up,
 )
 from dvi.solvers.protocol import Array, Integrator
@@ -150,18 +151,20 @@ def compare(
         test_inputs: network inputs whose outputs are observed and predicted.
         eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
         check: compare the loss's derivatives with finite differences once.
-        path: an HDF5 file that is kept up to date while the run goes on.
+        path: an HDF5 file that is kept up to date while the run goes on; tried before anything is computed.
         resume: go on from that file to the same result, bit for bit, as an uninterrupted run; with more ``steps`` than
             before the run becomes longer, whether it was finished or not, and the moments before its end, where steps
-            were cut to land on it, are computed again.
+            were cut to land on it, are computed again.  Refused if the file belongs to another run: another problem,
+            data, method, schedule (by its values over the time that both know), or argument.
         checkpoint_every: seconds between updates of the file (more, if writing it takes long).
         progress: show a progress bar.
         throw: raise where a process cannot go on; otherwise give back what was computed, with its status.
 
     Raises:
-        RunError: where a process cannot go on; its ``result`` is the comparison until then.
+        RunError: where a process or the warm start cannot go on; its ``result`` is the comparison until then.
         SpecError, DerivativeError, ValueError: for a wrong declaration, loss or argument.
-        StoreError: if the file cannot be written or does not belong to this run.
+        StoreError: if the file cannot be written (then, after a run, ``error.result`` is the comparison) or does not
+            belong to this run.
     """
     from dvi.store import Keeper
 
@@ -169,6 +172,8 @@ def compare(
     if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
         raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
     grid = time_grid(steps, save_every)
+    if path is not None:
+        writable(path)
     compiled = {
         name: RUNS[name](
             problem, method, check=check and i == 0, accuracy="second-order" if name == "map" else accuracy
@@ -182,19 +187,26 @@ def compare(
     )  # what accuracy= means
     about = describe(first, steps) | {"accuracy": kind.accuracy, "save_every": float(save_every), "runs": list(runs)}
     arguments = {
-        "integrator": repr(integrator or default_integrator(compiled.get("central", first))),
+        "integrator": settings(integrator or default_integrator(compiled.get("central", first))),
         "warm_start": warm_start,
-        "coordinates": list(coordinates),
-        "test_inputs": test_inputs is not None,
+        "coordinates": [int(i) for i in coordinates],
         "eigen_every": float(eigen_every),
     }
-    known_by = identity(first, about | arguments) if path is not None else {}
-    keeper = Keeper(path, known_by, every=checkpoint_every, device=problem.device)
+    keeper = Keeper(path, every=checkpoint_every, device=problem.device)
     saved = keeper.checkpoint() if resume else None
+    status: Status = Status.SUCCESS
+    failure: BaseException | None = None
     if saved is None:
-        start, told = warm_up(first, warm_start)
+        try:
+            start, told = warm_up(first, warm_start)
+        except RunError as error:
+            start, told, status, failure = first.initial, [], error.status, error
     else:
         start, told = first.initial, saved["notes"]
+    if path is not None:
+        origin = start.t if saved is None else next(iter(saved["processes"].values()))["origin"]
+        words = {name: value for name, value in (about | arguments).items() if name not in ("method", "dvi", "torch")}
+        keeper.identify(identity(first, words, {"test_inputs": test_inputs}, origin, grid), saved)
     processes = {
         name: make_process(flow, integrator if name == "central" else None, start, grid, observer, eigen_every)
         for name, flow in compiled.items()
@@ -234,14 +246,23 @@ def compare(
         return {"done": done, "processes": {name: process.mark() for name, process in processes.items()}}
 
     mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would come through, too
-    status, failure = Status.SUCCESS, None
+    if failure is not None:  # nothing to go on from: a file without a checkpoint says so
+        race = result(status)
+        race.notes.append(f"Stopped: {detail(failure)}")
+        keeper.write(race)
+        if throw:
+            raise RunError(status, detail(failure), race) from failure
+        return race
+    at_work, why = "", ""
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
             while done < len(grid):
                 if not any(process.near_end for process in processes.values()):
                     mark = here()
-                w = {name: process.weights(done) for name, process in processes.items()}
+                w = {}
+                for at_work, process in processes.items():
+                    w[at_work] = process.weights(done)
                 row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
                 for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled
                     distance[pair][done:] = [value]
@@ -252,18 +273,29 @@ def compare(
             keeper.write(result(Status.INTERRUPTED), checkpoint())
             raise
         except FAILURES as error:
-            status, failure = classify(error), error
+            (status, why), failure = verdict(error, compiled[at_work], processes[at_work].y), error
+            why = f"{why} ({_where(processes)})"
     race = result(status)
+    if status is Status.DIVERGED and at_work != "discrete" and "optimizer itself" not in why:
+        why = f"In the {compiled[at_work].name} flow, {_of_the_optimizer(processes)}: {why}"
     if failure is not None:
-        race.notes.append(f"Stopped: {detail(failure)} ({_where(processes)})")
+        race.notes.append(f"Stopped: {why}")
     keeper.write(race, checkpoint())
     if failure is not None and throw:
-        raise RunError(status, f"{detail(failure)} ({_where(processes)})", race) from failure
+        raise RunError(status, why, race) from failure
     return race
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(a - b))
+
+
+def _of_the_optimizer(processes: dict[str, Process]) -> str:
+    """What is known of the optimizer where a flow has diverged."""
+    if "discrete" not in processes:
+        return "without the optimizer beside it"
+    process = processes["discrete"]
+    return f"not in the optimizer, which has come to t = {process.y.t - process.origin:g} without"
 
 
 def _where(processes: dict[str, Process]) -> str:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dvi.flows import CompiledFlow, MethodLike
-from dvi.problems import Problem
+from dvi.methods import Method
+from dvi.problems import NotFiniteError, Problem
+from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import State
+
+
+class OptimizerDivergedError(DomainError):
+    """The optimizer itself has diverged, not a flow: its weights, its state or its loss are not finite."""
 
 
 class Discrete(CompiledFlow):
@@ -22,16 +32,42 @@ class Discrete(CompiledFlow):
         """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.
 
         Raises:
+            OptimizerDivergedError: if the weights, ν, the loss or the gradient are not finite after it.
             NotPositiveDefiniteError: if P(ν_t) is not positive definite.
         """
         now = self.method.at(y.t)
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
-        w = y.w - P.solve(m)
-        nu, t = y.nu, y.t + 1
-        loss, g_next = self.value_and_grad(State(w, nu, t))
-        return State(w, self.method.update(nu, g_next, t), t, memory), loss, g_next
+        w, t = y.w - P.solve(m), y.t + 1
+        if not _finite(w):  # before the loss sees them, which may fail in its own way
+            raise _diverged(now, t, "weights are not finite")
+        try:
+            loss, g_next = self.value_and_grad(State(w, y.nu, t))
+        except NotFiniteError as error:
+            raise _diverged(now, t, str(error).removeprefix(f"At t = {t:g}: ")) from None
+        nu = self.method.update(y.nu, g_next, t)
+        if not _finite(nu):
+            raise _diverged(now, t, "its state ν is not finite")
+        return State(w, nu, t, memory), loss, g_next
+
+
+def _finite(tree: Any) -> bool:
+    leaves = pytree.tree_leaves(tree)
+    return not leaves or bool(torch.stack([torch.isfinite(x).all() for x in leaves]).all())
+
+
+def _diverged(method: Method, t: float, what: str) -> OptimizerDivergedError:
+    return OptimizerDivergedError(f"The optimizer itself diverges{at_lr(method)}: after {t:g} steps {what}.")
+
+
+def at_lr(method: Method) -> str:
+    """The learning rate in words, of a method that has one and whose schedules were replaced by their values."""
+    lr = getattr(method, "lr", None)
+    try:
+        return f" at lr={float(lr):g}"  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return ""
 
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:

@@ -19,6 +19,7 @@ import numpy as np
 from dvi.captions import caption
 from dvi.compare import Comparison
 from dvi.curves import duration, time_average
+from dvi.files import replacing, writable
 from dvi.looks import LEGEND, ONSET, SETTINGS, Style, rank
 from dvi.panels import Panel, choose
 from dvi.solution import Solution
@@ -76,7 +77,7 @@ def plot_comparison(
 
     Raises:
         ValueError: if sigma, leading, width or font_size is not positive, or matplotlib knows no such format.
-        OSError: if the file cannot be written.
+        StoreError: if the file cannot be written; an older one is then intact.
     """
     if sigma is None:
         sigma = min(50.0, duration(race.runs) / 10) or 1.0
@@ -93,9 +94,26 @@ def plot_comparison(
     with matplotlib.rc_context(settings):
         figure = _draw(race, style, width, caption(race) if title is None else title)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, facecolor="white")
+            target = picture(path)
+            with replacing(target) as temporary:
+                figure.savefig(temporary, format=target.suffix[1:], dpi=200, facecolor="white")
     return figure
+
+
+def picture(path: str | Path) -> Path:
+    """The path of a picture, once it was seen that one can be written there; without an ending it gets .png.
+
+    Raises:
+        ValueError: if matplotlib knows no format of that ending.
+        StoreError: if the file cannot be written.
+    """
+    path = writable(path)
+    if not path.suffix:
+        path = writable(path.with_name(f"{path.name}.png"))
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{path}: there are no pictures of the format {path.suffix}; choose {', '.join(formats)}.")
+    return path
 
 
 def plot_solution(solution: Solution, path: str | Path | None = None, **options: Any) -> Figure:
@@ -107,7 +125,7 @@ def plot_solution(solution: Solution, path: str | Path | None = None, **options:
         options: further arguments of :func:`plot_comparison`.
 
     Raises:
-        ValueError, OSError: as :func:`plot_comparison`.
+        ValueError, StoreError: as :func:`plot_comparison`.
     """
     alone = Comparison(
         t=solution.t,

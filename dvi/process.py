@@ -343,7 +343,7 @@ class DiscreteProcess(Process):
             return np.empty(0)
         try:
             self.seen = self._watch.look(self.flow, y, self.seen, self.eigen_every)
-        except (SolverError, ProblemError, NotPositiveDefiniteError):
+        except (SolverError, ProblemError, NotPositiveDefiniteError, np.linalg.LinAlgError):
             self.seen = None  # a look for display does not decide how a run ends
             return np.empty(0)
         return self.seen.shown

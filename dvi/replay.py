@@ -97,6 +97,10 @@ class Replays:
         self.method = method
         self._known: dict[Any, Replay] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the traces, which are made again."""
+        return {"method": self.method, "_known": {}}
+
     def __call__(self, function: Callable[..., Any], method: Method, *args: Any) -> Any:
         """function(method, *args)."""
         if method is not self.method:  # with schedules it is another one at every moment

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.problems import Ledger
@@ -100,6 +102,19 @@ class Solution:
         end = f"t = {self.t[0]:g} … {self.t[-1]:g}" if len(self.t) else "no time recorded"
         loss = f", loss {self.loss[-1]:.4g}" if len(self.loss) else ""
         return f"Solution({self.name}: {end}{loss}, {len(self.breakpoints)} breakpoints, {self.status.name})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tensors as bytes: torch sends them between processes by a handle, which is lost if the sender ends."""
+        buffer = io.BytesIO()
+        torch.save((self.w, self.nu), buffer)
+        return {**self.__dict__, "w": None, "nu": None, "tensors": buffer.getvalue()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From :meth:`__getstate__`, tensors on the device where they were."""
+        state = dict(state)
+        tensors = io.BytesIO(state.pop("tensors"))
+        self.__dict__.update(state)
+        self.w, self.nu = torch.load(tensors, weights_only=False)  # part of a pickle, which may run code anyway
 
     @property
     def k(self) -> Array:

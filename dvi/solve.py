@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dvi.discrete import Discrete
+from dvi.discrete import Discrete, OptimizerDivergedError, at_lr
 from dvi.flows import CentralMap, CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
-from dvi.methods.schedules import value_and_slope
 from dvi.predict import Observer
 from dvi.problems import ProblemError
 from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
@@ -68,33 +67,39 @@ def solve(
         start: a state to start from instead of the flow's own.
 
     Raises:
-        RunError: where the run cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
         ValueError: if steps or save_every is not positive.
     """
     grid = time_grid(steps, save_every)
-    start, notes = warm_up(flow, warm_start, start)
+    status, words = Status.SUCCESS, ""
+    failure: BaseException | None = None
+    try:
+        start, notes = warm_up(flow, warm_start, start)
+    except RunError as error:
+        start, notes, failure = start or flow.initial, [], error
+        status, words = error.status, error.detail
     observer = Observer(tuple(coordinates), test_inputs)
     process = make_process(flow, integrator, start, grid, observer, eigen_every)
     flow.notes.extend(notes)
     about = describe(flow, steps) | {"warm_start": start.t}
     kept: list[Array] = []
-    status, failure = Status.SUCCESS, None
-    with progress_bar(len(grid), f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
+    todo = len(grid) if failure is None else 0
+    with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
         try:
-            for i in range(len(grid)):
+            for i in range(todo):
                 w = process.weights(i)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
         except FAILURES as error:
-            status, failure = classify(error), error
+            (status, words), failure = verdict(error, flow, process.y), error
     solution = process.solution(status, about)
     if kept:
         solution.series["w"] = np.stack(kept[: len(solution.t)])
     if failure is not None:
-        solution.notes.append(f"Stopped: {detail(failure)}")
+        solution.notes.append(f"Stopped: {words}")
         if throw:
-            raise RunError(status, detail(failure), solution) from failure
+            raise RunError(status, words, solution) from failure
     return solution
 
 
@@ -119,6 +124,26 @@ def classify(error: BaseException) -> Status:
         if isinstance(error, kind):
             return status
     return Status.DERIVATIVES
+
+
+def verdict(error: BaseException, flow: CompiledFlow, y: State) -> tuple[Status, str]:
+    """The status that an exception of a flow at y stands for, and its words.
+
+    Eigenvectors that do not converge are often weights that have run away: then that is what is said, if the optimizer
+    runs away from y, too.
+    """
+    status, words = classify(error), detail(error)
+    if status is Status.NOT_CONVERGED:
+        optimizer = Discrete(flow.problem, flow.method, check=False)
+        try:
+            with flow.problem.ledger.paused():
+                begin = float(flow.problem.value(flow.problem.w0))
+                _refuse_divergence(optimizer, State(y.w, y.nu, y.t, optimizer.initial.m), begin)
+        except OptimizerDivergedError as cause:
+            return Status.DIVERGED, f"{cause} (Before that: {words})"
+        except FAILURES:
+            pass
+    return status, words
 
 
 def detail(error: BaseException) -> str:
@@ -197,32 +222,6 @@ def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
     }
 
 
-def identity(flow: CompiledFlow, about: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run this one, in words and numbers that another session would find again.
-
-    A schedule is known by its values, a loss by its value and gradient at the start (six digits: devices differ in the
-    last ones), the starting weights by their bytes.
-    """
-    w0 = flow.problem.w0
-    with flow.problem.ledger.paused():
-        loss, g = flow.problem.value_and_grad(w0)
-    first = flow.velocity(flow.initial, g)  # tells methods apart that are made of plain functions
-    ramp = torch.linspace(1, 2, len(g), dtype=g.dtype, device=g.device)  # tells a gradient from a rotated one
-    settings = {
-        name: [f"{float(value_and_slope(value, t)[0]):.12g}" for t in (0.0, 1.0, 7.0, 50.0, 300.0, 2000.0)]
-        if callable(value)
-        else repr(value)
-        for name, value in flow.method.hyperparameters().items()
-    }
-    return {
-        **{name: value for name, value in about.items() if name not in ("method", "dvi", "torch")},
-        "method": type(flow.method).__qualname__,
-        "hyperparameters": settings,
-        "w0": sha256(w0.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "start": [f"{float(x):.6g}" for x in (loss, torch.linalg.vector_norm(g), g @ ramp, first @ ramp)],
-    }
-
-
 def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
     """The state after a few steps of the real optimizer, and what to tell the user about it.
 
@@ -230,7 +229,7 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     momentum at least four times its lag τ′, since a flow cannot know what an empty buffer does to the first steps.
 
     Raises:
-        RunError: if the optimizer diverges meanwhile, or does not settle.
+        RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).
     """
     if start is not None and not isinstance(start, State):
         raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
@@ -260,24 +259,55 @@ def _settle(
     optimizer: Discrete, y: State, limit: int, until_stable: bool, at_least: int = 0
 ) -> tuple[State, int, float]:
     """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
-    _, g = optimizer.problem.value_and_grad(y.w)
-    watch, first = Watch(), float("nan")
+    loss, g = optimizer.problem.value_and_grad(y.w)
+    begin = float(loss)
+    watch, first, suspected = Watch(), float("nan"), False
     for taken in range(limit + 1):
+        if _run_away(loss, begin) and not suspected:
+            suspected = True
+            _refuse_divergence(optimizer, y, begin)
         if until_stable and (taken == 0 or taken >= at_least):
-            seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
+            try:
+                seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
+            except FAILURES:  # no eigenvectors: of a loss that is hard, or of weights that have run away?
+                _refuse_divergence(optimizer, y, begin)
+                raise
             sharpness = float(seen.eigenvalues[0])
             first = sharpness if taken == 0 else first
             if sharpness <= CRITICAL and taken >= at_least:
                 return y, taken, first
         if taken == limit:
             break
-        y, _, g = optimizer.step(y, g)
+        y, loss, g = optimizer.step(y, g)
     if until_stable:
+        _refuse_divergence(optimizer, y, begin)
         raise RunError(
             Status.INFEASIBLE_START,
             f"{limit} steps of the optimizer left the effective sharpness at {sharpness:.2f}.",
         )
     return y, limit, first
+
+
+def _refuse_divergence(optimizer: Discrete, y: State, begin: float) -> None:
+    """Let the optimizer go on from y, without looks at eigenvectors, and raise if it does not come back.
+
+    Raises:
+        OptimizerDivergedError: if it ends where numbers end, or at far more than the loss to ``begin`` with.
+    """
+    loss, g = optimizer.value_and_grad(y)
+    here = loss
+    for _ in range(_AUTO_LIMIT):
+        y, loss, g = optimizer.step(y, g)
+    if _run_away(loss, begin) and loss > here:
+        raise OptimizerDivergedError(
+            f"The optimizer itself diverges{at_lr(optimizer.method.at(y.t))}: after {y.t:g} steps the loss has grown "
+            f"from {begin:.3g} to {float(loss):.3g}."
+        )
+
+
+def _run_away(loss: Tensor, begin: float) -> bool:
+    """Has the loss grown beyond what a catapult does?"""
+    return float(loss) - begin > 1e3 * abs(begin)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dvi.compare import Comparison
@@ -59,6 +59,10 @@ class RunError(RuntimeError):
         self.status = status
         self.detail = detail
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again of its three arguments, which an exception's own way (its message alone) would lose."""
+        return type(self), (self.status, self.detail, self.result), self.__dict__
 
 
 __all__ = ["RunError", "Status"]

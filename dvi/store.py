@@ -7,7 +7,7 @@ from is one dataset of bytes (``checkpoint``) that holds data only, no code.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from dvi.compare import Comparison
+from dvi.files import StoreError, number, replacing
 from dvi.freeze import from_bytes, to_bytes
+from dvi.identity import difference
 from dvi.problems import Ledger
 from dvi.solution import Cost, Solution
 from dvi.status import Status
@@ -29,29 +31,19 @@ logger = logging.getLogger("dvi")
 
 FORMAT = 1
 
-
-class StoreError(OSError):
-    """A result could not be written or read; the message says what is still there.
-
-    Attributes:
-        result: what could not be written, if anything.
-    """
-
-    result: Comparison | Solution | None = None
+_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # what systems call a file that another process has locked
 
 
 def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | None = None) -> None:
     """Write a result to an HDF5 file.
 
     Raises:
-        StoreError: if the disk is full or the folder cannot be written; an older file at ``path`` is then intact.
+        StoreError: if the file cannot be written (a full disk, a folder in its place, no permission …); an older file
+            at ``path`` is then intact, and ``error.result`` is the result.
     """
-    path = Path(path)
     h5py = _h5py()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
+        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
             file.attrs["dvi_format"] = FORMAT
             file.attrs["kind"] = type(result).__name__
             if isinstance(result, Comparison):
@@ -60,16 +52,9 @@ def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | No
                 _write_solution(file, result)
             if checkpoint is not None:
                 file["checkpoint"] = np.frombuffer(checkpoint, dtype=np.uint8)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when a flush on close fails
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        before = " The file written earlier is intact." if path.exists() else ""
-        raise StoreError(
-            f"{path} could not be written: {error}.{before} Free some space or choose another path."
-        ) from error
+    except StoreError as error:
+        error.result = result
+        raise
 
 
 def load(path: str | Path) -> Any:
@@ -79,7 +64,7 @@ def load(path: str | Path) -> Any:
         a :class:`dvi.Comparison` or a :class:`dvi.Solution`; an unfinished one has ``status`` RUNNING.
 
     Raises:
-        StoreError: if the file is missing, truncated, or not one of ours.
+        StoreError: if the file is missing, truncated, not one of ours, open elsewhere, or may not be read.
     """
     path = Path(path)
     with _open(path) as file:
@@ -94,29 +79,28 @@ class Keeper:
 
     Args:
         path: the file, or None to keep nothing.
-        identity: what makes the run this one; a file of another run is not gone on from.
         every: seconds between updates, at least; twenty times as long as an update takes, at least, too.
         device: where the state is put when it is read back.
     """
 
-    def __init__(self, path: str | Path | None, identity: dict[str, Any], every: float, device: torch.device) -> None:
+    def __init__(self, path: str | Path | None, every: float, device: torch.device) -> None:
         self.path = None if path is None else Path(path)
         self.every, self.pause = every, every
         self.last = time.monotonic()
         self.device = device
-        self.identity = json.dumps(identity, sort_keys=True, default=str)
+        self.identity: dict[str, Any] = {}
         if self.path is not None:
             _h5py()
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is no file yet; "longer" in it: more steps are asked for.
+        """The state to go on from, or None where there is no file yet.
 
         Raises:
-            StoreError: if the file is damaged, has no checkpoint, or belongs to another run or to a longer one.
+            StoreError: if the file is damaged or has no checkpoint.
         """
         if self.path is None:
             raise ValueError("resume=True needs the path of the file to go on from.")
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return None
         with _open(self.path) as file:
             if "checkpoint" not in file:
@@ -125,24 +109,37 @@ class Keeper:
                 )
             data = bytes(file["checkpoint"][()])
         saved: dict[str, Any] = from_bytes(data, self.device)
-        if "mark" not in saved:
+        if "mark" not in saved or not isinstance(saved["identity"], dict):
             raise StoreError(
                 f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
                 "from. Its results can still be loaded; to run on, start again at another path."
             )
-        before, now = json.loads(saved["identity"]), json.loads(self.identity)
-        saved["longer"] = now["steps"] > before["steps"]
-        if before | {"steps": None} == now | {"steps": None} and now["steps"] < before["steps"]:
-            raise StoreError(
-                f"{self.path} belongs to another run, of {before['steps']:g} steps, and {now['steps']:g} are asked "
-                "for. A run can be made longer, not shorter: ask for as many steps or more, or use another path."
-            )
-        if before | {"steps": None} != now | {"steps": None}:
-            raise StoreError(
-                f"{self.path} belongs to another run: {_difference(saved['identity'], self.identity)}. "
-                "Use the same problem, method and arguments, or another path."
-            )
         return saved
+
+    def identify(self, identity: dict[str, Any], saved: dict[str, Any] | None) -> None:
+        """Say what makes the run this one, to be kept in its file, and see that the state to go on from is of it.
+
+        Puts "longer" into ``saved``: are more steps asked for than before?
+
+        Raises:
+            StoreError: if the file belongs to another run, naming what differs, or to a longer one.
+        """
+        self.identity = identity
+        if saved is None:
+            return
+        before, now = (float(known["words"]["steps"]) for known in (saved["identity"], identity))
+        other = difference(saved["identity"], identity)
+        if other:
+            raise StoreError(
+                f"{self.path} belongs to another run: {other}. Use the same problem, method and arguments, or another "
+                "path."
+            )
+        if now < before:
+            raise StoreError(
+                f"{self.path} belongs to another run, of {before:g} steps, and {now:g} are asked for. A run can be "
+                "made longer, not shorter: ask for as many steps or more, or use another path."
+            )
+        saved["longer"] = now > before
 
     def maybe(self, current: Callable[[], tuple[Comparison, dict[str, Any]]]) -> None:
         """Update the file if it is time.  A failure is told, and the run goes on."""
@@ -157,15 +154,10 @@ class Keeper:
         self.last = time.monotonic()
         self.pause = max(self.every, 20 * (self.last - began))
 
-    def write(self, result: Comparison, state: dict[str, Any]) -> None:
-        """Write the result and the state to go on from now."""
-        if self.path is None:
-            return
-        try:
-            save(result, self.path, to_bytes(state | {"identity": self.identity}))
-        except StoreError as error:
-            error.result = result
-            raise
+    def write(self, result: Comparison, state: dict[str, Any] | None = None) -> None:
+        """Write the result now, and the state to go on from if there is one."""
+        if self.path is not None:
+            save(result, self.path, None if state is None else to_bytes(state | {"identity": self.identity}))
 
 
 # ---- the layout -----------------------------------------------------------------------------------------
@@ -180,11 +172,28 @@ def _h5py() -> Any:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
-        raise StoreError(f"{path} does not exist.")
+    h5py = _h5py()
     try:
-        file = _h5py().File(path, "r")
+        with open(path, "rb"):  # the system's own errors are plainer than those of HDF5
+            pass
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} does not exist.") from error
+    except IsADirectoryError as error:
+        raise StoreError(f"{path} is a folder. Give the path of a file in it, as in {path / 'race.h5'}.") from error
+    except NotADirectoryError as error:
+        raise StoreError(f"{path} does not exist: what should be a folder in this path is a file.") from error
     except OSError as error:
+        raise StoreError(
+            f"{path} may not be read: {error}. Change its permissions, or read it as its owner."
+        ) from error
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or number(error) in _LOCKED or "unable to lock" in str(error):
+            raise StoreError(
+                f"{path} is open for writing in another program or notebook, which has locked it: {error}. Close it "
+                "there and try again, or read a copy."
+            ) from error
         raise StoreError(
             f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole "
             "files only, so look for an interrupted copy."
@@ -279,11 +288,4 @@ def _read_solution(group: Any) -> Solution:
         series={name: values[()] for name, values in group["series"].items()},
         notes=json.loads(group.attrs["notes"]),
         about=json.loads(group.attrs["about"]),
-    )
-
-
-def _difference(saved: str, now: str) -> str:
-    a, b = json.loads(saved), json.loads(now)
-    return ", ".join(
-        f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
     )

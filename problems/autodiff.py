@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class Autodiff:
         self._ledger = ledger
         self._max_directions = max_directions
         self._kept: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graph that is kept, which no pickle can hold and no copy needs."""
+        return {**self.__dict__, "_kept": None}
 
     @property
     def weights(self) -> Mapping[str, float]:

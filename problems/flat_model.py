@@ -107,6 +107,11 @@ class FlatModel:
                 owner[key] = value
         return parameters
 
+    def fixed(self) -> dict[str, Tensor]:
+        """The buffers and the parameters that are not trained, by name."""
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return {path: tensor for path, tensor in tensors if path not in self.slices}
+
     def changed_buffers(self) -> list[str]:
         """The buffers that are no longer what they were when the copy was made."""
         now = dict(self.module.named_buffers())

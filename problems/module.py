@@ -24,6 +24,7 @@ from dvi.problems.examples import (
     refuse_unusable,
     take,
 )
+from dvi.problems.fingerprint import fingerprint
 from dvi.problems.flat_model import FlatModel
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
@@ -133,6 +134,11 @@ class ModuleProblem(Problem):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the model's trainable parameters, in the order in which they lie in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
+        contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._model.fixed()}
+        return {name: fingerprint(tensors) for name, tensors in contents.items()}
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """Return what the model with weights ``w`` [d] makes of ``inputs``, which are of the form of the problem's.

@@ -74,7 +74,9 @@ class Approach:
         room = CRITICAL - self.values
         on_its_way = (room > AT_EDGE) & (self.rates > 1e-7)
         rates, turns = np.where(on_its_way, self.rates, 1.0), np.maximum(self.turns, 1e-12)
-        times: Array = np.where(on_its_way, (np.sqrt(rates**2 + 2 * turns * room) - rates) / turns, np.inf)
+        times: Array = np.where(
+            on_its_way, (np.sqrt(np.maximum(rates**2 + 2 * turns * room, 0.0)) - rates) / turns, np.inf
+        )
         return np.where(on_its_way & (turns * room < 1e-6 * rates**2), room / rates, times)
 
     def none_within(self, h: float) -> bool:

@@ -168,7 +168,7 @@ PLACES = {
     "late in a flow": (FlowProcess, "advance", 17),
     "in the loss": (dvi.Problem, "value_and_grad", 23),
     "while writing": (store, "save", 3),
-    "while replacing": (store.os, "replace", 4),
+    "while replacing": (os, "replace", 4),
 }
 
 

@@ -1,0 +1,205 @@
+"""What makes a run this one, in words and numbers that another session finds again.
+
+A file is gone on from only by the run that it belongs to.  Schedules are known by all their values over the run, data
+by their content, functions (a loss, f and P) by what they give at a few fixed arguments.  What changes nothing but
+rounding (``chunk_size``, ``max_directions``) does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.flows import CompiledFlow
+from dvi.methods import Method
+from dvi.methods.schedules import value_and_slope
+from dvi.problems import Problem
+from dvi.problems.fingerprint import fingerprint
+from dvi.solvers.protocol import Array
+
+_SCALES = (1e-6, 1e-3, 0.1, 1.0, -1.0, 10.0, 1e3, 1.0)  # of the gradients that a method is tried with, one by one
+_LONG = 1e5  # unit times from which on schedules are read at whole times only
+
+
+def identity(
+    flow: CompiledFlow, words: Mapping[str, Any], data: Mapping[str, Any], start: float, grid: Array
+) -> dict[str, Any]:
+    """What makes a run this one.
+
+    Args:
+        flow: one of the run's flows.
+        words: settings by name, plain data.
+        data: tensors (or pytrees of them) by name, known by their content.
+        start: the clock at time 0, unit times.
+        grid: recorded times.
+    """
+    problem, method = flow.problem, flow.method
+    hyperparameters = method.hyperparameters()
+    times = _times(start, grid)
+    numbers = {
+        name: _table(method, name, times) if name in method.scheduled else np.array([float(value)])
+        for name, value in hyperparameters.items()
+        if name in method.scheduled or _is_number(value)
+    }
+    others = {
+        f"{name} of the method": fingerprint(_contents(hyperparameters[name]))
+        for name in hyperparameters.keys() - numbers
+    }
+    return {
+        "words": {
+            **words,
+            "method": type(method).__qualname__,
+            "hyperparameters": sorted(hyperparameters),
+            "derivatives": problem.derivatives,
+            "w0": fingerprint(problem.w0),
+            **others,
+            **problem.fingerprints(),
+            **{name: None if tree is None else fingerprint(tree) for name, tree in data.items()},
+        },
+        "times": times,
+        "numbers": numbers,
+        "loss": _tried_loss(problem),
+        "method": _tried_method(method, problem.w0),
+    }
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What tells two runs apart, with both values; "" if nothing does.  The number of steps is not looked at."""
+    a, b = before["words"], now["words"]
+    found = [
+        f"{name} differs: {_shown(a.get(name))} in the file, {_shown(b.get(name))} now"
+        for name in sorted({*a, *b} - {"steps"})
+        if a.get(name) != b.get(name)
+    ]
+    for name in sorted(before["numbers"].keys() & now["numbers"].keys()):
+        x, y = before["numbers"][name], now["numbers"][name]
+        if len(x) == len(y) == 1:
+            if x[0] != y[0]:
+                found.append(f"{name} differs: {x[0]:.6g} in the file, {y[0]:.6g} now")
+            continue
+        common, i, j = np.intersect1d(before["times"], now["times"], return_indices=True)
+        x, y = (values[at] if len(values) > 1 else np.full(len(common), values[0]) for values, at in ((x, i), (y, j)))
+        wrong = np.flatnonzero(~np.isclose(x, y, rtol=1e-12, atol=0.0, equal_nan=True))
+        if len(wrong):
+            at = wrong[0]
+            found.append(
+                f"the schedule of {name} differs at t = {common[at]:g}: {x[at]:.6g} in the file, {y[at]:.6g} now"
+            )
+    if not found:  # they follow from all of the above
+        tol = 1e-6 if "float64" in str(b.get("dtype")) else 1e-3  # devices and numbers of threads differ in rounding
+        for name, what in (("loss", "the loss near the start"), ("method", "what the method makes of a gradient")):
+            x, y = before[name], now[name]
+            size = tol * np.abs(x).max(axis=1, keepdims=True)  # of a row: a product may cancel, a norm does not
+            apart = np.argwhere(~np.isclose(x, y, rtol=0.0, atol=size, equal_nan=True))
+            if len(apart):
+                row, column = apart[0]
+                found.append(f"{what} differs: {x[row, column]:.9g} in the file, {y[row, column]:.9g} now")
+    return "; ".join(found)
+
+
+def _times(start: float, grid: Array) -> Array:
+    """When schedules are read, by the clock: four times a step, and at recorded times, up to the end of the run."""
+    end = start + float(grid[-1])
+    step = 0.25 if end <= _LONG else 1.0
+    return np.unique(np.concatenate([np.arange(0.0, end + 1e-9, step), start + grid]))
+
+
+def _table(method: Method, name: str, times: Array) -> Array:
+    """The values of a schedule, NaN where it has none."""
+    schedule = method.hyperparameters()[name]
+
+    def value(t: float) -> float:
+        try:
+            return float(schedule(t))
+        except Exception:  # whatever a user's function may raise: it may want a tensor, or have no value there
+            try:
+                return float(value_and_slope(schedule, t)[0])
+            except Exception:
+                return np.nan
+
+    return np.array([value(float(t)) for t in times])
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (bool, str, bytes)) or value is None:
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _contents(x: Any) -> Any:
+    """A pytree of tensors and plain data in place of objects such as a preconditioner."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(x))
+    if isinstance(x, (dict, list, tuple)):
+        return pytree.tree_map(lambda leaf: leaf if leaf is x else _contents(leaf), x)
+    if isinstance(x, Tensor) or x is None:
+        return x
+    if callable(x):
+        return getattr(x, "__qualname__", type(x).__qualname__)
+    if hasattr(x, "__dict__"):
+        return {"": type(x).__qualname__, **{name: _contents(value) for name, value in vars(x).items()}}
+    return repr(x)
+
+
+def settings(x: Any) -> str:
+    """An object's settings in words that do not hold its address."""
+    shown = repr(x)
+    if re.search(r" at 0x[0-9a-fA-F]+>$", shown) and hasattr(x, "__dict__"):  # no words of its own
+        shown = f"{type(x).__qualname__}({vars(x)})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", shown)
+
+
+def _noise(w: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(len(w), generator=generator, dtype=torch.float64, device="cpu").to(w)
+
+
+def _signature(x: Tensor) -> list[float]:
+    """Its length and its product with a ramp, which tells a vector from a rotated one."""
+    ramp = torch.linspace(1, 2, len(x), dtype=x.dtype, device=x.device)
+    return [float(torch.linalg.vector_norm(x)), float(x @ ramp) / len(x) ** 0.5]
+
+
+def _tried_loss(problem: Problem) -> Array:
+    """Rows of the loss, and of the signature of its gradient, at w0 and at two points near it."""
+    w0, rows = problem.w0, []
+    size = 0.05 * max(0.1, float(w0.square().mean().sqrt()))
+    with problem.ledger.paused():
+        for seed in range(3):
+            try:
+                loss, g = problem.value_and_grad(w0 + size * _noise(w0, seed) if seed else w0, checked=False)
+                rows += [[float(loss)] * 2, _signature(g)]
+            except Exception:  # a loss may have no value there
+                rows += [[np.nan, np.nan]] * 2
+    return np.array(rows)
+
+
+def _tried_method(method: Method, w0: Tensor) -> Array:
+    """Signatures of the steps that a method makes of a few gradients, large and small, one after the other."""
+    now, rows = method.at(0.0), []
+    try:
+        nu, Q = now.init(w0), now.Q()
+        memory = None if Q.trivial else Q.initial(w0)
+        for seed, scale in enumerate(_SCALES):
+            g = scale * _noise(w0, seed)
+            nu = pytree.tree_map(torch.add, nu, now.f(nu, g))
+            m, memory = (g, None) if memory is None else Q.step(g, memory)
+            rows.append(_signature(now.P(nu).solve(m)))
+    except Exception:  # gradients that no loss has made may be too much for a user's formula
+        pass
+    return np.array(rows + [[np.nan, np.nan]] * (len(_SCALES) - len(rows)))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else text
