@@ -167,19 +167,18 @@ def attempt(entry: Entry) -> Row:
         return row
     row.dim = problem.dim
     try:
+        row.off, row.uncertain = compare(problem, Plain(plain_given, list(problem.parameter_slices)))
+        weights = problem.measure_weights(3)
+        row.cost = weights["hvps"], weights["third_derivatives"]
+        row.verdict = judgement(problem, row)
+    except dvi.ProblemError as error:
+        row.verdict, row.words = "refused when asked", str(error)
+    try:
         problem.check()
     except dvi.ProblemError as error:
         row.verdict, row.words = "refused by check()", str(error)
     except Exception as error:
         row.verdict, row.words = "check() FAILED", f"{type(error).__name__}: {error}"
-    try:
-        row.off, row.uncertain = compare(problem, Plain(plain_given, list(problem.parameter_slices)))
-        weights = problem.measure_weights(3)
-        row.cost = weights["hvps"], weights["third_derivatives"]
-    except dvi.ProblemError as error:
-        row.verdict, row.words = row.verdict or "refused when asked", row.words or str(error)
-    if not row.verdict:
-        row.verdict = judgement(problem, row)
     after = given.model.state_dict()
     written = [name for name, x in before.items() if not torch.equal(x, after[name])]
     if written:
