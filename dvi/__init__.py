@@ -11,6 +11,7 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dvi import methods, problems, solvers
@@ -56,10 +57,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Derivation", "derive"):  # with sympy, which takes its time to load, when they are asked for
-        from dvi import symbolic
-
-        return getattr(symbolic, name)
+    if name in ("Derivation", "derive", "symbolic"):  # loaded when it is asked for, since sympy takes its time
+        symbolic = import_module("dvi.symbolic")
+        return symbolic if name == "symbolic" else getattr(symbolic, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

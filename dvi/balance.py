@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.coupled import solve_coupled
 from dvi.flows import CompiledFlow
+from dvi.local import curvature
 from dvi.methods import Nu, SpecError
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.protocol import Array, State, host, like
 from dvi.solvers.svec import triu
+from dvi.tangents import derivative, still
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Balance:
 
     def __init__(self, flow: CompiledFlow, w: Tensor, g: Tensor, t: float) -> None:
         self.flow, self.w, self.g, self.t = flow, w, g, t
-        self.method = flow.method.at(t)
+        self.method = flow.calculus.metric.at(t)
         if flow.calculus.stateless:
             raise SpecError(f"{flow.method} has no ν that could settle: P is what it is.")
         if flow.covariance != "gradient-covariance":
@@ -93,7 +95,12 @@ class Balance:
 
     def _slope(self, nu: Nu, dnu: Nu) -> Nu:
         """∂f/∂ν [dν]."""
-        return jvp(lambda nu: self.method.f(nu, self.g), (nu,), (dnu,))[1]
+        return derivative(lambda nu: self.method.f(nu, self.g), nu, dnu)
+
+    def _divide(self, rhs: Nu, nu: Nu) -> Nu:
+        """(∂f/∂ν)⁻¹ rhs, where ∂f/∂ν is diagonal."""
+        slope = self._slope(nu, pytree.tree_map(torch.ones_like, nu))
+        return pytree.tree_map(lambda r, x: still(r, r / x), rhs, slope)
 
     def _require_forgetting(self) -> None:
         if not self.flow.calculus.elementwise:
@@ -109,14 +116,7 @@ class Balance:
 
     def _curvature(self, nu: Nu) -> Callable[[Tensor, Tensor], Nu]:
         """∇²_g f[h, h′]."""
-
-        def curvature(h: Tensor, other: Tensor) -> Nu:
-            def slope(g: Tensor) -> Nu:
-                return jvp(lambda g: self.method.f(nu, g), (g,), (h,))[1]
-
-            return jvp(slope, (self.g,), (other,))[1]
-
-        return curvature
+        return lambda h, other: curvature(self.method, nu, self.g, h, other)
 
     def push(self, nu: Nu, HD: Tensor) -> Nu:
         """½ Σⱼ ∇²_g f[HDⱼ, HDⱼ]."""
@@ -128,7 +128,7 @@ class Balance:
         """The Newton step of ν towards the root (exact for an average: f is affine in ν)."""
         rhs = pytree.tree_map(lambda a, b: -(a + b), self.method.f(nu, self.g), self.push(nu, HD))
         if self.flow.calculus.elementwise:
-            return pytree.tree_map(torch.div, rhs, self._slope(nu, pytree.tree_map(torch.ones_like, nu)))
+            return self._divide(rhs, nu)
         try:
             return solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=False)
         except (SpecError, RuntimeError):
@@ -141,7 +141,7 @@ class Balance:
         pairs = vmap(self._curvature(nu))(HU.T[rows], HU.T[columns])
         rhs = pytree.tree_map(lambda x: -weight.reshape(-1, *[1] * (x.ndim - 1)) * x, pairs)
         if self.flow.calculus.elementwise:
-            return pytree.tree_map(torch.div, rhs, self._slope(nu, pytree.tree_map(torch.ones_like, nu)))
+            return self._divide(rhs, nu)
         return solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=True)
 
     def root(self, nu: Nu, HD: Tensor) -> Nu:

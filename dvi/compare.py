@@ -29,6 +29,7 @@ from dvi.solve import (
     describe,
     detail,
     make_process,
+    numbers,
     progress_bar,
     time_grid,
     verdict,
@@ -171,6 +172,9 @@ def compare(
     names = (runs,) if isinstance(runs, str) else tuple(runs)
     if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
         raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
+    steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
+    if not isinstance(warm_start, str):
+        (warm_start,) = numbers(warm_start=warm_start)
     grid = time_grid(steps, save_every)
     if path is not None:
         writable(path)
@@ -257,6 +261,7 @@ def compare(
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
+            problem.check_unchanged()
             while done < len(grid):
                 if not any(process.near_end for process in processes.values()):
                     mark = here()
@@ -269,6 +274,7 @@ def compare(
                 done += 1
                 bar.update(1)
                 keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
+            problem.check_unchanged()
         except KeyboardInterrupt:
             keeper.write(result(Status.INTERRUPTED), checkpoint())
             raise

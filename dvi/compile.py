@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi import forgetting
 from dvi.coupled import Flat, smallest_singular_value, solve_coupled
 from dvi.forgetting import Accuracy
-from dvi.local import away, curvature, diagonal_curvature, diagonal_slope, is_local, random_like
+from dvi.local import curvature, diagonal_curvature, diagonal_slope, generic, is_local, random_like
 from dvi.methods import Method, NotPositiveDefiniteError, Nu, Preconditioner, SpecError
 from dvi.metric import Metric
 from dvi.problems import NotFiniteError
@@ -33,6 +33,7 @@ from dvi.replay import Replays
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import host, like
 from dvi.solvers.svec import triu
+from dvi.tangents import derivative, still
 
 #: How ½∇²_w f[Σ] is read.  "gradient-covariance": the curvature of f in g only, ½∇²_g f[HΣH], which gives the paper's
 #: C.4 and C.5.  "full": through g = ∇L(w), so that ∂f/∂g · ½∇³L[Σ] is there, too.
@@ -76,7 +77,7 @@ class SpecCalculus:
         self.method = method
         self.covariance, self.accuracy = covariance, accuracy
         self.replays = Replays(method)
-        self.metric = Metric(method, nu, self.replays)
+        self.metric = Metric(method, nu, self.replays, centred=accuracy == "paper")
         self.momentum, self.stateless = self.metric.momentum, self.metric.stateless
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
@@ -113,6 +114,10 @@ class SpecCalculus:
         except NotPositiveDefiniteError as error:
             raise LeftDomainError(f"At t = {t:g}: {error}") from None
 
+    def clock(self, t: float) -> float:
+        """The argument of schedules for P at the time t of a flow of second order."""
+        return self.metric.timetable.clock(t)
+
     def lag(self, t: float) -> float:
         """τ′ = τ + ½, unit times: with how much delay the flow's momentum follows the gradient."""
         return float(self.metric.at(t).Q().lag) + 0.5
@@ -142,14 +147,14 @@ class SpecCalculus:
             return 0.0
         if self.elementwise:
             slopes = self.replays(self._nu_slopes, self.metric.at(t), nu, g)
-            return max(float(x.abs().max()) for x in pytree.tree_leaves(slopes))
+            return max(float(_finite(x).abs().max()) for x in pytree.tree_leaves(slopes))
         if self.accuracy == "second-order":  # log(I + J), which is found on the host
-            flat = Flat(nu)
-            J = host(flat.matrix(_slope(self.metric.at(t), nu, g)))[0]
+            flat = Flat(nu, self.metric.at(t).f(nu, g))
+            J = host(flat.matrix(_slope(self.metric.at(t), nu, g), still=0.0))[0]
             return float(np.abs(np.log(np.linalg.eigvals(np.eye(flat.size) + J).astype(complex))).max())
-        v, size = pytree.tree_map(torch.ones_like, nu), 0.0
+        v, size = pytree.tree_map(lambda x: (x != 0).to(x), nu), 0.0  # what is zero may be steep, and stay so
         for _ in range(8):
-            image = jvp(lambda nu: self.nu_rate(nu, t, g), (nu,), (v,))[1]
+            image = derivative(lambda nu: self.nu_rate(nu, t, g), nu, v)
             size = max(float(x.abs().max()) for x in pytree.tree_leaves(image))
             if size == 0.0:
                 break
@@ -159,7 +164,7 @@ class SpecCalculus:
     def _nu_slopes(self, method: Method, nu: Nu, g: Tensor) -> Nu:
         """The diagonal of ∂ν̇₀/∂ν, of an elementwise spec."""
         ones = pytree.tree_map(torch.ones_like, nu)
-        return jvp(lambda nu: self._divide(method, nu, g, method.f(nu, g), batched=False), (nu,), (ones,))[1]
+        return derivative(lambda nu: self._divide(method, nu, g, method.f(nu, g), batched=False), nu, ones)
 
     def nu_response(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
         """ν̇_b for every svec basis element E_b: a pytree like ν with a leading dimension k(k+1)/2.
@@ -188,7 +193,7 @@ class SpecCalculus:
         if not self.elementwise:
             return [self._divide(method, nu, g, rhs, batched, h) for h in spans]
         J = self._diagonal(method, nu, g)
-        return [pytree.tree_map(lambda r, x, h=h: r * forgetting.factor(x, h), rhs, J) for h in spans]
+        return [pytree.tree_map(lambda r, x, h=h: still(r, r * forgetting.factor(x, h)), rhs, J) for h in spans]
 
     def f_curvature(self, nu: Nu, t: float, g: Tensor, HU: Tensor, T: Tensor) -> Nu:
         """½∇²_g f[HU E_b UᵀH] for every svec basis element E_b; the arguments are those of :meth:`nu_response`."""
@@ -200,7 +205,7 @@ class SpecCalculus:
         if self.local:
             products = H_rows[rows] * H_rows[columns]
             second = pytree.tree_map(
-                lambda c: c * products if c.shape == g.shape else c.expand(len(products), *c.shape),
+                lambda c: still(products, c * products) if c.shape == g.shape else c.expand(len(products), *c.shape),
                 self.replays(diagonal_curvature, method, nu, g),
             )
         else:
@@ -208,7 +213,7 @@ class SpecCalculus:
         weight = like(0.5 * triu(k).weight, g)
         out = pytree.tree_map(lambda x: weight.reshape(-1, *[1] * (x.ndim - 1)) * x, second)
         if self.covariance == "full":
-            slope = vmap(lambda v: jvp(lambda g: method.f(nu, g), (g,), (v,))[1])(0.5 * T)
+            slope = vmap(lambda v: derivative(lambda g: method.f(nu, g), g, v))(0.5 * T)
             out = pytree.tree_map(torch.add, out, slope)
         return out
 
@@ -229,14 +234,14 @@ class SpecCalculus:
         if self.elementwise:
             J = self._diagonal(method, nu, g)
             if paper:
-                return pytree.tree_map(lambda r, x: r / (1 + x), rhs, J)
-            return pytree.tree_map(lambda r, x: r * forgetting.factor(x, h), rhs, J)
+                return pytree.tree_map(lambda r, x: still(r, r / (1 + x)), rhs, J)
+            return pytree.tree_map(lambda r, x: still(r, r * forgetting.factor(x, h)), rhs, J)
         if paper:
             return solve_coupled(lambda dnu: pytree.tree_map(torch.add, dnu, slope(dnu)), nu, rhs, batched)
-        flat = Flat(nu)
+        flat = Flat(nu, rhs)
         if flat.size > forgetting.DENSE_LIMIT:
             forgetting.matrix(np.empty((flat.size, 0)), h)  # says so
-        F = like(forgetting.matrix(host(flat.matrix(slope))[0], h), flat.example)
+        F = like(forgetting.matrix(host(flat.matrix(slope, still=0.0))[0], h), flat.example)
         if batched:
             return vmap(lambda r: flat.unravel(F @ flat.ravel(r)))(rhs)
         return flat.unravel(F @ flat.ravel(rhs))
@@ -244,8 +249,8 @@ class SpecCalculus:
     def _is_elementwise(self, nu: Nu, g: Tensor) -> bool:
         """Is ∂f/∂ν diagonal?  Then it is what a jvp with ones shows, and a random probe must agree with it."""
         generator = torch.Generator().manual_seed(0)
-        nu = away(nu, generator)
         method = self.method.at(0.0)
+        nu = generic(method, nu, g, generator)
         slope = _slope(method, nu, g)
         ones = pytree.tree_leaves(slope(pytree.tree_map(torch.ones_like, nu)))
         probe = pytree.tree_map(lambda x: random_like(x, generator), nu)
@@ -262,7 +267,9 @@ class SpecCalculus:
         if self.elementwise:
             ones = pytree.tree_map(torch.ones_like, nu)
             J = pytree.tree_leaves(_slope(method, nu, g)(ones))
-            lowest = min(float((1 + x).min()) for x in J)
+            f = pytree.tree_leaves(method.f(nu, g))
+            moving = [1 + x[(v != 0) | (r != 0)] for x, v, r in zip(J, pytree.tree_leaves(nu), f, strict=True)]
+            lowest = min((float(x.min()) for x in moving if x.numel()), default=1.0)
             if self.memory and abs(lowest) <= _FORGOTTEN:
                 return
         else:
@@ -281,4 +288,9 @@ class SpecCalculus:
 
 def _slope(method: Method, nu: Nu, g: Tensor) -> Callable[[Nu], Nu]:
     """dν ↦ ∂f/∂ν dν at (ν, g)."""
-    return lambda dnu: jvp(lambda nu: method.f(nu, g), (nu,), (dnu,))[1]
+    return lambda dnu: derivative(lambda nu: method.f(nu, g), nu, dnu)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """X with zeros for slopes that are infinite: those of entries of ν that are zero."""
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)

@@ -7,22 +7,35 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.methods import Nu, SpecError
 from dvi.solvers.protocol import like
+from dvi.tangents import derivative
 
 DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as a dense matrix
 
 
 class Flat:
-    """ν as one vector and back."""
+    """ν as one vector and back.
 
-    def __init__(self, nu: Nu) -> None:
+    Args:
+        nu: the state.
+        rhs: what moves it, if known, like ν or with a leading dimension: entries that are zero and stay so may have an
+            infinite slope, which :meth:`matrix` leaves out.
+    """
+
+    def __init__(self, nu: Nu, rhs: Nu | None = None) -> None:
         self.leaves, self.spec = pytree.tree_flatten(nu)
         self.sizes = [x.numel() for x in self.leaves]
         self.size, self.example = sum(self.sizes), self.leaves[0]
+        self.still = None if rhs is None else self._still(pytree.tree_leaves(rhs))
+
+    def _still(self, rhs: list[Tensor]) -> Tensor:
+        """Which entries are zero and stay so [n]."""
+        masks = [(x == 0) & (r == 0).reshape(-1, *x.shape).all(dim=0) for x, r in zip(self.leaves, rhs, strict=True)]
+        return self.ravel(masks)
 
     def unravel(self, flat: Tensor) -> Nu:
         """The pytree whose entries are the vector's."""
@@ -34,19 +47,22 @@ class Flat:
         """All entries of a pytree as one vector."""
         return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
 
-    def matrix(self, apply: Callable[[Nu], Nu]) -> Tensor:
-        """A linear map of ν as a dense matrix."""
+    def matrix(self, apply: Callable[[Nu], Nu], still: float = 1.0) -> Tensor:
+        """A linear map of ν as a dense matrix; ``still`` times I for entries that stay still where they are steep."""
         eye = torch.eye(self.size, dtype=self.example.dtype, device=self.example.device)
         columns: Tensor = vmap(lambda v: self.ravel(apply(self.unravel(v))))(eye)
+        if self.still is not None:
+            steep = self.still & ~torch.isfinite(columns).all(dim=1)
+            columns = torch.where(steep[:, None], still * eye, columns)
         return columns.T
 
 
 def smallest_singular_value(f: Callable[[Nu], Nu], nu: Nu) -> float:
     """Of I + ∂f/∂ν; 1 where ν is too large to look (the iterative solve then finds out)."""
-    flat = Flat(nu)
+    flat = Flat(nu, f(nu))
     if flat.size > DENSE_LIMIT:
         return 1.0
-    A = flat.matrix(lambda dnu: pytree.tree_map(torch.add, dnu, jvp(f, (nu,), (dnu,))[1]))
+    A = flat.matrix(lambda dnu: pytree.tree_map(torch.add, dnu, derivative(f, nu, dnu)))
     return float(torch.linalg.svdvals(A)[-1])
 
 
@@ -54,7 +70,7 @@ def solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> 
     """Solve apply(x) = rhs where the entries of ν are coupled."""
     from scipy.sparse.linalg import LinearOperator, gmres
 
-    flat = Flat(nu)
+    flat = Flat(nu, rhs)
     b = vmap(flat.ravel)(rhs) if batched else flat.ravel(rhs)[None]
     if flat.size <= DENSE_LIMIT:
         x = torch.linalg.solve(flat.matrix(apply), b.T).T

@@ -27,6 +27,11 @@ class Discrete(CompiledFlow):
 
     name = "discrete"
     constrained = False
+    differentiated = False
+
+    def __init__(self, problem: Problem, method: MethodLike, **options: Any) -> None:
+        super().__init__(problem, method, **options)
+        self.calculus.metric.centred = False  # the optimizer uses a schedule's values as they are
 
     def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
         """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.
@@ -35,7 +40,7 @@ class Discrete(CompiledFlow):
             OptimizerDivergedError: if the weights, ν, the loss or the gradient are not finite after it.
             NotPositiveDefiniteError: if P(ν_t) is not positive definite.
         """
-        now = self.method.at(y.t)
+        now = self.calculus.metric.at(y.t)
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
@@ -46,7 +51,7 @@ class Discrete(CompiledFlow):
             loss, g_next = self.value_and_grad(State(w, y.nu, t))
         except NotFiniteError as error:
             raise _diverged(now, t, str(error).removeprefix(f"At t = {t:g}: ")) from None
-        nu = self.method.update(y.nu, g_next, t)
+        nu = pytree.tree_map(torch.add, y.nu, self.calculus.metric.at(t).f(y.nu, g_next))
         if not _finite(nu):
             raise _diverged(now, t, "its state ν is not finite")
         return State(w, nu, t, memory), loss, g_next
@@ -72,4 +77,4 @@ def at_lr(method: Method) -> str:
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:
     """The real optimizer, ready to be run by :func:`dvi.solve` or beside its flows by :func:`dvi.compare`."""
-    return Discrete(problem, method, check=False)
+    return Discrete(problem, method, check="gradient")

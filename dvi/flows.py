@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,13 +19,17 @@ from dvi.compile import Covariance, EdgeHessian, LeftDomainError, LossLeftDomain
 from dvi.forgetting import Accuracy
 from dvi.inertial import ImplicitStep, restagger, stagger
 from dvi.linearised import Linearisation, LinearisedFlow
-from dvi.methods import Method, Nu, Preconditioner, as_method, validate
+from dvi.methods import Method, Nu, Preconditioner, Timetable, as_method, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
 from dvi.solvers.watch import Watch
+from dvi.spec_check import SpecCheck
 
 logger = logging.getLogger("dvi")
+
+#: What is compared with differences when a flow is compiled: all derivatives, the gradient alone, or nothing.
+Check = bool | Literal["gradient"]
 
 MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
@@ -48,13 +52,15 @@ class CompiledFlow:
     #: Which flow this is, in a result or a legend.
     name: str = "flow"
     constrained: bool = True
+    #: Does it differentiate f and P?  The optimizer itself only calls them.
+    differentiated: bool = True
 
     def __init__(
         self,
         problem: Problem,
         method: MethodLike,
         *,
-        check: bool = True,
+        check: Check = True,
         covariance: Covariance = "gradient-covariance",
         accuracy: Accuracy | None = None,
         edge_hessian: EdgeHessian = "integrator",
@@ -69,7 +75,8 @@ class CompiledFlow:
         self.max_gib = max_gib
         self.notes: list[str] = []
         if check:
-            problem.check()
+            problem.check(gradient_only=check == "gradient")
+        if check is True:
             self._note_differences(problem.uncertainty())
         w = problem.w0
         _, g = problem.value_and_grad(w)
@@ -77,11 +84,24 @@ class CompiledFlow:
         Q = self.method.at(0.0).Q()
         self.initial = State(w, nu, 0.0, None if Q.trivial else Q.initial(w))
         self.accuracy = self._chosen(accuracy, momentum=not Q.trivial)
-        self.calculus = SpecCalculus(self.method, nu, g, covariance, self.accuracy)
+        self.calculus = self._compiled(nu, g)
         self._note_dead_weights(self.calculus.P(nu, 0.0))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.problem!r}, {self.method!r})"
+
+    def _compiled(self, nu: Nu, g: Tensor) -> SpecCalculus:
+        """The derivatives of f and P, once they are known to be right."""
+        check = SpecCheck(self.method, nu, g)
+        if self.differentiated:
+            check.forward()
+        try:
+            calculus = SpecCalculus(self.method, nu, g, self.covariance, self.accuracy)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise check.unable("f", "in ν and g", error) from error
+        if self.differentiated and not calculus.stateless:
+            check.reverse(calculus.elementwise, calculus.local)
+        return calculus
 
     def _chosen(self, accuracy: Accuracy | None, momentum: bool) -> Accuracy:
         """The paper's accuracy, and with momentum, of which the paper does not speak, second order."""
@@ -90,6 +110,15 @@ class CompiledFlow:
         if accuracy not in ("paper", "second-order"):
             raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
         return accuracy
+
+    @property
+    def timetable(self) -> Timetable:
+        """The schedules of the method, as a run reads them."""
+        return self.calculus.metric.timetable
+
+    def settle(self, y: State) -> State:
+        """This state, as the flow may start from it, or go on from it behind a jump of a schedule."""
+        return y
 
     @property
     def inertial(self) -> bool:
@@ -107,8 +136,9 @@ class CompiledFlow:
         dead = P.dead()
         if dead is not None and bool(dead.any()):
             note = (
-                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change): "
-                "they stay where they are and are left out of the P-metric. An eps > 0 would keep them in."
+                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change, a "
+                "layer that nothing reaches): while that lasts they stay where they are and are left out of the "
+                "P-metric. An eps > 0 would keep them in."
             )
             self.notes.append(note)
             _tell(note)
@@ -144,9 +174,14 @@ class CompiledFlow:
         return self.calculus.P(y.nu, y.t).inv_sqrt(V)
 
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
-        """The frame U = P^{−1/2}V of orthonormal vectors V [d, k], given AV; T if asked for."""
+        """The frame U = P^{−1/2}V of orthonormal eigenvectors V [d, k], given AV; T if asked for.
+
+        Weights that the loss does not feel (rows of HU that are exactly zero) are in no eigenvector, whose V = AV/λ.
+        What a search has left there of its random start would move ν where it is zero and P infinitely steep.
+        """
         P = self.calculus.P(y.nu, y.t)
         U, HU = P.inv_sqrt(V), P.sqrt(AV)
+        U = torch.where((HU != 0).any(dim=1, keepdim=True), U, torch.zeros_like(U))
         return self._frame(y, U, HU, third)
 
     def _frame(self, y: State, U: Tensor, HU: Tensor, third: bool = True) -> Frame:
@@ -332,7 +367,8 @@ def central_flow(
             directions than that fit end the run with :class:`dvi.MemoryLimitError`.
 
     Raises:
-        SpecError: if the declaration is wrong, or ν has no memory (β₂ = 0).
+        SpecError: if the declaration is wrong, if a derivative of f or P is not what differences of them show (always
+            looked at), or ν has no memory (β₂ = 0).
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
@@ -360,7 +396,10 @@ def central_map(
 
 
 def stable_flow(
-    problem: Problem, method: MethodLike, *, check: bool = False, accuracy: Accuracy | None = None
+    problem: Problem, method: MethodLike, *, check: Check = "gradient", accuracy: Accuracy | None = None
 ) -> StableFlow:
-    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`."""
+    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`.
+
+    It needs first derivatives only, so ``check="gradient"`` compares no others.
+    """
     return StableFlow(problem, method, check=check, accuracy=accuracy)

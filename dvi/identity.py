@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.flows import CompiledFlow
-from dvi.methods import Method
-from dvi.methods.schedules import value_and_slope
+from dvi.methods import Method, SpecError
 from dvi.problems import Problem
 from dvi.problems.fingerprint import fingerprint
 from dvi.solvers.protocol import Array
@@ -112,16 +111,13 @@ def _times(start: float, grid: Array) -> Array:
 
 def _table(method: Method, name: str, times: Array) -> Array:
     """The values of a schedule, NaN where it has none."""
-    schedule = method.hyperparameters()[name]
+    schedule = method.schedule(name, float(times[-1]))
 
     def value(t: float) -> float:
         try:
-            return float(schedule(t))
-        except Exception:  # whatever a user's function may raise: it may want a tensor, or have no value there
-            try:
-                return float(value_and_slope(schedule, t)[0])
-            except Exception:
-                return np.nan
+            return schedule.ask(t)
+        except SpecError:  # it has no value there
+            return np.nan
 
     return np.array([value(float(t)) for t in times])
 

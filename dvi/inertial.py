@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     from dvi.compile import SpecCalculus
 
 
-def clock(t: float) -> float:
-    """The argument of schedules for P at the flow's time t: the optimizer's value at step s belongs to time s + ½."""
-    return max(0.0, t - 0.5)
-
-
 def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
     """Momentum and ν half a step h behind y.
 
@@ -61,9 +56,9 @@ def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
     if y.m is None:
         m = g
     else:
-        Q = calculus.method.at(y.t).Q()
+        Q = calculus.metric.at(y.t).Q()
         now = Q.step(g, y.m)[0] / Q.gain  # the flow's m at ½, and at −½
-        before = y.m[-1] / calculus.method.at(clock(y.t - 0.5)).Q().gain
+        before = y.m[-1] / calculus.metric.at(calculus.clock(y.t - 0.5)).Q().gain
         m = before + (0.5 - 0.5 * h) * (now - before)
     return Staggered(y.w, m, _shifted(y.nu, last, -0.5 - 0.5 * h), _shifted(y.nu, last, -0.5), y.t)
 
@@ -80,7 +75,7 @@ def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Te
     """The momentum m [d] of one time in the units of another: Q₁m is what lasts, and a schedule may change Q₁."""
     if not calculus.momentum or not calculus.metric.scheduled:
         return m
-    old, new = (float(calculus.method.at(clock(t)).Q().gain) for t in (before, now))
+    old, new = (float(calculus.metric.at(calculus.clock(t)).Q().gain) for t in (before, now))
     return m if old == new else (old / new) * m
 
 
@@ -117,10 +112,10 @@ class ImplicitStep:
         return m, middle, end
 
     def _moved(self, P: Preconditioner, m: Tensor) -> Tensor:
-        return -self.h * self.calculus.speed(clock(self.s.t + 0.5 * self.h)) * P.solve(m)
+        return -self.h * self.calculus.speed(self.calculus.clock(self.s.t + 0.5 * self.h)) * P.solve(m)
 
     def _middle_P(self, nu: Nu) -> Preconditioner:
-        return self.calculus.checked_P(nu, clock(self.s.t + 0.5 * self.h), self.g)
+        return self.calculus.checked_P(nu, self.calculus.clock(self.s.t + 0.5 * self.h), self.g)
 
     @cached_property
     def _responses(self) -> tuple[Nu, Nu]:
@@ -134,7 +129,7 @@ class ImplicitStep:
     @cached_property
     def _host(self) -> tuple[Array, Array]:
         """The gap at t + h without oscillation [k, k], and how X opens it [n, n]."""
-        frame, calculus, end_clock = self.frame, self.calculus, clock(self.s.t + self.h)
+        frame, calculus, end_clock = self.frame, self.calculus, self.calculus.clock(self.s.t + self.h)
         k, (m, nu, nu_end) = frame.k, self._free
         if not k:
             return np.zeros((0, 0)), np.zeros((0, 0))

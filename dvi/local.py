@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad
 from torch.utils import _pytree as pytree
 
 from dvi.methods import Method, Nu
+from dvi.tangents import derivative
 
 
 def curvature(method: Method, nu: Nu, g: Tensor, h: Tensor, other: Tensor) -> Nu:
     """∂²f/∂g²[h, other] at (ν, g), a pytree like ν; h, other [d]."""
 
     def slope(g: Tensor) -> Nu:
-        return jvp(lambda g: method.f(nu, g), (g,), (h,))[1]
+        return derivative(lambda g: method.f(nu, g), g, h)
 
-    return jvp(slope, (g,), (other,))[1]
+    return derivative(slope, g, other)
 
 
 def diagonal_curvature(method: Method, nu: Nu, g: Tensor) -> Nu:
@@ -58,10 +59,9 @@ def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
         g: the gradient [d] there.
     """
     generator = torch.Generator().manual_seed(1)
-    nu = away(nu, generator)
     method = method.at(0.0)
-    size = float(torch.linalg.vector_norm(g)) / len(g) ** 0.5 or 1.0
-    ones = torch.ones_like(g)
+    nu = generic(method, nu, g, generator)
+    size, ones = typical(g), torch.ones_like(g)
     for scale in (1e-3, 1.0, 1e3):
         at, h, other = (random_like(g, generator) for _ in range(3))
         at = scale * size * at
@@ -83,6 +83,22 @@ def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
 def random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Normal numbers like x, the same on every device."""
     return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+
+
+def generic(method: Method, nu: Nu, g: Tensor, generator: torch.Generator) -> Nu:
+    """A ν that f can reach from the one given, in no special position: after two updates with random gradients.
+
+    No entry that gradients move is zero there, where a root has no slope and a coupling may not show.
+    """
+    size = typical(g)
+    for _ in range(2):
+        nu = pytree.tree_map(torch.add, nu, method.f(nu, size * random_like(g, generator)))
+    return nu
+
+
+def typical(g: Tensor) -> float:
+    """The size of an entry of g, 1 where all are zero."""
+    return float(torch.linalg.vector_norm(g)) / len(g) ** 0.5 or 1.0
 
 
 def away(nu: Nu, generator: torch.Generator) -> Nu:

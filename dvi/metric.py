@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar
+from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar, Timetable
 from dvi.replay import Replays
+from dvi.tangents import derivative
 
 
 class Metric:
@@ -22,10 +23,12 @@ class Metric:
         method: the declaration.
         nu: an example of ν, after a first update.
         replays: the derivatives of the spec that are replayed.
+        centred: how tables are read, see :meth:`dvi.methods.Timetable.at`.
     """
 
-    def __init__(self, method: Method, nu: Nu, replays: Replays) -> None:
-        self.method, self.replays = method, replays
+    def __init__(self, method: Method, nu: Nu, replays: Replays, centred: bool = False) -> None:
+        self.method, self.replays, self.centred = method, replays, centred
+        self.timetable = Timetable(method)
         self.scheduled = bool(method.scheduled)
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
@@ -35,7 +38,7 @@ class Metric:
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
-        return self.method.at(t) if self.scheduled else self.method
+        return self.timetable.at(t, centred=self.centred)
 
     def P(self, nu: Nu, t: float) -> Preconditioner:
         """P̃ at (ν, t): the preconditioner, scaled so that the threshold is 2."""
@@ -54,7 +57,7 @@ class Metric:
             return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
 
         def rate(dnu: Nu) -> Tensor:
-            PU: Tensor = jvp(lambda nu: self.P(nu, t).apply(U), (nu,), (dnu,))[1]
+            PU: Tensor = derivative(lambda nu: self.P(nu, t).apply(U), nu, dnu)
             return (U.T @ PU)[rows, columns]
 
         generic: Tensor = vmap(rate, chunk_size=max(1, 64 // k))(dnu)  # each direction holds a [d, k] product
@@ -63,7 +66,11 @@ class Metric:
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
         """Uᵀ (∂P̃/∂t) U [k, k], as the schedules move."""
         dt = U.new_zeros(())
-        PU: Tensor = jvp(lambda dt: self._scaled(self.method.at(t, dt), nu).apply(U), (dt,), (torch.ones_like(dt),))[1]
+
+        def image(dt: Tensor) -> Tensor:
+            return self._scaled(self.timetable.at(t, dt, self.centred), nu).apply(U)
+
+        PU: Tensor = derivative(image, dt, torch.ones_like(dt))
         return U.T @ PU
 
     def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:
@@ -73,5 +80,5 @@ class Metric:
             entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
             return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays so
 
-        rate: Tensor = jvp(p, (nu,), (dnu,))[1]
+        rate: Tensor = derivative(p, nu, dnu)
         return rate

@@ -56,7 +56,7 @@ class Observer:
             HU.T @ HU,
             U.T @ HU,
             torch.zeros_like(node.g[0]) if node.rate is None else g @ node.rate.w,
-            flow.method.at(y.t).P(y.nu).effective_lr().to(g),
+            flow.calculus.metric.at(y.t).P(y.nu).effective_lr().to(g),
             g[index] ** 2,
             ((rows @ X) * rows).sum(dim=1),
         )

@@ -10,20 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvi import series
-from dvi.discrete import Discrete
+from dvi import chatter, series
+from dvi.chatter import fixed_steps, recent_cost
 from dvi.flows import CompiledFlow
-from dvi.methods import NotPositiveDefiniteError
 from dvi.predict import Observation, Observer
-from dvi.problems import Ledger, ProblemError
+from dvi.problems import Ledger
 from dvi.solution import Cost, Solution
-from dvi.solvers.errors import SolverError
-from dvi.solvers.protocol import Array, Integrator, State, StepResult, host
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.ccp import CCPError
+from dvi.solvers.protocol import Array, Integrator, State, StepResult
+from dvi.solvers.watch import Watch
 from dvi.status import RunError, Status
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
@@ -46,6 +44,7 @@ class Process(ABC):
     def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer) -> None:
         self.flow, self.grid, self.observer = flow, grid, observer
         self.y, self.origin = start, start.t
+        self._survey()
         self.nodes: list[Observation] = []
         self.counts: list[dict[str, int]] = []
         self.ready: dict[int, Tensor] = {}  # weights at grid points not yet fetched
@@ -89,6 +88,11 @@ class Process(ABC):
         """Go on from :meth:`state`."""
         for name, value in state.items():
             setattr(self, name, value)
+        self._survey()
+
+    def _survey(self) -> None:
+        """Look at the method's schedules over the run; what is wrong with them is said before it begins."""
+        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]))
 
     _own_state: tuple[str, ...] = ()
 
@@ -105,18 +109,24 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed")
+    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "fresh", "base", "anchor", "looked")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
     ) -> None:
         super().__init__(flow, start, grid, observer)
         self.integrator = integrator
-        self.memory = integrator.init(flow, start)
+        with flow.timetable.stretch(start.t):
+            self.y = flow.settle(start)
+            self.memory = integrator.init(flow, self.y)
+        self.fresh = True  # the next step is the first one, or the first behind a jump of a schedule
+        self.base = 0.0  # the largest effective sharpness at the beginning of a stretch
         self.strained: list[tuple[float, float]] = []  # steps with too large an error estimate: when, and over tol
         self.missed: list[tuple[float, float]] = []  # effective sharpnesses above 2 that were not seen coming, and when
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
+        self.anchor = start  # a state up to about a unit of time ago
+        self.looked = 0.0  # what the run had cost when kinks were last looked for
 
     @property
     def near_end(self) -> bool:
@@ -124,36 +134,53 @@ class FlowProcess(Process):
         return self.bound
 
     def advance(self) -> None:
-        """One step of the integrator; recorded all at once, so that an interruption leaves no half of it."""
+        """One step of the integrator, at most to where a schedule jumps or has a kink.
+
+        It is recorded all at once, so that an interruption leaves no half of it.
+        """
+        with self.flow.timetable.stretch(self.y.t) as (corner, jump):
+            result = self._step(corner, jump)
+        if result is not None:
+            self._cross(result)
+
+    def _step(self, corner: float, jump: bool) -> StepResult | None:
+        """A step that ends at the corner at the latest; given back if it has reached a jump."""
         start, problem = self.y, self.flow.problem
         before, end = problem.ledger.copy(), self.last
         horizon = getattr(self.integrator, "horizon", None)
         self.bound |= horizon is None or self.origin + end - start.t <= horizon(self.memory)
         try:
-            result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
-        except Exception:
-            if not self.nodes and self.flow.constrained:
+            result = self.integrator.step(self.flow, self.memory, start, min(self.origin + end, corner) - start.t)
+        except Exception as error:
+            if self.fresh and self.flow.constrained:
                 self._require_feasible(float(Watch().glance(self.flow, start, None).eigenvalues[0]))
+            if isinstance(error, CCPError) and self._kinks_since_anchor():
+                raise RunError(Status.KINKS, str(error)) from error
             raise
-        node = result.node
-        if not self.nodes and self.flow.constrained:
+        node, base = result.node, self.base
+        if self.fresh and self.flow.constrained:
+            base = max(base, float(node.eigenvalues.max(initial=0.0)))
             self._require_feasible(float(node.eigenvalues[0]))
         counts = [self._spent(before, self.counts)]
+        if result.y.t >= corner - 1e-9 * max(1.0, result.y.t):
+            result = replace(result, y=replace(result.y, t=corner))
         reached = result.y.t - self.origin
         finished = reached >= end - 1e-9 * max(1.0, end)
+        at_jump = jump and result.y.t == corner and not finished
         seen = self._observe(start, node)
+        if self.fresh and self.nodes:  # from here on, since what oscillated on the left of a jump does so no more
+            seen["X_time"] = seen["t"]
         inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if finished else reached)))
         if len(inside):
             seen |= self.observer.observe_outputs(self.flow, start, node)
         ready = self._shown(result, inside, finished)
         nodes = [self._carry(seen)]
-        if finished:
+        if finished or at_jump:  # what is seen at the end, or on the left of the jump
             before = problem.ledger.copy()
             last = self.integrator.observe(self.flow, result.memory, result.y)
             counts.append(self._spent(before, counts))
-            nodes.append(
-                self._observe(result.y, last) | self.observer.observe_outputs(self.flow, result.y, last) | {"t": end}
-            )
+            outputs = self.observer.observe_outputs(self.flow, result.y, last)
+            nodes.append(self._observe(result.y, last) | outputs | {"t": end if finished else reached})
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
@@ -163,9 +190,42 @@ class FlowProcess(Process):
             *((node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes),
             (reached, result.missed),
         ]:
-            if self.flow.constrained and sharpness > max(MISSED, self.nodes[0]["eigenvalues"].max(initial=0.0) + 1e-6):
+            if self.flow.constrained and sharpness > max(MISSED, base + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
-        self.y, self.memory = result.y, result.memory
+        # in the last two units a longer run may find that a table goes on steadily, where here it ends
+        self.bound |= bool(self.flow.method.scheduled) and reached > end - 2
+        self.y, self.memory, self.fresh, self.base = result.y, result.memory, False, base
+        if not finished:
+            self._refuse_to_chatter(reached)
+        if self.y.t >= self.anchor.t + 1:
+            self.anchor = self.y
+        return result if at_jump else None
+
+    def _refuse_to_chatter(self, reached: float) -> None:
+        """End the run if it costs too much and kinks are the cause."""
+        weights = self.flow.problem.ledger.weights
+        cost, earlier = recent_cost([node["t"] for node in self.nodes], self.counts, weights, reached)
+        if fixed_steps(self.integrator) or cost - max(earlier, self.looked) < chatter.KINK_COST:
+            return
+        self.looked = cost
+        if self._kinks_since_anchor():
+            raise RunError(
+                Status.KINKS,
+                f"{self.flow.name} flow: {cost - earlier:.0f} gradient equivalents since t = "
+                f"{max(reached - chatter.KINK_TIME, 0):.4g}, and kinks were crossed on the way to t = {reached:.4g}.",
+            )
+
+    def _kinks_since_anchor(self) -> bool:
+        with self.flow.problem.ledger.paused():
+            return self.flow.problem.kinks_between(self.y.w, self.anchor.w)
+
+    def _cross(self, result: StepResult) -> None:
+        """Begin a new stretch on the right side of a jump."""
+        restart = getattr(self.integrator, "restart", None)
+        with self.flow.timetable.stretch(self.y.t):
+            y = self.flow.settle(self.y)
+            memory = restart(self.flow, result.memory, y) if restart else self.integrator.init(self.flow, y)
+        self.y, self.memory, self.fresh = y, memory, True
 
     def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
         """The weights at the grid points that a step has passed."""
@@ -198,10 +258,19 @@ class FlowProcess(Process):
             "is a note on its error, too): lower h_min."
         ]
 
-    @staticmethod
-    def _require_feasible(sharpness: float) -> None:
-        if sharpness > FEASIBLE:
+    def _require_feasible(self, sharpness: float) -> None:
+        if sharpness <= FEASIBLE:
+            return
+        if not self.nodes:
             raise RunError(Status.INFEASIBLE_START, f"The effective sharpness at the start is {sharpness:.3f}.")
+        t = self.y.t
+        raise RunError(
+            Status.INFEASIBLE_START,
+            f"This start is the one behind a jump of a schedule, at t = {t:g} ({self.flow.timetable.changes(t)}): the "
+            f"effective sharpness there is {sharpness:.3f}. Let the value rise over tens of steps instead; or begin "
+            f"a second run there: dvi.solve(flow, …, start=dvi.State(solution.w, solution.nu, {t:g}), "
+            'warm_start="auto").',
+        )
 
     def _observe(self, y: State, node: Any) -> Observation:
         seen = self.observer.observe_flow(self.flow, y, node)
@@ -246,7 +315,7 @@ class MapProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    _own_state = ("memory", "bound", "raw", "middle")
+    _own_state = ("memory", "bound", "fresh", "base", "raw", "middle")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -275,97 +344,3 @@ class MapProcess(FlowProcess):
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
         """The map on the grid; w is the average at the last recorded step."""
         return replace(super().solution(status, about), w=self.middle)
-
-
-class DiscreteProcess(Process):
-    """The optimizer itself, one step ahead of what it shows: the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}.
-
-    Args:
-        flow, start, grid, observer: see :class:`Process`.
-        eigen_every: unit times between looks at the eigenvalues, which the run itself does not need (0: never).
-
-    Raises:
-        ValueError: if a recorded time is not a whole number of steps.
-    """
-
-    _own_state = ("previous", "loss", "g", "seen")
-    flow: Discrete
-
-    def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
-        super().__init__(flow, start, grid, observer)
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
-        self.eigen_every = eigen_every
-        self.seen: Sighting | None = None  # the last look
-        self.previous: Tensor | None = None
-        self.loss: Tensor | None = None
-        self.g: Tensor | None = None
-        self._watch = Watch()
-
-    def advance(self) -> None:
-        """One step of the optimizer."""
-        before = self.flow.problem.ledger.copy()
-        if self.g is None:
-            self.loss, self.g = self.flow.value_and_grad(self.y)
-        y, loss, g = self.y, self.loss, self.g
-        assert loss is not None
-        following, next_loss, next_g = self.flow.step(y, g)
-        counts = self._spent(before, self.counts)
-        t = y.t - self.origin
-        middle = y.w if self.previous is None else 0.25 * (self.previous + 2 * y.w + following.w)
-        value, grad_sq, lr, trace, length = host(
-            loss,
-            g @ g,
-            self.flow.method.at(y.t).P(y.nu).effective_lr().to(g),
-            ((y.w - middle) ** 2).sum(),
-            torch.linalg.vector_norm(following.w - y.w),
-        )
-        seen: Observation = {
-            "t": t,
-            "loss": float(value),
-            "grad_sq": float(grad_sq),
-            "effective_lr": float(lr),
-            "trace": float(trace),
-            "step_length": float(length),
-            **self.observer.observe_iterate(self.flow, y.w, g),
-        }
-        with self.flow.problem.ledger.paused():
-            seen["eigenvalues"] = self._look(State(middle, y.nu, y.t))
-        self.counts.append(counts)
-        self.nodes.append(seen)
-        for i in np.flatnonzero(np.abs(self.grid - t) < 1e-9):
-            self.ready[int(i)] = middle
-        self.previous, self.y, self.loss, self.g = y.w, following, next_loss, next_g
-
-    def _look(self, y: State) -> Array:
-        """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
-        if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
-            return np.empty(0)
-        try:
-            self.seen = self._watch.look(self.flow, y, self.seen, self.eigen_every)
-        except (SolverError, ProblemError, NotPositiveDefiniteError, np.linalg.LinAlgError):
-            self.seen = None  # a look for display does not decide how a run ends
-            return np.empty(0)
-        return self.seen.shown
-
-    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
-        """Every step of the optimizer (whatever the grid: a thinned oscillation would show as something else)."""
-        t = np.array([node["t"] for node in self.nodes])
-        names = [n for n in (self.nodes[0] if self.nodes else {}) if n not in ("t", "loss", "eigenvalues")]
-        data = {name: np.array([node[name] for node in self.nodes]) for name in names}
-        return Solution(
-            name=self.flow.name,
-            t=t,
-            loss=np.array([node["loss"] for node in self.nodes]),
-            predicted_loss=np.full(len(t), np.nan),
-            eigenvalues=series.padded([node["eigenvalues"] for node in self.nodes]),
-            X=[np.zeros((0, 0))] * len(t),
-            w=self.y.w if self.previous is None else self.previous,
-            nu=self.y.nu,
-            breakpoints=[],
-            status=status,
-            ledger=self._cost(list(t)),
-            series=data,
-            notes=list(self.flow.notes),
-            about=dict(about),
-        )

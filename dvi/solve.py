@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from dvi.discrete import Discrete, OptimizerDivergedError, at_lr
+from dvi.discrete_process import DiscreteProcess
 from dvi.flows import CentralMap, CompiledFlow
 from dvi.methods import NotPositiveDefiniteError
+from dvi.methods.errors import ScheduleError
 from dvi.predict import Observer
-from dvi.problems import ProblemError
-from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
+from dvi.problems import LossChangedError, ProblemError
+from dvi.process import FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.watch import Watch
@@ -68,8 +71,10 @@ def solve(
 
     Raises:
         RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
+        SpecError: if a schedule of the method fails in the time of the run.
         ValueError: if steps or save_every is not positive.
     """
+    steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
     grid = time_grid(steps, save_every)
     status, words = Status.SUCCESS, ""
     failure: BaseException | None = None
@@ -86,11 +91,13 @@ def solve(
     todo = len(grid) if failure is None else 0
     with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
         try:
+            flow.problem.check_unchanged()
             for i in range(todo):
                 w = process.weights(i)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
+            flow.problem.check_unchanged()
         except FAILURES as error:
             (status, words), failure = verdict(error, flow, process.y), error
     solution = process.solution(status, about)
@@ -105,7 +112,7 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+FAILURES = (RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
 
 
 def classify(error: BaseException) -> Status:
@@ -113,9 +120,11 @@ def classify(error: BaseException) -> Status:
     if isinstance(error, RunError):
         return error.status
     for kind, status in (
+        (LossChangedError, Status.LOSS_CHANGED),
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
+        (ScheduleError, Status.SCHEDULE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
@@ -151,6 +160,11 @@ def detail(error: BaseException) -> str:
     return error.detail if isinstance(error, RunError) else str(error)
 
 
+def numbers(**arguments: Any) -> tuple[Any, ...]:
+    """Python's numbers for arguments that may be NumPy's, or tensors of shape []."""
+    return tuple(number(x, name) for name, x in arguments.items())
+
+
 def time_grid(steps: float, save_every: float) -> Array:
     """Recorded times 0, save_every, … and the end itself."""
     if not 0 < steps < np.inf or not 0 < save_every < np.inf:
@@ -183,10 +197,8 @@ def make_process(
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
     integrator = integrator or default_integrator(flow)
-    if isinstance(flow, StationaryFlow):
-        if not isinstance(integrator, Quasistatic):
-            raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
-        start = flow.settle(start)
+    if isinstance(flow, StationaryFlow) and not isinstance(integrator, Quasistatic):
+        raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
     if flow.inertial and not isinstance(integrator, SemiImplicit):
         raise ValueError(
             f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
@@ -234,7 +246,9 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     if start is not None and not isinstance(start, State):
         raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
     y = start or flow.initial
-    auto = warm_start == "auto"
+    auto = isinstance(warm_start, str) and warm_start == "auto"
+    if not isinstance(warm_start, str):
+        (warm_start,) = numbers(warm_start=warm_start)
     if not auto and not (isinstance(warm_start, int) and warm_start >= 0):
         raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, or "auto".')
     if warm_start == 0:

@@ -14,6 +14,7 @@ from dvi.flows import CompiledFlow, MethodLike
 from dvi.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
 from dvi.solvers.watch import shown
 from dvi.stationary import StationaryPoint, stationary
@@ -112,6 +113,7 @@ class Quasistatic:
     h: float = 0.5
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if not 0 < self.h <= 1:
             raise ValueError(f"Quasistatic(h={self.h}): h must lie in (0, 1] unit times.")
 

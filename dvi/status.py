@@ -40,6 +40,17 @@ class Status(Enum):
         "So many directions are critical that their third derivatives would not fit the memory allowed. Allow more "
         "(max_gib= of central_flow), compute in float32, or lower lr so that fewer directions oscillate."
     )
+    KINKS = (
+        "The loss has kinks (ReLU, max, abs, …), and the flow cannot go on across them at a bounded cost: its gradient "
+        "jumps there, so the flow slides along a kink in ever shorter steps. Give the flow a smooth loss: "
+        "dvi.problems.smoothed(model, beta=20) is a copy of the model with β-GELU for ReLU; a larger beta is closer to "
+        "ReLU, and costs more."
+    )
+    SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
+    LOSS_CHANGED = (
+        "The loss at the starting weights is not what it was when the problem was made: it depends on something beside "
+        "the weights (data that were changed, random numbers, a counter), and what was computed cannot be trusted."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

@@ -25,6 +25,7 @@ from dvi.methods.rmsprop_centred import CentredRMSProp
 from dvi.methods.rmsprop_norm import RMSPropNorm
 from dvi.methods.shampoo import Shampoo
 from dvi.methods.spec import FunctionMethod, Hyperparameter, Method, Nu, as_method
+from dvi.methods.timetable import Timetable
 from dvi.methods.validate import validate
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Scaled",
     "Shampoo",
     "SpecError",
+    "Timetable",
     "as_method",
     "validate",
 ]

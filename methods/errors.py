@@ -5,5 +5,9 @@ class SpecError(ValueError):
     """The declaration (init, f, P) or a hyperparameter is wrong; the message says where and what to write instead."""
 
 
+class ScheduleError(SpecError):
+    """A schedule fails at some time, gives what is no number in its range, or two values at one time."""
+
+
 class NotPositiveDefiniteError(SpecError):
     """P(ν) is not positive definite."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.errors import NotPositiveDefiniteError
+from dvi.methods.numbers import number
 from dvi.methods.powers import Factor
 from dvi.methods.preconditioners import Preconditioner
 
@@ -20,6 +21,9 @@ class Kronecker(Preconditioner):
     ``Kronecker([L, R], 1/4) / lr`` is Shampoo's P.  Each factor is decomposed once; its powers have the right
     derivatives where eigenvalues repeat, too.
 
+    Rows of zeros in a factor (inputs that are always zero, a layer that nothing reaches) mark *dead* coordinates, as a
+    zero of :class:`Diagonal` does: P and P⁻¹ are zero there.
+
     Args:
         factors: one for each dimension of the tensor: a symmetric positive definite matrix [nᵢ, nᵢ], or the number
             nᵢ alone for the unit matrix.
@@ -30,6 +34,7 @@ class Kronecker(Preconditioner):
     """
 
     def __init__(self, factors: Sequence[Tensor | int], powers: float | Sequence[float] = 1.0) -> None:
+        powers, factors = number(powers), [F if isinstance(F, Tensor) else number(F) for F in factors]
         many = [float(powers)] * len(factors) if isinstance(powers, (int, float)) else [float(p) for p in powers]
         if not factors or len(many) != len(factors):
             raise NotPositiveDefiniteError(
@@ -75,13 +80,22 @@ class Kronecker(Preconditioner):
         return self._times(V, 0.5)
 
     def effective_lr(self) -> Tensor:
-        """d/tr P; the trace of a Kronecker product is the product of the traces."""
-        means = [(factor.eigen[0] ** p).mean() for _, factor, p in self._factors]
+        """1/mean of the diagonal of P over the coordinates that move; that of a product is the product of the means."""
+        means = [factor.power(p).diagonal().double().sum() / factor.live.sum() for _, factor, p in self._factors]
         lr = 1 / torch.stack(means).prod() if means else torch.ones((), dtype=torch.float64, device="cpu")
         return lr.to(self._factors[0][1].A) if self._factors else lr
 
+    def dead(self) -> Tensor | None:
+        """The coordinates in a row of zeros of some factor [d]; P is zero there."""
+        if not self._factors:
+            return None
+        live = torch.ones(self.shape, dtype=torch.bool, device=self._factors[0][1].A.device)
+        for i, factor, _ in self._factors:
+            live &= factor.live.reshape(-1, *[1] * (len(self.shape) - 1 - i))
+        return ~live.reshape(-1)
+
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless every factor is finite, symmetric and positive definite beyond rounding."""
+        """Raise unless all factors, but for rows of zeros, are finite, symmetric and clearly positive definite."""
         d = prod(self.shape)
         if g is not None and d != len(g):
             raise NotPositiveDefiniteError(
@@ -103,6 +117,14 @@ class Kronecker(Preconditioner):
                     f"{where} is not positive definite: its eigenvalues reach from {low:g} to {high:g}. A few "
                     "gradients do not span the space: give the method an eps > 0, well above rounding."
                 )
+        dead = self.dead()
+        if dead is not None and bool(dead.all()):
+            raise NotPositiveDefiniteError("P(ν) = 0: the gradient has been zero everywhere; there is nothing to move.")
+        if dead is not None and g is not None and bool((dead & (g != 0)).any()):
+            raise NotPositiveDefiniteError(
+                "P(ν) is zero at coordinates whose gradient is not zero, so the step there would be infinite. "
+                "Give the method an eps > 0, or start ν after one update of the optimizer."
+            )
 
 
 __all__ = ["Kronecker"]

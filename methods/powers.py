@@ -24,6 +24,9 @@ class Factor:
     negative power looks at; the powers have A's dtype.  They can be differentiated once in A, forwards and backwards,
     under ``vmap``, too.  Only the symmetric part of A is seen.
 
+    A row and column of zeros (an input that is always zero, whose gradients are) stays one in every power: there A has
+    no part, and its powers are those of the rest.
+
     Args:
         A: the matrix [n, n].
     """
@@ -38,16 +41,32 @@ class Factor:
         return int(self.A.shape[-1])
 
     @cached_property
+    def live(self) -> Tensor:
+        """Which rows of A are not zero throughout [n]."""
+        return (self.A.detach() != 0).any(dim=-1)
+
+    @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [n], ascending, and eigenvectors [n, n], float64; constants for differentiation."""
-        values, vectors = torch.linalg.eigh(_symmetric(self.A.detach().double()))
+        """Eigenvalues [n], ascending, and eigenvectors [n, n], float64; constants for differentiation.
+
+        Rows of zeros count with the largest entry of A (1 if all are zero) on the diagonal, which lies between the
+        other eigenvalues.
+        """
+        A = _symmetric(self.A.detach().double())
+        largest = A.abs().max()
+        filler = torch.where(self.live, torch.zeros_like(A[0]), torch.where(largest > 0, largest, 1.0))
+        values, vectors = torch.linalg.eigh(A + torch.diag(filler))
         return values, vectors
 
     def power(self, p: float) -> Tensor:
         """A^p [n, n]; NaN where A has a negative eigenvalue and p is not an integer."""
         if p not in self._powers:
-            self._powers[p] = _symmetric(self.A) if p == 1 else _Power.apply(self.A, *self.eigen, p)  # type: ignore[no-untyped-call]
+            self._powers[p] = _symmetric(self.A) if p == 1 else self._power(p)
         return self._powers[p]
+
+    def _power(self, p: float) -> Tensor:
+        power: Tensor = _Power.apply(self.A, *self.eigen, p)  # type: ignore[no-untyped-call]
+        return torch.where(self.live[:, None] & self.live, power, torch.zeros_like(power))
 
 
 def divided_difference(x: Tensor, y: Tensor, p: float) -> Tensor:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError, SpecError
 from dvi.methods.filter import Filter
+from dvi.methods.numbers import number
 from dvi.methods.preconditioners import Preconditioner
-from dvi.methods.schedules import value_and_slope
+from dvi.methods.schedules import Schedule, as_schedule
 
 Nu = Any  # a pytree of tensors: the optimizer's state ν
 Hyperparameter = Any  # a number or a schedule; inside f and P always the number
@@ -55,14 +56,26 @@ class Method:
     >>> AdaGrad(lr=0.1)
     AdaGrad(lr=0.1, eps=1e-08)
 
-    is the whole of it.  Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps
-    taken so far (t = 0 at the first step; the flow's time), smooth in t between isolated kinks.  ``self.lr`` is
-    then the value at the current t wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).
+    is the whole of it.  NumPy's numbers and tensors of shape [] become Python's.
+
+    Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps taken so far (t = 0 at the
+    first step; the flow's time), or a sequence with one value a step.  ``self.lr`` is then the value at the current t
+    wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).  The optimizer uses the values at whole t.  A run
+    of n steps asks for 0 ≤ t ≤ n, and does without a value at t = n.
+
+    A schedule may jump.  A jump between the whole numbers t − 1 and t is one at t for the flow, which every integrator
+    lands on: the first step with the new value is the one from t on.  A table (a sequence, or ``lambda t:
+    values[int(t)]``) jumps at every whole number.  Where its values change steadily (one change is at most twice the
+    one before it or after it, or below 1 %), the flow takes the broken line through (t + ½, values[t]) instead;
+    elsewhere each value holds from t to t + 1.  Either way ∫ dt between jumps is the optimizer's sum.
 
     ``f`` and ``P`` must be made of torch operations (or operators) that can be differentiated, must not modify
     their arguments in place, and must not read anything that changes from one step to the next except ν, g and
-    scheduled hyperparameters.  A flow calls them some times to differentiate them and then replays the tensor
-    operations that it saw (not with control flow that depends on numbers in ν or g, which is called every time).
+    scheduled hyperparameters.  Where a flow is compiled, derivatives of both are compared with differences of them, and
+    what is lost (``.item()``, ``.detach()``, NumPy, ``torch.no_grad()``) is refused by name.  A part of ν that is zero
+    and stays zero does no harm, however steep f or P is there (√ν).  A flow calls f and P some times to differentiate
+    them and then replays the tensor operations that it saw (not with control flow that depends on numbers in ν or g,
+    which is called every time).
 
     A part of ν that keeps nothing of itself (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no differential
     equation and is refused, unless ∂f/∂ν is diagonal and the method has an attribute ``memory`` > 0, unit times: in the
@@ -72,7 +85,8 @@ class Method:
     Raises:
         SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
             :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2``, ``momentum`` in
-            [0, 1)).
+            [0, 1)).  Where a run starts, if a schedule raises anything, gives what is no finite number, leaves its
+            range or gives two values at one time; later on that ends the run, with what was computed until then.
     """
 
     #: Ranges by field name; a subclass may extend them.
@@ -83,11 +97,16 @@ class Method:
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
-        for name, value in self.hyperparameters().items():
+        for name, given in self.hyperparameters().items():
+            value = number(given)
+            if name in self.ranges:
+                value = as_schedule(value, self._called(name))
+            if value is not given:
+                object.__setattr__(self, name, value)
             if callable(value):
-                self._check_range(name, value_and_slope(value, 0.0)[0], at=0.0)
+                self.check_range(name, self.schedule(name).asked_again(0), at=0.0)
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._check_range(name, value)
+                self.check_range(name, value)
             elif name in self.ranges:
                 raise SpecError(f"{type(self).__name__}({name}={value!r}): {name} must be a number or a schedule.")
 
@@ -122,6 +141,10 @@ class Method:
         """Names of the hyperparameters that are schedules."""
         return tuple(name for name, value in self.hyperparameters().items() if callable(value))
 
+    def schedule(self, name: str, end: float = math.inf) -> Schedule:
+        """The schedule of a hyperparameter as a flow reads it, for a run until ``end`` (unit times)."""
+        return Schedule(getattr(self, name), self._called(name), end)
+
     def at(self, t: float, dt: Tensor | float = 0.0) -> Method:
         """This method with every schedule replaced by its value at t, to first order in dt.
 
@@ -130,26 +153,43 @@ class Method:
             dt: a zero-valued tensor that carries a tangent when dP/dt is wanted: a scheduled value becomes
                 ``value(t) + slope(t)·dt``.
         """
-        if not self.scheduled:
+        read = {name: self.schedule(name) for name in self.scheduled}
+        values = {name: schedule.ask(t) for name, schedule in read.items()}
+        slopes = {name: schedule.slope(t) for name, schedule in read.items()} if isinstance(dt, Tensor) else {}
+        return self.with_values(t, values, slopes, dt)
+
+    def with_values(
+        self, t: float, values: Mapping[str, float], slopes: Mapping[str, float], dt: Tensor | float = 0.0
+    ) -> Method:
+        """This method with numbers for its schedules, those at t, and ``slopes`` (if any) times dt added.
+
+        Raises:
+            SpecError: if a number is out of its range.
+        """
+        if not values:
             return self
         now = copy.copy(self)
-        for name in self.scheduled:
-            value, slope = value_and_slope(getattr(self, name), t)
-            self._check_range(name, value, at=t)
-            object.__setattr__(now, name, value + slope * dt if isinstance(dt, Tensor) else value)
+        for name, value in values.items():
+            self.check_range(name, value, at=t)
+            object.__setattr__(now, name, value + slopes[name] * dt if slopes else value)
         return now
 
     def update(self, nu: Nu, g: Tensor, t: float) -> Nu:
         """ν_t from ν_{t−1} and the gradient at w_t."""
         return pytree.tree_map(torch.add, nu, self.at(t).f(nu, g))
 
-    def _check_range(self, name: str, value: float, at: float | None = None) -> None:
+    def _called(self, name: str) -> str:
+        return f"{type(self).__name__}({name}=…)"
+
+    def check_range(self, name: str, value: float, at: float | None = None) -> None:
+        """Raise SpecError unless a hyperparameter's value (that of its schedule at a time) is in its range."""
         where = f"{type(self).__name__}({name}={value!r})" + ("" if at is None else f" at t = {at:g}")
+        kind = SpecError if at is None else ScheduleError
         if not math.isfinite(value):
-            raise SpecError(f"{where}: {name} must be finite.")
+            raise kind(f"{where}: {name} must be finite.")
         holds, words = self.ranges.get(name, (lambda x: True, ""))
         if not holds(value):
-            raise SpecError(f"{where}: {name} must be {words}.")
+            raise kind(f"{where}: {name} must be {words}.")
 
 
 class FunctionMethod(Method):

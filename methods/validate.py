@@ -19,8 +19,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
 
     Raises:
         SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
-            structure, shapes or dtypes than ν's, modifies ν in place, gives a number that is not finite, if ``P`` gives
-            no preconditioner, or if Q is a filter that does not oscillate with period two first.
+            structure, shapes or dtypes than ν's, gives a number that is not finite, if ``P`` gives no preconditioner,
+            if one of them changes its arguments in place or gives something else when it is called again, or if Q is
+            a filter that does not oscillate with period two first.
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
@@ -30,7 +31,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
             f"{name}.Q() is {_what(Q)}; it must be a filter: dvi.Filter([1.0], [1.0, -beta]) for momentum β."
         )
     Q.check()
+    w_before = w.clone()
     nu = method.init(w)
+    _require_untouched(f"{name}.init(w)", "w", w_before, w, "it must make a new tensor (torch.zeros_like(w)).")
     for path, leaf in leaves(nu):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             raise SpecError(
@@ -41,15 +44,18 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
             raise SpecError(
                 f"{name}.init(w): ν{path} is on {leaf.device}, w on {w.device}; make it with w.new_zeros(…)."
             )
-    before = pytree.tree_map(torch.clone, nu)
+    _require_same(f"{name}.init(w)", nu, method.init(w))
+    before, g_before = pytree.tree_map(torch.clone, nu), g.clone()
     change = method.at(0.0).f(nu, g)
     _check_structure(name, nu, change)
-    for (path, old), (_, now), (_, delta) in zip(leaves(before), leaves(nu), leaves(change), strict=True):
-        if not torch.equal(old, now):
-            raise SpecError(f"{name}.f(nu, g) changes ν{path} in place; it must return the difference ν_t − ν_(t−1).")
+    _require_untouched(f"{name}.f(nu, g)", "ν", before, nu, "it must return the difference ν_t − ν_(t−1).")
+    _require_untouched(f"{name}.f(nu, g)", "g", g_before, g, "it must make a new tensor (g * s in place of g.mul_(s)).")
+    for path, delta in leaves(change):
         if not bool(torch.isfinite(delta).all()):
             raise SpecError(f"{name}.f(nu, g): the change of ν{path} is not finite at the first step.")
+    _require_same(f"{name}.f(nu, g)", change, method.at(0.0).f(nu, g))
     after = pytree.tree_map(torch.add, nu, change)
+    kept = pytree.tree_map(torch.clone, after)
     P = method.at(0.0).P(after)
     if not isinstance(P, Preconditioner):
         raise SpecError(
@@ -57,6 +63,10 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
             "dvi.Diagonal(p) for diag(p)."
         )
     P.check(g)
+    _require_untouched(
+        f"{name}.P(nu)", "ν", kept, after, "it must make a new tensor (v + eps in place of v.add_(eps))."
+    )
+    _require_same(f"{name}.P(nu)", P.apply(g), method.at(0.0).P(after).apply(g))
     if P.apply(g).shape != g.shape:
         raise SpecError(f"{name}.P(nu) does not act on vectors of shape {list(g.shape)}.")
     return after
@@ -65,6 +75,27 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
 def leaves(nu: Nu) -> list[tuple[str, Any]]:
     """The leaves of ν with their paths, as in ``[("['v']", tensor)]``."""
     return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(nu)[0]]
+
+
+def _require_untouched(call: str, what: str, before: Nu, after: Nu, remedy: str) -> None:
+    for (path, old), (_, now) in zip(leaves(before), leaves(after), strict=True):
+        if not torch.equal(old, now):
+            raise SpecError(f"{call} changes {what}{path} in place; {remedy}")
+
+
+def _require_same(call: str, first: Nu, second: Nu) -> None:
+    """Raise unless two calls with the same arguments have given the same, but for the order of sums."""
+    for (path, a), (_, b) in zip(leaves(first), leaves(second), strict=True):
+        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
+            continue
+        rounding = 1e3 * torch.finfo(a.dtype).eps * float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=rounding, equal_nan=True):
+            where = f" in ν{path}" if path else ""
+            raise SpecError(
+                f"{call} gives something else{where} when it is called again with the same arguments. It draws random "
+                "numbers, or reads something that changes (a counter, a list, a global): make that a part of ν, or a "
+                "schedule t ↦ value."
+            )
 
 
 def _check_structure(name: str, nu: Nu, change: Nu) -> None:

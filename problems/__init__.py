@@ -6,11 +6,13 @@ if __name__ != "dvi.problems":  # a second copy under another name would load ev
 from dvi.problems.berthier import TwoScales
 from dvi.problems.catalogue import digits, sorting
 from dvi.problems.edge import Circle, MatrixSweep
-from dvi.problems.errors import DerivativeError, NotFiniteError, ProblemError
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.ledger import Ledger
 from dvi.problems.module import ModuleProblem
 from dvi.problems.networks import CNN, GPT, MLP, RNN, BetaGELU
 from dvi.problems.problem import Problem
+from dvi.problems.safe import differentiable_layers
+from dvi.problems.smooth import smoothed
 from dvi.problems.toy import Cubic, Quadratic, two_scales
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Cubic",
     "DerivativeError",
     "Ledger",
+    "LossChangedError",
     "MatrixSweep",
     "ModuleProblem",
     "NotFiniteError",
@@ -30,7 +33,9 @@ __all__ = [
     "ProblemError",
     "Quadratic",
     "TwoScales",
+    "differentiable_layers",
     "digits",
+    "smoothed",
     "sorting",
     "two_scales",
 ]

@@ -8,97 +8,293 @@ Along a direction u the loss is known at w ± hu, with its gradient.  Those two 
 
 At each step h the differences have an uncertainty: what they changed by since the last step (truncation), and rounding.
 A derivative is judged at the step where that is the smallest part of it, and is wrong if it is off by more.
+
+All of this is done at w and at a second point nearby, where a gradient that was right at w by accident (an old copy of
+the weights, a cached value) is wrong.  A loss with kinks is compared piece by piece (:mod:`dvi.problems.kinks`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dvi.problems.derivatives import Derivatives
+from dvi.problems.derivatives import Derivatives, Part, value_and_gradient
+from dvi.problems.kinks import SAME, Piece, Undecided
+from dvi.problems.safe import differentiable_layers
 
 # In units of max(1, root mean square of w).
 STEPS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 # Rounding of an evaluation, in units of the machine epsilon: sums over examples and layers.
 ROUNDING = 10
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 3e-2}
+# By order.  A slope needs one division by h: in single precision it is known better than what is divided twice.
+TOLERANCE = {torch.float64: (1e-3, 1e-3, 1e-3), torch.float32: (5e-3, 3e-2, 3e-2)}
 
-ORDERS = ("gradient", "second derivative", "third derivative")
+# From w to the second point, in units of max(1, |w|): about as far as an optimizer goes.  Shorter ones are for losses
+# that are not defined so far away.
+DISTANCES = (0.1, 0.01, 0.001)
+# A loss with kinks changes by the integral of its gradient.  With as many points on the way the kinks leave an error of
+# about a hundredth; a loss that jumps, or another gradient, is off by much more.
+INTEGRAL_POINTS = 8
+INTEGRAL_TOLERANCE = 0.1
+
+ORDERS = ("loss", "gradient", "second derivative", "third derivative")
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """A derivative of which order (1, 2, 3) is off by how much, relative to itself."""
+    """A derivative that is not what differences say.
+
+    Attributes:
+        order: of which order (1, 2, 3).
+        relative: by how much it is off, relative to itself.
+        derivative: its value; of a vector, the entry that is off the most.
+        difference: what differences give there.
+        entry: which entry of w that is, None for the slope along a direction.
+
+    """
 
     order: int
     relative: float
+    derivative: float
+    difference: float
+    entry: int | None = None
 
     def __str__(self) -> str:
-        return f"the {ORDERS[self.order - 1]} is off by {self.relative:.1%}"
+        what = f"the {ORDERS[self.order]}"
+        if math.isinf(self.relative):
+            return f"{what} cannot be compared with differences: the loss is not finite at any distance tried"
+        numbers = f"{self.derivative:.4g}, but differences give {self.difference:.4g}"
+        where = "along a direction it is" if self.entry is None else f"its entry {self.entry} along a direction is"
+        return f"{what} is off by {self.relative:.1%}: {where} {numbers}"
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A loss or a derivative that is NaN or infinite.
+
+    Attributes:
+        order: of which order (0: the loss itself).
+        nan: how many entries are NaN.
+        infinite: how many are infinite.
+        of: how many there are.
+        entries: which ones.
+
+    """
+
+    order: int
+    nan: int
+    infinite: int
+    of: int
+    entries: tuple[int, ...]
+
+    def __str__(self) -> str:
+        kinds = [f"{word} in {n}" for word, n in (("NaN", self.nan), ("infinite", self.infinite)) if n]
+        if self.order == 0:
+            return f"the loss is not finite ({'NaN' if self.nan else 'infinite'})"
+        return (
+            f"the {ORDERS[self.order]} is not finite, although the loss is: "
+            f"{' and '.join(kinds)} of {self.of} {'entry' if self.of == 1 else 'entries'}"
+        )
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A loss that does not change by the integral of its gradient: it jumps, or the gradient is another one's.
+
+    Attributes:
+        change: of the loss, from one point to another.
+        integral: of the gradient between them.
+    """
+
+    change: float
+    integral: float
+    order = 1
+
+    def __str__(self) -> str:
+        return (
+            f"the gradient is not that of the loss: over a short way the loss changes by {self.change:.4g}, but the "
+            f"integral of its gradient is {self.integral:.4g} (the loss jumps, or the gradient is wrong off w0)"
+        )
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A loss that takes derivatives of its own, of a layer that torch differentiates wrongly in that nesting.
+
+    Attributes:
+        order: 0 if the loss itself is another one, 1 if only its gradient is.
+        value: of the loss, or of the entry of the gradient that is off the most.
+        right: the same with such layers composed of elementary operations.
+    """
+
+    order: int
+    value: float
+    right: float
+
+    def __str__(self) -> str:
+        what = "it" if self.order == 0 else "an entry of its gradient"
+        return (
+            f"the loss takes derivatives of its own, and torch gets those of a layer in it wrong: {what} is "
+            f"{self.value:.4g}, but {self.right:.4g} where layers are composed of elementary operations. Compute the "
+            "loss inside `with dvi.problems.differentiable_layers():`"
+        )
+
+
+Finding = Discrepancy | NotFinite | Jump | Nested
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an examination has found.
+
+    Attributes:
+        finding: the lowest order that is wrong, None if all are right.
+        at: where that was [d].
+        kinks: whether the loss has kinks between the two points looked at.
+
+    """
+
+    finding: Finding | None
+    at: Tensor
+    kinks: bool
+
+
+def examine(parts: Sequence[Part], derivatives: Derivatives, w: Tensor) -> Verdict:
+    """Compare all derivatives with differences, at w and at a second point nearby.
+
+    Args:
+        parts: the loss, as a sum.
+        derivatives: its second and third derivatives, which are under test.
+        w: where to look [d].
+
+    """
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(parts, x)
+
+    found, piece = compare(parts, derivatives, w)
+    if found:
+        return Verdict(found, w, False)
+    near = _second_point(loss, w)
+    if near is None:
+        return Verdict(None, w, False)
+    found, _ = compare(parts, derivatives, near, directions=1)
+    if found:
+        return Verdict(found, near, False)
+    try:
+        kinks = piece is not None and piece.ends_before(near)
+    except Undecided:
+        kinks = True
+    return Verdict(_integrate(loss, w, near) if kinks else None, w, kinks)
+
+
+def examine_gradient(parts: Sequence[Part], w: Tensor) -> NotFinite | Jump | None:
+    """Compare the gradient alone with the loss, on the way from w to a second point nearby: 10 gradients."""
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(parts, x)
+
+    gradient = loss(w)[1]
+    near = _second_point(loss, w)
+    return _not_finite(1, gradient) or (None if near is None else _integrate(loss, w, near))
+
+
+def compare(
+    parts: Sequence[Part], derivatives: Derivatives, w: Tensor, directions: int = 2
+) -> tuple[Finding | None, Piece | None]:
+    """Compare all derivatives at w with differences: of the loss or, if it is made of pieces, of the one w is on.
+
+    Returns:
+        what is wrong, and the piece, None where there is but one.
+
+    """
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(parts, x)
+
+    try:
+        piece = Piece(parts, w)
+        if piece.only:
+            return find_discrepancy(loss, derivatives, w, directions), None
+        return find_discrepancy(piece, derivatives, w, directions), piece
+    except Undecided:
+        return find_discrepancy(loss, derivatives, w, directions), None
 
 
 def find_discrepancy(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], derivatives: Derivatives, w: Tensor
-) -> Discrepancy | None:
+    evaluate: Evaluate, derivatives: Derivatives, w: Tensor, directions: int = 2
+) -> Discrepancy | NotFinite | Nested | None:
     """Return the lowest order whose derivative at w disagrees with differences, or None if all agree.
 
     Args:
         evaluate: loss [] and gradient [d] at weights [d].
         derivatives: the second and third derivatives under test.
         w: where to look [d].
+        directions: 2 for a random one and the gradient's, 1 for the random one alone.
 
     """
     value, gradient = evaluate(w)
-    probe, *others = _directions(w, gradient)
+    if found := _not_finite(0, value) or _not_finite(1, gradient):
+        return found
+    probes = _directions(w, gradient, directions)
+    products = derivatives.hvp(w, torch.stack(probes))
+    if found := _not_finite(2, *products):
+        return found
+    squares = derivatives.squares(w, torch.stack(probes))
+    if found := _not_finite(3, *squares):
+        return found
     # w itself is rounded, by ε|w| in directions at random: that moves the loss by its slope, and the gradient by about
     # as much as the same length of another random direction.
     eps = ROUNDING * torch.finfo(w.dtype).eps
-    moved = _norm(w) * _norm(derivatives.hvp(w, probe[None]))
+    moved = _norm(w) * _norm(products[0])
     rounding = (eps * (abs(value.item()) + _norm(w) * _norm(gradient)), eps * (_norm(gradient) + moved))
-    errors = [0.0] * 3
-    for u in (probe, *others):
-        along_u = _certain_errors(evaluate, derivatives, w, gradient, u, rounding)
-        errors = [max(pair) for pair in zip(errors, along_u, strict=True)]
-    for order, error in enumerate(errors, start=1):
-        if error > TOLERANCE[w.dtype]:
-            return Discrepancy(order, error)
-    return None
+    with differentiable_layers():
+        right_value, right_gradient = evaluate(w)
+    same = SAME[w.dtype]
+    if abs(right_value - value) > same * abs(value) + rounding[0]:
+        return Nested(0, value.item(), right_value.item())
+    off = right_gradient - gradient
+    if _norm(off) > same * _norm(gradient) + rounding[1]:
+        entry = int(off.abs().argmax())
+        return Nested(1, gradient[entry].item(), right_gradient[entry].item())
+    worst: dict[int, Discrepancy] = {}
+    for u, product, square in zip(probes, products, squares, strict=True):
+        exact = [torch.dot(gradient, u), product, square]
+        for error in _certain_errors(evaluate, exact, w, gradient, u, rounding):
+            if error.order not in worst or error.relative > worst[error.order].relative:
+                worst[error.order] = error
+    return next((worst[i] for i in (1, 2, 3) if worst[i].relative > TOLERANCE[w.dtype][i - 1]), None)
 
 
 def _certain_errors(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
-    derivatives: Derivatives,
+    evaluate: Evaluate,
+    exact: list[Tensor],
     w: Tensor,
     gradient: Tensor,
     u: Tensor,
     rounding: tuple[float, float],
-) -> list[float]:
+) -> list[Discrepancy]:
     """Return by how much, for each order, the derivative along u is certainly off, relative to itself.
 
     Args:
         evaluate: as in :func:`find_discrepancy`.
-        derivatives: as in :func:`find_discrepancy`.
+        exact: the derivatives under test along u: [], [d], [d].
         w: as in :func:`find_discrepancy`.
         gradient: ∇L(w) [d].
         u: a unit vector [d].
         rounding: absolute uncertainty of a loss and of a gradient.
 
     """
-    exact = [
-        torch.dot(gradient, u),
-        derivatives.hvp(w, u[None])[0],
-        derivatives.squares(w, u[None])[0],
-    ]
-    if not all(math.isfinite(_norm(derivative)) for derivative in exact):
-        return [0.0 if math.isfinite(_norm(derivative)) else math.inf for derivative in exact]
     unit = max(1.0, _norm(w) / math.sqrt(len(w)))
     before: list[Tensor] | None = None
     least = [math.inf] * 3
-    errors = [math.inf] * 3
+    errors = [Discrepancy(order, math.inf, math.nan, math.nan) for order in (1, 2, 3)]
     for step in STEPS:
         h = step * unit
         (above, g_above), (below, g_below) = evaluate(w + h * u), evaluate(w - h * u)
@@ -114,20 +310,75 @@ def _certain_errors(
             uncertainty = noise[i] + (_norm(differences[i] - before[i]) if before else math.inf)
             if uncertainty / size < least[i]:
                 least[i] = uncertainty / size
-                errors[i] = max(off - uncertainty, 0.0) / max(_norm(exact[i]), size)
-            settled &= off + uncertainty <= TOLERANCE[w.dtype] * size
+                relative = max(off - uncertainty, 0.0) / max(_norm(exact[i]), size)
+                errors[i] = _described(i + 1, relative, exact[i], differences[i])
+            settled &= off + uncertainty <= TOLERANCE[w.dtype][i] * size
         if settled:
             break
         before = differences
     return errors
 
 
-def _directions(w: Tensor, gradient: Tensor) -> list[Tensor]:
+def _described(order: int, relative: float, exact: Tensor, differences: Tensor) -> Discrepancy:
+    if exact.ndim == 0:
+        return Discrepancy(order, relative, exact.item(), differences.item())
+    entry = int((exact - differences).abs().argmax())
+    return Discrepancy(order, relative, exact[entry].item(), differences[entry].item(), entry)
+
+
+def _not_finite(order: int, *derivatives: Tensor) -> NotFinite | None:
+    """What is not finite in any of these tensors [] or [d]."""
+    nan = torch.stack([x.isnan() for x in derivatives]).any(0).reshape(-1)
+    bad = ~torch.stack([x.isfinite() for x in derivatives]).all(0).reshape(-1)
+    if not bool(bad.any()):
+        return None
+    entries = tuple(bad.nonzero()[:, 0].tolist())
+    return NotFinite(order, int(nan.sum()), len(entries) - int(nan.sum()), bad.numel(), entries)
+
+
+def _second_point(evaluate: Evaluate, w: Tensor) -> Tensor | None:
+    """A point at some distance from w at which the loss is defined, if there is one."""
+    u = _random_direction(w, seed=1)
+    for distance in DISTANCES:
+        x = w + distance * max(1.0, _norm(w)) * u
+        if math.isfinite(evaluate(x)[0].item()):
+            return x
+    return None
+
+
+def _integrate(evaluate: Evaluate, a: Tensor, b: Tensor) -> Jump | None:
+    """Compare the change of the loss from a to b with the integral of its gradient."""
+    (start, g_start), (end, g_end) = evaluate(a), evaluate(b)
+    way = b - a
+    slopes = [float(torch.dot(g_start, way)), float(torch.dot(g_end, way))]
+    inside = [float(torch.dot(evaluate(a + way * (i / INTEGRAL_POINTS))[1], way)) for i in range(1, INTEGRAL_POINTS)]
+    integral = (sum(slopes) / 2 + sum(inside)) / INTEGRAL_POINTS
+    # By half as many points, to know how exact that is.
+    coarse = (sum(slopes) / 2 + sum(inside[1::2])) / (INTEGRAL_POINTS // 2)
+    change = float(end - start)
+    size = max(abs(slope) for slope in [*slopes, *inside])
+    rounding = ROUNDING * torch.finfo(a.dtype).eps * (abs(float(start)) + _norm(a) * _norm(g_start))
+    if (
+        not math.isfinite(integral)
+        or abs(change - integral) <= INTEGRAL_TOLERANCE * size + abs(integral - coarse) + rounding
+    ):
+        return None
+    return Jump(change, integral)
+
+
+def _directions(w: Tensor, gradient: Tensor, count: int) -> list[Tensor]:
     """Return unit vectors: a random one, which no coordinate escapes, and the gradient's, where much happens."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    random = torch.randn(w.shape, generator=generator, dtype=torch.float64, device="cpu").to(w.device, w.dtype)
-    candidates = [random, gradient]
-    return [u / torch.linalg.vector_norm(u) for u in candidates if _norm(u) > 0]
+    units = [_random_direction(w, seed=0)]
+    if _norm(gradient) > 0:
+        units.append(gradient / torch.linalg.vector_norm(gradient))
+    return units[:count]
+
+
+def _random_direction(w: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    u = torch.randn(w.shape, generator=generator, dtype=torch.float64, device="cpu").to(w.device, w.dtype)
+    unit: Tensor = u / torch.linalg.vector_norm(u)
+    return unit
 
 
 def _norm(x: Tensor) -> float:

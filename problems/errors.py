@@ -11,3 +11,7 @@ class DerivativeError(ProblemError):
 
 class NotFiniteError(DerivativeError):
     """The loss or a derivative is NaN or infinite at these weights: a trajectory has left its domain, or diverged."""
+
+
+class LossChangedError(ProblemError):
+    """The loss at w0 is not what it was when the problem was made: it is no function of the weights alone."""

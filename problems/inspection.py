@@ -61,11 +61,19 @@ class Watcher(TorchFunctionMode):
         if made and self._foreign and func.__name__ not in _SHAPE_ONLY:
             for x in pytree.tree_leaves((args, kwargs)):
                 if id(x) in self._foreign:
-                    raise ProblemError(past_w(self._foreign[id(x)]))
+                    raise ProblemError(self._past_w(self._foreign[id(x)]))
         for x in made:
             if x.is_floating_point() and x.requires_grad and _coarser(x.dtype, self._dtype):
                 self._refuse_island(func, x.dtype)
         return out
+
+    def _past_w(self, what: str) -> str:
+        if not self._stack:
+            return past_w(what)
+        return (
+            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers "
+            "to your module by name (a lambda, a closure, a replaced forward). Make it a method: def forward(self, x)"
+        )
 
     def _where(self) -> str:
         return self._stack[-1] if self._stack else "the loss"

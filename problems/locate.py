@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dvi.problems.autodiff import Autodiff
-from dvi.problems.check import find_discrepancy
-from dvi.problems.derivatives import Part, value_and_gradient
+from dvi.problems.check import compare
+from dvi.problems.derivatives import Part
 from dvi.problems.errors import DerivativeError
 from dvi.problems.examples import Examples, arguments
 from dvi.problems.ledger import Ledger
@@ -22,8 +22,7 @@ def name_culprit(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     criterion: Callable[[Any, Any], Tensor],
-    inputs: Examples,
-    targets: Examples,
+    samples: Sequence[tuple[Examples, Examples]],
 ) -> str:
     """Return the innermost module (or the criterion) whose derivatives disagree with differences, in words.
 
@@ -31,26 +30,59 @@ def name_culprit(
         model: the network.
         tensors: its parameters and buffers by name, to be used in place of its own.
         criterion: what is applied to its outputs.
-        inputs: a few examples.
-        targets: theirs.
+        samples: inputs with their targets; the first ones that the model and the criterion take are used.
+
+    Raises:
+        Exception: whatever the model or the criterion raise, if they take none of the samples.
 
     """
-    calls, outputs = _record_calls(model, tensors, inputs)
+    calls, outputs, targets = _first_accepted(model, tensors, criterion, samples)
+    alone: list[str] = []
     for path, module in _innermost_first(model):
         if path not in calls:
             continue
         prefix = f"{path}." if path else ""
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        fault = _fault(_module_part(module, own, *calls[path]))
+        name = f"module {path or '(the model itself)'} ({type(module).__name__})"
+        try:
+            fault = _fault(_module_part(module, own, *calls[path]))
+        except Exception:  # a module may need what only the whole forward pass gives it
+            alone.append(name)
+            continue
         if fault:
-            return f"module {path or '(the model itself)'} ({type(module).__name__}): {fault}"
-    fault = _fault(_flat_part(lambda out: criterion(out, targets), [outputs]))
+            return f"{name}: {fault}"
+    try:
+        fault = _fault(_flat_part(lambda out: criterion(out, targets), [outputs]))
+    except Exception:
+        fault = None
+        alone.append("the criterion")
     if fault:
         return f"the criterion: {fault}"
-    return "no module is wrong when tried alone, so look for kinks (ReLU, max, abs) or numbers too large for the dtype"
+    untried = f" ({', '.join(alone)} cannot be tried alone)" if alone else ""
+    return f"no module is wrong when tried alone{untried}; look at what the model does between them"
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _first_accepted(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    criterion: Callable[[Any, Any], Tensor],
+    samples: Sequence[tuple[Examples, Examples]],
+) -> tuple[dict[str, Call], Any, Examples]:
+    """Return the calls of modules, the outputs and the targets of the first sample that all is well with."""
+    for i, (inputs, targets) in enumerate(samples):
+        try:
+            calls, outputs = _record_calls(model, tensors, inputs)
+            with torch.no_grad():
+                criterion(outputs, targets)
+        except Exception:
+            if i == len(samples) - 1:
+                raise
+        else:
+            return calls, outputs, targets
+    raise ValueError("no examples")
 
 
 def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examples) -> tuple[dict[str, Call], Any]:
@@ -60,7 +92,8 @@ def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examp
     for path, module in model.named_modules():
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            calls.setdefault(path, (args, kwargs))
+            if path not in calls:  # copied, since a module may write to its input (inplace=True)
+                calls[path] = tree_map(_copied, (args, kwargs))
 
         hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
@@ -70,6 +103,10 @@ def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examp
         for hook in hooks:
             hook.remove()
     return calls, outputs
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _innermost_first(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -96,12 +133,12 @@ def _flat_part(call: Callable[..., Any], arguments: list[Any]) -> tuple[Part, Te
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not moving:
         return None
-    sizes = [leaves[i].numel() for i in moving]
+    ends = torch.tensor([leaves[i].numel() for i in moving]).cumsum(0).tolist()
 
     def part(w: Tensor) -> Tensor:
         filled = list(leaves)
-        for i, piece in zip(moving, torch.split(w, sizes), strict=True):
-            filled[i] = piece.view(leaves[i].shape)
+        for i, start, end in zip(moving, [0, *ends], ends, strict=False):
+            filled[i] = w[start:end].clone().view(leaves[i].shape)  # a copy may be written to
         total = w.new_zeros(())
         generator = torch.Generator("cpu").manual_seed(0)
         for out in tree_leaves(call(*tree_unflatten(filled, structure))):
@@ -118,7 +155,7 @@ def _fault(tried: tuple[Part, Tensor] | None) -> str | None:
         return None
     part, w = tried
     try:
-        found = find_discrepancy(lambda x: value_and_gradient([part], x), Autodiff([part], Ledger()), w)
+        found, _ = compare([part], Autodiff([part], Ledger()), w)
     except DerivativeError as error:
         return str(error).splitlines()[0]
     return str(found) if found else None

@@ -235,14 +235,14 @@ class ModuleProblem(Problem):
                 refuse_different(sum(float(part(w0).detach()) for part in parts), whole)
 
     def _blame(self, w: Tensor) -> str:
-        few = slice(0, 8)
+        whole = (self._inputs, self._targets)
+        # A few examples are faster; all of them are right where data are not a list of examples.
         chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
         return name_culprit(
             self._model.module,
             {**dict(self._model.module.named_buffers()), **self._model.parameters(w)},
             lambda output, targets: self._loss.of(self._loss.pick(output), targets),
-            take(self._inputs, few) if chunked else self._inputs,
-            take(self._targets, few) if chunked else self._targets,
+            [take(whole, slice(0, 8)), whole] if chunked else [whole],
         )
 
     @contextmanager

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from dvi.problems.errors import ProblemError
 
 
+def beta_gelu(x: Tensor, beta: float) -> Tensor:
+    """Return x Φ(βx), Φ the normal distribution function, entry by entry."""
+    return x * (0.5 * (1 + torch.erf(x * (beta / math.sqrt(2)))))
+
+
 class BetaGELU(nn.Module):
     """The activation x Φ(βx): GELU at β = 1, ReLU as β → ∞; how smooth it is, is a number (Dauphin et al., 2024)."""
 
@@ -24,7 +29,7 @@ class BetaGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply entry by entry."""
-        return x * (0.5 * (1 + torch.erf(x * (self.beta / math.sqrt(2)))))
+        return beta_gelu(x, self.beta)
 
     def extra_repr(self) -> str:
         """β, for the printed module."""

@@ -1,10 +1,11 @@
 """Layers whose built-in kernels autograd differentiates wrongly, or not at all, replaced while differentiating.
 
 With torch 2.13, without a word: ``layer_norm``, and ``batch_norm`` and ``instance_norm`` of the batch's own statistics,
-have third derivatives that are wrong by 10-200 %; ``_weight_norm`` (behind ``weight_norm``) has second derivatives that
-are wrong by 60 %.  Fused attention has no second derivative at all.  Under :func:`differentiable_layers` the same
-functions are computed from elementary operations, whose derivatives are right to every order.  The user's module is
-not touched: the functions are intercepted where they are called.
+have third derivatives that are wrong by 10-200 %, and wrong second ones where forward mode is differentiated once more
+(``jvp`` of ``jvp``, ``grad`` of ``jvp``); ``_weight_norm`` (behind ``weight_norm``) has second derivatives that are
+wrong by 60 %.  Fused attention and ``hardsigmoid`` have no second derivative at all.  Under
+:func:`differentiable_layers` the same functions are computed from elementary operations, whose derivatives are right to
+every order and in every nesting.  The user's module is not touched: functions are intercepted where they are called.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def differentiable_layers() -> Iterator[None]:
-    """Inside, functions with unsafe kernels are composed of elementary operations."""
+    """Inside, functions with unsafe kernels are composed of elementary operations.
+
+    The library's own derivatives are taken inside.  A loss that takes derivatives itself (of the outputs of a network
+    with ``layer_norm`` in its inputs, say) is to be written inside, too, where ``check()`` says so.
+    """
     # An active mode also keeps nn.MultiheadAttention and nn.TransformerEncoderLayer off their inference kernels.
     with sdpa_kernel(SDPBackend.MATH), _Composed():
         yield
@@ -157,6 +162,11 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    out = (input / 6 + 0.5).clamp(0, 1)
+    return input.copy_(out) if inplace else out
+
+
 _COMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -166,4 +176,5 @@ _COMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
+    F.hardsigmoid: _hardsigmoid,
 }

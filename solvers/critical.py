@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dvi.solvers.errors import ConvergenceError
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, host, like
 from dvi.solvers.tall import beside, combined, gram, orthonormal_against, upright
 
@@ -71,6 +72,7 @@ class CriticalSubspace:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if self.slack < 1 or not self.tol > 0:
             raise ValueError("CriticalSubspace: slack must be at least 1, tol positive.")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dvi.solvers import ccp
 from dvi.solvers.errors import StepError
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
 from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
@@ -42,6 +43,7 @@ class Euler:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if not self.dt > 0:
             raise ValueError(f"Euler(dt={self.dt}): dt must be positive, in unit times (the paper's is 0.25).")
 

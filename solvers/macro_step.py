@@ -35,6 +35,7 @@ from dvi.solvers.gap import baumgarte, multiplier
 from dvi.solvers.here import Here, evaluate
 from dvi.solvers.hermite import hermite
 from dvi.solvers.macro_attempt import ALLOWED, SHARE, Accepted, Attempt, Rejected, growth
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.watch import Coupling, Watch, landing_at, node
 
@@ -79,6 +80,7 @@ class MacroStep:
     max_rejections: int = 25
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if not self.tol > 0:
             raise ValueError(f"MacroStep(tol={self.tol}): tol must be positive; 1e-3 is the default.")
         if not 0 < self.h_min <= self.h_start <= self.h_max:

@@ -329,6 +329,8 @@ class Integrator(Protocol):
        package, tensors, arrays and numbers, so that a run can be stored and taken up bit for bit.  With a method
        ``horizon(memory)``, the h from which on a longer one would not change the step, a finished run can be made
        longer from near its end; without it from its beginning.
+       Where the flow jumps, the step before ends, and ``init`` begins anew, or ``restart(flow, memory, y)``, if there
+       is one.
     2. ``step`` advances by at most ``h``; recorded moments come from ``interpolate``, never from shortened steps.
     3. A node is seen at the beginning of a step and carries the X of that step; ``X_time`` says for when it speaks.
     4. A flow that is not constrained has k = 0: no frame, no CCP.

@@ -30,6 +30,7 @@ from dvi.solvers.breakpoints import (
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import ARRIVED, Face, Look, node_of
 from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
 from dvi.solvers.repair import Repair
 from dvi.solvers.watch import Watch
@@ -111,6 +112,7 @@ class RungeKutta:
     watch: Watch = None  # type: ignore[assignment]  # made from tol
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if self.order not in TABLEAUX:
             raise ValueError(f"RungeKutta(order={self.order}): choose from {', '.join(map(str, TABLEAUX))}.")
         if not self.tol > 0 or (self.h is not None and not self.h > 0) or not self.h_max > 0:

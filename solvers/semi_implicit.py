@@ -24,6 +24,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.gap import settled, transport
 from dvi.solvers.here import Here, critical_frame, evaluate
 from dvi.solvers.interval import Slope, ahead, vectors_ahead
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
@@ -73,6 +74,7 @@ class SemiImplicit:
     max_rejections: int = 25
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if not 0 < self.dt <= 1:
             raise ValueError(f"SemiImplicit(dt={self.dt}): dt must be in (0, 1], in unit times.")
         if not self.tol >= 0 or not self.h_max >= self.dt:
@@ -81,6 +83,11 @@ class SemiImplicit:
     def init(self, flow: Flow, y: State) -> SemiImplicitMemory:
         """The first block is one step."""
         return SemiImplicitMemory(self.dt)
+
+    def restart(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> SemiImplicitMemory:
+        """The memory behind a jump of the flow: the momentum goes on, all else is looked at anew."""
+        s = None if memory.s is None else replace(memory.s, t=y.t)
+        return SemiImplicitMemory(self.dt, s, memory.dt)
 
     def horizon(self, memory: SemiImplicitMemory) -> float:
         """How near the end decides about a block: one that would pass it is fitted to it."""

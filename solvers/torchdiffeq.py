@@ -31,6 +31,7 @@ from dvi.solvers.critical import CRITICAL
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.face import Face, Look, node_of
 from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.repair import Repair
 from dvi.solvers.watch import Watch
@@ -129,6 +130,7 @@ class TorchDiffEq:
     watch: Watch = None  # type: ignore[assignment]  # made from the tolerances
 
     def __post_init__(self) -> None:
+        with_numbers(self)
         if not (self.rtol > 0 and self.atol > 0 and self.window > 0):
             raise ValueError("TorchDiffEq: rtol, atol and window must be positive (window in unit times).")
         if self.watch is None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host
 
 AT_EDGE = 1e-3  # an effective eigenvalue is at the edge when it is this close to 2
@@ -123,6 +124,9 @@ class Watch:
     survey_every: float = 20.0
     survey_soonest: float = np.inf
     patience: float = 10.0
+
+    def __post_init__(self) -> None:
+        with_numbers(self)
 
     def look(
         self,

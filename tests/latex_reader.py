@@ -4,38 +4,62 @@ sum     = ["-"] product (("+" | "-") product)*
 product = power+, with or without \\odot between
 power   = atom ["^" group]
 atom    = name | number | \\frac group group | \\sqrt group | \\log group | (sum) | [sum] | group
-        | |sum|  | <sum, sum>  | \\sum_i [sum]_i
+        | |sum|  | <sum, sum>  | map group
 """
 
 import re
 
 import sympy
 
-from dvi.printers import PRINTED, latex
-from dvi.symbols import Total, entry, letters
+from dvi.symbolic.vectors import Level, Total, entry, letters
 
 TOKEN = re.compile(
-    r"@\d+@|\\(?:left|right)?\s*\\?(?:langle|rangle)|\\left[(\[]|\\right[)\]](?:_\{i\})?|\\sum_\{i\}|\\[a-z]+|\\\||\d+(?:\.\d+)?|[-+^{},]"
+    r"@\d+@|\\(?:left|right)?\s*\\?(?:langle|rangle)|\\left[(\[]|\\right[)\]]|\\[a-z]+|\\\||\d+(?:\.\d+)?|[-+^{},]"
 )
 
 
+NAMES = {
+    r"\nabla L(w)": entry("g"),
+    r"\nabla^3 L(w)[\Sigma]": entry("D3L"),
+    r"\nabla^3 L(w)[u, u]": entry("Tuu"),
+    r"\nabla S(w)": entry("dS"),
+    "S(w)": Level("S", positive=True),
+    "u": entry("u"),
+    r"\mathrm{diag}(H \Sigma H)": entry("HSH"),
+    r"\mathrm{diag}(\Sigma)": entry("Sii"),
+    r"\mathrm{tr}(H \Sigma H)": Total(entry("HSH")),
+    r"\mathrm{tr}(\Sigma)": Total(entry("Sii")),
+    r"\mathcal{T}[\Sigma]": entry("T_cd"),  # for Σ = u_c u_dᵀ
+    "I": sympy.Symbol("I"),
+    r"\tau": sympy.Symbol("tau"),
+    **{rf"\mathcal{{T}}_{{{pair}}}": entry(f"T_{pair}") for pair in ("ab", "cd")},
+    **{f"u_{{{a}}}": entry(f"U_{a}") for a in "abcd"},
+    **{f"(H u_{{{a}}})": entry(f"HU_{a}") for a in "cd"},
+}
+# What a map makes of a vector, by the entry ab of the matrix [k, k]; diag(p) is P, which is read as p.
+MAPS = {
+    r"\mathcal{T}^{\mathsf{T}}": lambda e: Total(entry("T_ab") * e),
+    r"\mathrm{diag}_{U}": lambda e: Total(entry("U_a") * entry("U_b") * e),
+    r"\mathrm{diag}{": lambda e: e,
+}
+
+
 class Reader:
-    """Reads expressions in given symbols."""
+    """Reads expressions in given symbols, which it knows by sympy's names for them."""
 
     def __init__(self, symbols):
-        known = {
-            PRINTED[name][0]: s for name, s in vars(letters()).items() if name in PRINTED and s.func != sympy.Symbol
-        }
-        known |= {latex(s): s for s in symbols} | {r"-\nabla L(w)": -entry("g")}
-        known |= {latex(Total(x)): Total(x) for x in (letters().HSH, letters().Sii)}
-        known |= {latex(s.diff(letters().t)): s.diff(letters().t) for s in symbols if s.is_Function}
+        known = NAMES | {sympy.latex(s): s for s in symbols}
+        for s in symbols:
+            if s.is_Function:
+                known[rf"\frac{{d{sympy.latex(sympy.Symbol(str(s.func)))}}}{{dt}}"] = s.diff(letters().t)
         self.known = sorted(known.items(), key=lambda item: -len(item[0]))
 
     def read(self, text):
         """The expression that a formula says."""
+        for i, name in enumerate(MAPS):
+            text = text.replace(name, rf"\map{'abc'[i]}" + "{" * name.endswith("{"))
         for i, (name, _) in enumerate(self.known):
-            # a minus that belongs to ∇L(w) stands alone, at the start of a group
-            pattern = r"(?<=[{ ])" + re.escape(name) if name.startswith("-") else re.escape(name)
+            pattern = re.escape(name)
             if re.fullmatch(r"[a-zA-Z]", name):
                 pattern = rf"(?<![\\a-zA-Z@]){name}(?![a-zA-Z(])"
             text = re.sub(pattern, f"@{i}@", text)
@@ -45,6 +69,15 @@ class Reader:
         out = self.sum()
         assert self.at == len(self.tokens), self.tokens[self.at :]
         return out
+
+    def read_page(self, page):
+        """What the equations of a page say, by their left sides; complementarity is left out."""
+        lines = [line.strip().removesuffix(r" \\") for line in page.splitlines()[1:-1]]
+        return {
+            left.strip(): self.read(right.strip().removeprefix("= "))
+            for left, right in (line.split("&") for line in lines)
+            if right.strip().startswith("=")
+        }
 
     def peek(self):
         return self.tokens[self.at].replace(" ", "") if self.at < len(self.tokens) else None
@@ -121,8 +154,8 @@ class Reader:
             right = self.sum()
             self.take("\\right\\rangle")
             return Total(left * right)
-        if token == "\\sum_{i}":
-            return Total(self.atom())
+        if token.startswith("\\map"):
+            return list(MAPS.values())["abc".index(token[-1])](self.group())
         assert token in ("\\left[", "\\left("), token
         out = self.sum()
         assert self.take().startswith("\\right")

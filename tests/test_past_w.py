@@ -192,3 +192,49 @@ def test_data_of_a_module_are_copies():
     targets += 1
     assert torch.equal(problem.value(problem.w0), before)
     problem.check_unchanged()
+
+
+class Drifting:
+    """A loss that is w² at first and something else after some evaluations."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, w):
+        self.left -= 1
+        return w.square().sum() * (1.0 if self.left > 0 else 1.1)
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_a_run_whose_loss_has_changed_meanwhile_says_so_and_keeps_what_it_has(race):
+    def run(throw):
+        problem = Problem(Drifting(60), normal(3))
+        if race:
+            return dvi.compare(problem, GradientDescent(0.1), 20, progress=False, throw=throw, check=False)
+        return dvi.solve(dvi.discrete(problem, GradientDescent(0.1)), 60, progress=False, throw=throw, eigen_every=0)
+
+    result = run(throw=False)
+    assert result.status is dvi.Status.LOSS_CHANGED
+    assert "when the problem was made, and is" in result.notes[-1]
+    assert len(result.discrete.t if race else result.t) > 20
+    with pytest.raises(dvi.RunError, match="depends on something beside the weights"):
+        run(throw=True)
+
+
+class Recomputing(torch.autograd.Function):
+    """x·w, whose gradient in w is taken with an x of its own."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return (w**2).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * normal(3)  # right where w is normal(3)
+
+
+@pytest.mark.parametrize("make", [dvi.discrete, dvi.stable_flow])
+def test_what_needs_the_gradient_only_has_it_checked(make):
+    make(Problem(lambda w: w.square().sum(), normal(3)), GradientDescent(0.1))
+    with pytest.raises(dvi.DerivativeError, match="the gradient is not that of the loss"):
+        make(Problem(Recomputing.apply, normal(3)), GradientDescent(0.1))

@@ -17,9 +17,10 @@ import torch
 
 import dvi
 from dvi import flows, store
+from dvi.discrete_process import DiscreteProcess
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
-from dvi.process import DiscreteProcess, FlowProcess
+from dvi.process import FlowProcess
 from dvi.status import RunError, Status
 
 compare_module = sys.modules["dvi.compare"]  # dvi.compare itself is the function

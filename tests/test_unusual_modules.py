@@ -181,6 +181,13 @@ def test_a_model_that_cannot_be_copied_is_refused():
         Problem.from_module(model, F.mse_loss, X, Y)
 
 
+def test_a_forward_that_refers_to_the_original_is_refused():
+    model = small()
+    model.forward = lambda x: model[2](torch.tanh(model[0](x)))
+    with pytest.raises(ProblemError, match=r"module \(the model itself\) .* reads .* past w.*Make it a method"):
+        Problem.from_module(model, F.mse_loss, X, Y)
+
+
 # ---- parameters and layers ------------------------------------------------------------------------------
 
 

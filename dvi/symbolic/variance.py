@@ -1,25 +1,25 @@
-"""σ², the variance of one oscillating direction, from what it makes of P (paper, eqs. 4, 10, 20)."""
+"""σ², the variance of one oscillating direction, from how the direction moves P (paper, eqs. 4, 10, 20)."""
 
 from __future__ import annotations
 
 import sympy
 from sympy import Add, Expr, Mul, Pow, Symbol
 
-from dvi.symbol_spec import SymbolicSpec
-from dvi.symbols import Total, along, letters
-from dvi.tidy import each
+from dvi.symbolic.formulas import SymbolicSpec
+from dvi.symbolic.simplification import each
+from dvi.symbolic.vectors import Total, along, letters
 
 
 def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:
     """(α, β) for U = u, with Hu = 2P̃u, so that σ² = α/β.
 
-    For a scalar P, |u| = 1 and ν is written by the sharpness S = 2p̃ = cp; both are multiplied by p/Q₁, which takes
-    the fractions out, as eq. 10 does.
+    For a scalar P, |u| = 1, and the sharpness S = 2p̃ = cp takes the place of ν.  Both are then multiplied by p/Q₁,
+    which takes the fractions out, as in eq. 10.
 
     Args:
         spec: the declaration.
-        P_free: ∂P̃[ν̇₀] + ∂P̃/∂t.
-        P_pushed: ∂P̃[ν̇_Σ].
+        P_free: the rate of P̃ without oscillation, ∂P̃[ν̇₀] + ∂P̃/∂t.
+        P_pushed: the rate that oscillation adds, ∂P̃[ν̇_Σ].
     """
     x, p, gain = letters(), spec.p, spec.gain
     if spec.diagonal:
@@ -34,10 +34,11 @@ def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Exp
 
 
 def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
-    """ν in terms of the sharpness, from S = 2p̃, where ν is one scalar, apart from clocks; else nothing.
+    """ν in terms of the sharpness, from S = 2p̃.  Both are empty unless ν is one scalar, apart from clocks.
 
     Returns:
-        ν → its value, and symbols in that value → what they stand for, which is known to be positive: √ν = ηS/2 − ε.
+        The value of ν by its symbol.  And what the symbols in that value stand for, which is known to be positive, as
+        √ν = ηS/2 − ε is.
     """
     states = [leaf.symbol for leaf in spec.leaves if not leaf.clock]
     if len(states) != 1 or not spec.p.has(states[0]) or spec.p.has(Total):
@@ -47,7 +48,7 @@ def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]
 
 
 def inverse(e: Expr, x: Symbol, value: Expr) -> tuple[Expr, dict[Expr, Expr]] | None:
-    """The positive x for which e = value > 0, where x occurs once, under operations that can be undone; else None."""
+    """The positive x for which e = value > 0, or None: x must occur once, under operations that can be undone."""
     positive: dict[Expr, Expr] = {}
     while e != x:
         held = [part for part in e.args if part.has(x)]

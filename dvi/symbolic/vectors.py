@@ -19,22 +19,26 @@ from sympy import Add, Dummy, Expr, Function, Integer, Mul, Symbol
 DIMENSION = Symbol("d", positive=True, integer=True)
 
 
-class Entry(Symbol):  # type: ignore[misc]
+class Letter(Symbol):  # type: ignore[misc]
+    """What changes along the flow, unlike a hyperparameter."""
+
+    @classmethod
+    def class_key(cls) -> tuple[int, int, str]:
+        """Letters are printed behind other factors."""
+        return 5, 0, cls.__name__
+
+
+class Entry(Letter):
     """The generic entry of a vector [d]."""
 
 
-class Level(Symbol):  # type: ignore[misc]
-    """A scalar that changes along the flow, unlike a hyperparameter."""
+class Level(Letter):
+    """A scalar that changes along the flow."""
 
 
 def entry(name: str) -> Entry:
     """The generic entry of a real vector."""
     return Entry(name, real=True)
-
-
-def changes(e: Any) -> bool:
-    """Does the expression change along the flow, or is it made of numbers, hyperparameters and clocks only?"""
-    return bool(e.has(Entry, Level, Total, Bilinear, Image))
 
 
 def is_vector(e: Any) -> bool:
@@ -45,7 +49,7 @@ def is_vector(e: Any) -> bool:
 
 
 class Total(Function):  # type: ignore[misc]
-    """Σᵢ e over the coordinates; linear, so that terms and scalar factors are taken out at once."""
+    """Σᵢ e over the coordinates.  It is linear, so terms and scalar factors are taken out at once."""
 
     nargs = 1
 
@@ -114,25 +118,47 @@ def directional(e: Expr, rates: Mapping[Symbol, Expr]) -> Expr:
     for total, dummy in sums.items():
         if flat.has(dummy):
             terms.append(flat.diff(dummy) * Total(directional(total.args[0], rates)))
-    return _tidy(Add(*terms).xreplace({dummy: total for total, dummy in sums.items()}))
+    return _without_jumps(Add(*terms).xreplace({dummy: total for total, dummy in sums.items()}))
 
 
-def _tidy(e: Expr) -> Expr:
+def _without_jumps(e: Expr) -> Expr:
+    """The expression with δ(x) = 0 and sign(x)² = 1."""
     if not e.has(sympy.sign, sympy.DiracDelta):
         return e
     e = e.replace(sympy.DiracDelta, lambda *_: Integer(0))
     return e.replace(lambda x: x.is_Pow and isinstance(x.base, sympy.sign) and x.exp == 2, lambda x: Integer(1))
 
 
+def contract(e: Expr, h: Entry, k: Entry) -> Expr:
+    """Replace hᵢkⱼ by (HΣH)ᵢⱼ in an expression that is linear in the vector h and in the vector k."""
+    return Add(*(_contract_term(term, h, k) for term in Add.make_args(e)))
+
+
+def _contract_term(term: Expr, h: Entry, k: Entry) -> Expr:
+    x, factors = letters(), Mul.make_args(term)
+    rest, holding = Mul(*(f for f in factors if not f.has(h, k))), [f for f in factors if f.has(h, k)]
+    if any(isinstance(f, Add) for f in holding):
+        return contract(sympy.expand_mul(term, deep=False), h, k)
+    if not holding:
+        return term  # 0
+    if len(holding) == 1:  # Σᵢ(… hᵢkᵢ)
+        return rest * Total(contract(holding[0].args[0], h, k))
+    # each of two factors is the direction itself, or a sum that it is in
+    sums = [f.args[0] / (h if f.has(h) else k) for f in holding if isinstance(f, Total)]
+    if not sums:
+        return rest * x.HSH
+    return rest * (Image(*sums, x.HSigmaH) if len(sums) == 1 else Bilinear(*sums, x.HSigmaH))
+
+
 def along(e: Expr, h: Expr) -> Expr:
-    """HΣH replaced by hhᵀ: oscillation along one direction u, h = Hu."""
+    """HΣH replaced by hhᵀ, which is an oscillation along one direction u, with h = Hu."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, _: Total(a * h) * Total(b * h))
     return e.replace(Image, lambda b, _: h * Total(b * h)).xreplace({x.HSH: h**2})
 
 
 def on_edge(e: Expr, p: Expr) -> Expr:
-    """HΣH replaced by 4PΣP, HU by 2PU, for P = diag(p) or p·I; with momentum p is that of P̃ = cP/2."""
+    """HΣH replaced by 4P̃ΣP̃ and HU by 2P̃U, where P̃ = p·I or diag(p)."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, _: 4 * Bilinear(p * a, p * b, x.Sigma))
     e = e.replace(Image, lambda b, _: 4 * p * Image(p * b, x.Sigma))
@@ -140,57 +166,23 @@ def on_edge(e: Expr, p: Expr) -> Expr:
 
 
 def letters() -> SimpleNamespace:
-    """The letters of the derivation, beside those of the optimizer (state and hyperparameters).
+    """The letters of the derivation, beside those of the optimizer (its state and hyperparameters).
 
-    ``g`` ∇L(w); ``D3L`` ∇³L(w)[Σ]; ``HSH`` diag(HΣH); ``Sii`` diag(Σ); ``HSigmaH``, ``Sigma`` the matrices; ``t`` the
-    time that schedules read; ``T_ab`` ∇_w u_aᵀH(w)u_b, ``U_a`` u_a, ``HU_c`` H u_c, and the same with other letters.
-    ``m`` is the momentum.  For one direction: ``u``, ``Tuu`` ∇³L(w)[u, u], and where |u| = 1 and P is scalar, ``dS``
-    ∇S(w) and ``S`` S(w).
+    Vectors [d]:
+        ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH) and ``Sii`` diag(Σ).
+        ``T_ab`` is ∇_w u_aᵀH(w)u_b, ``U_a`` is u_a and ``HU_c`` is H u_c; the same with other indices.
+        For one direction, ``u`` is the direction and ``Tuu`` is ∇³L(w)[u, u].  ``dS`` is ∇S(w), for |u| = 1.
+
+    Matrices and scalars:
+        ``HSigmaH`` and ``Sigma`` are the matrices HΣH and Σ.  ``t`` is the time that schedules read, ``S`` the
+        sharpness S(w) and ``d`` the number of weights.
     """
-    vectors = ["g", "D3L", "HSH", "Sii", "T_ab", "T_cd", "U_a", "U_b", "U_c", "U_d", "HU_c", "HU_d", "u", "Tuu", "dS"]
+    vectors = ["g", "m", "D3L", "HSH", "Sii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
     return SimpleNamespace(
-        **{name: entry(name) for name in vectors},
-        m=entry("m"),
+        **{name: entry(name) for name in (*vectors, "u", "Tuu", "dS")},
         S=Level("S", positive=True),
         t=Symbol("t", real=True),
         HSigmaH=Symbol("HSigmaH"),
         Sigma=Symbol("Sigma"),
         d=DIMENSION,
     )
-
-
-def contract(e: Expr, h: Entry, k: Entry) -> Expr:
-    """Replace hᵢkⱼ by (HΣH)ᵢⱼ in an expression linear in the vectors h and in k."""
-    return Add(*(_contract_term(term, h, k) for term in Add.make_args(_linear_in(e, (h, k)))))
-
-
-def _linear_in(e: Expr, directions: tuple[Entry, ...]) -> Expr:
-    """Multiplied out just as far as the directions are reached."""
-    return sympy.expand_mul(e, deep=False) if _factors_with(e, directions) is None else e
-
-
-def _factors_with(term: Expr, directions: tuple[Entry, ...]) -> dict[Entry, list[Expr]] | None:
-    """Which factors hold which direction; None if one of them hides in a sum of terms."""
-    factors = Mul.make_args(term)
-    if any(isinstance(x, Add) and x.has(*directions) for x in factors):
-        return None
-    return {h: [x for x in factors if x.has(h)] for h in directions}
-
-
-def _contract_term(term: Expr, h: Entry, k: Entry) -> Expr:
-    if term == 0:
-        return term
-    holding = _factors_with(term, (h, k))
-    if holding is None:
-        return contract(term, h, k)
-    (a,), (b,) = holding[h], holding[k]
-    if a == b:  # Σᵢ(… hᵢkᵢ)
-        return term / a * Total(contract(a.args[0], h, k))
-    rest = term / (a * b)
-    if a == h and b == k:
-        return rest * letters().HSH
-    if a == h:
-        return rest * Image(b.args[0] / k, letters().HSigmaH)
-    if b == k:
-        return rest * Image(a.args[0] / h, letters().HSigmaH)
-    return rest * Bilinear(a.args[0] / h, b.args[0] / k, letters().HSigmaH)

@@ -1,0 +1,12 @@
+"""The closed form of a central flow: :func:`dvi.derive` calls a declaration on sympy's symbols.
+
+From bottom to top: ``vectors`` and ``tensors`` are what formulas are made of, ``formulas`` holds them as data, and
+``reader`` calls a declaration on symbols.  ``variance`` finds σ², ``evaluation`` puts numbers in, and ``printing``
+writes LaTeX and text.  ``derivation`` makes the central flow.
+"""
+
+from dvi.symbolic.derivation import Derivation, derive
+from dvi.symbolic.evaluation import Values
+from dvi.symbolic.formulas import SymbolicFlow, SymbolicSpec
+
+__all__ = ["Derivation", "SymbolicFlow", "SymbolicSpec", "Values", "derive"]

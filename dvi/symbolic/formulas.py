@@ -1,0 +1,115 @@
+"""The formulas of a central flow as plain data: what was read, and what was derived from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sympy import Eq, Expr, Matrix, Symbol
+from torch.utils import _pytree as pytree
+
+from dvi.forgetting import Accuracy
+from dvi.methods import Method
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A part of ν: its name in the declaration, its symbol, 0 or 1 axes, and whether it counts steps (f = 1)."""
+
+    name: str
+    symbol: Symbol
+    ndim: int
+    clock: bool = False
+
+
+@dataclass(frozen=True)
+class SymbolicSpec:
+    """A declaration (f, P, Q) as expressions.
+
+    Attributes:
+        method: the declaration.
+        leaves: the parts of ν, in the order of ``torch.utils._pytree``.
+        structure: how the parts are put together.
+        f: the change of each part.
+        p: P = p·I, or diag(p) written by its generic entry.
+        diagonal: is P = diag(p)?
+        hyperparameters: the symbol of each field, or η(t) for a schedule.  Numbers are not listed.
+        momentum: is there a filter Q ≠ 1?
+        threshold: the threshold c of the filter, 2 without momentum.
+        gain: the gain Q₁ of the filter, 1 without momentum.
+        lag: the mean lag τ of the filter in unit times, 0 without momentum.
+    """
+
+    method: Method | type[Method]
+    leaves: tuple[Leaf, ...]
+    structure: pytree.TreeSpec
+    f: tuple[Expr, ...]
+    p: Expr
+    diagonal: bool
+    hyperparameters: dict[str, Expr]
+    momentum: bool
+    threshold: Expr
+    gain: Expr
+    lag: Expr
+
+    @property
+    def edge(self) -> Expr:
+        """P̃ = cP/2, which is P without momentum.  Complementarity is HΣ = 2P̃Σ."""
+        return self.threshold * self.p / 2
+
+    @property
+    def name(self) -> str:
+        """The name of the method's class."""
+        return (self.method if isinstance(self.method, type) else type(self.method)).__name__
+
+
+@dataclass(frozen=True)
+class SymbolicFlow:
+    """The differential equations: ``w`` for dw/dt, ``nu`` for the parts of ν by name, ``m`` for the momentum's."""
+
+    w: Eq
+    nu: dict[str, Eq]
+    m: Eq | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Formulas:
+    """The closed form of a central flow.  :class:`dvi.Derivation` says what each of the fields is."""
+
+    spec: SymbolicSpec
+    P: Expr
+    flow: SymbolicFlow
+    factor: Matrix
+    alpha: Expr
+    beta: Expr
+    sigma2_parts: tuple[Expr, Expr]
+    stationary_nu: dict[str, Eq]
+    P_free: Expr
+    P_pushed: Expr
+    symbols: dict[str, Expr]
+    accuracy: Accuracy = "paper"
+    on_edge: bool = False
+
+    @property
+    def threshold(self) -> Expr:
+        """The threshold c of H ⪯ cP, 2 without momentum."""
+        return self.spec.threshold
+
+    @property
+    def gain(self) -> Expr:
+        """The gain Q₁ of the drift, 1 without momentum."""
+        return self.spec.gain
+
+    @property
+    def lag(self) -> Expr:
+        """The mean lag τ of the momentum in unit times, 0 without momentum."""
+        return self.spec.lag
+
+    @property
+    def sigma2(self) -> Expr:
+        """The variance of one oscillating direction, Σ = σ²uuᵀ with Hu = cPu, where it is positive.
+
+        This is eq. 4 for gradient descent, and eqs. 10 and 20 for RMSProp-Norm.  For a scalar P, |u| = 1, and the
+        sharpness S = cp takes the place of ν.
+        """
+        numerator, denominator = self.sigma2_parts
+        return numerator / denominator

@@ -1,0 +1,240 @@
+"""A declaration read as formulas: f, P and Q are called on symbols."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import sympy
+import torch
+from sympy import Expr, Symbol
+from torch.utils import _pytree as pytree
+
+from dvi.flows import MethodLike
+from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
+from dvi.methods.validate import leaves
+from dvi.symbolic.formulas import Leaf, SymbolicSpec
+from dvi.symbolic.simplification import factored, split_roots
+from dvi.symbolic.tensors import SymbolTensor, number, symbolic
+from dvi.symbolic.vectors import Level, Total, entry, letters
+
+#: Names of hyperparameters in the paper, where they differ from the names of the fields.
+PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n"}
+
+_SAMPLE = 11  # weights of the vector on which init is called, to see which parts of ν are like it
+_IN_NUMBERS = "flow.linearise(w, nu) gives α and β in numbers."
+
+
+def read(method: MethodLike | type[Method], numeric: bool = False, inertial: bool | None = None) -> SymbolicSpec:
+    """Call f, P and Q on symbols.
+
+    Args:
+        method: see :func:`dvi.derive`.
+        numeric: see :func:`dvi.derive`.
+        inertial: is the letter m kept for the momentum?  By default it is where the method has a filter.
+
+    Raises:
+        SpecError: if f, P or Q has no closed form.  If a part of ν is neither a scalar nor like w, or P is neither
+            ``Scalar`` nor ``Diagonal``.  If the first instability of a method with numbers is not of period two.
+    """
+    given = method_of(method)
+    spec, hyperparameters = _with_symbols(given, numeric)
+    name = type(spec).__name__
+    momentum, threshold, gain, lag = _filter(given, spec)
+    used = {str(x.func if x.is_Function else x) for x in hyperparameters.values()} | set(vars(letters()))
+    if not (momentum if inertial is None else inertial):
+        used.discard("m")
+
+    start = spec if isinstance(given, type) else given  # init makes tensors, so it takes numbers where there are some
+    nu = _call(f"{name}.init(w)", lambda: start.init(torch.zeros(_SAMPLE, dtype=torch.float64)))
+    structure = pytree.tree_structure(nu)
+    parts = [_leaf(name, path, value) for path, value in leaves(nu)]
+    changes = _change(spec, parts, structure)
+    clocks = [change == 1 and not part.ndim for change, part in zip(changes, parts, strict=True)]
+    scheduled = any(x.is_Function for x in hyperparameters.values())
+    parts = _named(parts, clocks, used, scheduled)
+    p, diagonal = _preconditioner(spec, parts, structure)
+    return SymbolicSpec(
+        method=given,
+        leaves=tuple(parts),
+        structure=structure,
+        f=_change(spec, parts, structure),
+        p=p,
+        diagonal=diagonal,
+        hyperparameters=hyperparameters,
+        momentum=momentum,
+        threshold=threshold,
+        gain=gain,
+        lag=lag,
+    )
+
+
+def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
+    """A method, or a class of methods as it is.
+
+    Raises:
+        SpecError: if it is neither.
+    """
+    if not isinstance(method, type):
+        return as_method(method)
+    if not issubclass(method, Method):
+        raise SpecError(f"{method.__name__} is not a class of dvi.Method.")
+    return method
+
+
+def _call(what: str, function: Callable[[], Any]) -> Any:
+    """Call a user's function on symbols, and say what failed in terms of the declaration."""
+    try:
+        return function()
+    except SpecError as error:
+        raise SpecError(f"{what} cannot be written in closed form: {error}") from None
+    except Exception as error:  # torch, or the user's code, on an argument that is not a tensor
+        raise SpecError(
+            f"{what} cannot be called on symbols ({type(error).__name__}: {error}). It is to be made of operators and "
+            f"torch functions of ν, g and hyperparameters; {_IN_NUMBERS}"
+        ) from error
+
+
+# ---- hyperparameters -----------------------------------------------------------------------------------
+
+
+def _with_symbols(given: Method | type[Method], numeric: bool) -> tuple[Method, dict[str, Expr]]:
+    """A copy of the method whose hyperparameters are symbols, and these symbols by field."""
+    if isinstance(given, type):
+        spec: Method = object.__new__(given)
+        fields = {field.name: _default(field) for field in dataclasses.fields(given)}  # type: ignore[arg-type]
+    else:
+        spec, fields = copy.copy(given), given.hyperparameters()
+    symbols: dict[str, Expr] = {}
+    for field, value in fields.items():
+        shown = _hyperparameter(spec, field, value, numeric)
+        if isinstance(shown, SymbolTensor) and not shown.expr.is_number:
+            symbols[field] = shown.expr
+        object.__setattr__(spec, field, shown)
+    return spec, symbols
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _hyperparameter(spec: Method, field: str, value: Any, numeric: bool) -> Any:
+    """What f and P find in a field: a symbol, a number as a fraction, or what was there.
+
+    A zero stays a zero, since it switches a term off.  Flags stay flags, and whole numbers without a range of their
+    own stay numbers, since they count something.
+    """
+    letter = _letter(spec, field)
+    positive = True if field in spec.ranges else None
+    if value is dataclasses.MISSING:
+        return SymbolTensor(Symbol(letter, real=True, positive=positive), 0)
+    if callable(value):
+        t = letters().t
+        if numeric:
+            with suppress(Exception):  # whatever a user's function may raise on a symbol: it is left unnamed, as η(t)
+                return symbolic(value(SymbolTensor(t, 0)))
+        return SymbolTensor(sympy.Function(letter, real=True, positive=positive)(t), 0)
+    counts = isinstance(value, int) and field not in spec.ranges
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value == 0 or counts:
+        return value
+    symbol = number(value) if numeric else Symbol(letter, real=True, positive=True if value > 0 else None)
+    return SymbolTensor(symbol, 0)
+
+
+def _letter(spec: Method, field: str) -> str:
+    """The paper's name of a hyperparameter, unless another field or a letter of the derivation is called so."""
+    fields = {other.name for other in dataclasses.fields(spec)}  # type: ignore[arg-type]
+    name = PAPER.get(field, field)
+    name = field if name in fields else name
+    return f"{name}_0" if name in {"nu", *vars(letters())} else name
+
+
+# ---- the filter, the state, f and P --------------------------------------------------------------------
+
+
+def _filter(given: Method | type[Method], spec: Method) -> tuple[bool, Expr, Expr, Expr]:
+    """Is there momentum?  And its c, Q₁ and τ."""
+    if not isinstance(given, type):
+        given.at(0.0).Q().check()
+    name = f"{type(spec).__name__}.Q()"
+    Q = _call(name, spec.Q)
+    # the coefficients first, so that a number among them is the fraction that it is written as
+    Q = _call(name, lambda: Filter([symbolic(x) for x in Q.numerator], [symbolic(x) for x in Q.denominator]))
+    if Q.order == 0 and sympy.expand(Q.numerator[0].expr - Q.denominator[0].expr) == 0:
+        return False, sympy.Integer(2), sympy.Integer(1), sympy.Integer(0)
+    threshold, gain, lag = (factored(sympy.factor(x.expr)) for x in (Q.threshold, Q.gain, Q.lag))
+    return True, threshold, gain, lag
+
+
+def _leaf(name: str, path: str, value: Any) -> Leaf:
+    """A part of ν by a label made of its path."""
+    shape = list(value.shape)
+    if shape not in ([], [_SAMPLE]):
+        raise SpecError(
+            f"{name}.init(w): ν{path} has shape {shape} for w of shape [{_SAMPLE}]; closed forms are for scalars and "
+            f"for vectors like w. {_IN_NUMBERS}"
+        )
+    label = "_".join(part.strip("'\"") for part in path.strip("[]").split("][")) or "nu"
+    label = label if label.isidentifier() else f"nu{label}"
+    return Leaf(label, _symbol(label, len(shape)), len(shape))
+
+
+def _symbol(label: str, ndim: int) -> Symbol:
+    return entry(label) if ndim else Level(label, real=True)
+
+
+def _named(parts: Sequence[Leaf], clocks: Sequence[bool], used: set[str], scheduled: bool) -> list[Leaf]:
+    """The parts of ν with the paper's letters: ν where there is one, t for a clock (t_ν where schedules read t)."""
+    alone = {clock: clocks.count(clock) == 1 for clock in (False, True)}
+    short = {False: "nu", True: "t_nu" if scheduled else "t"}
+    named = []
+    for part, clock in zip(parts, clocks, strict=True):
+        label = short[clock] if alone[clock] else f"nu_{part.name}" if part.name in used else part.name
+        symbol = Symbol(label, real=True, positive=True) if clock else _symbol(label, part.ndim)
+        named.append(Leaf(part.name, symbol, part.ndim, clock))
+    return named
+
+
+def _state(parts: Sequence[Leaf], structure: pytree.TreeSpec) -> Any:
+    return pytree.tree_unflatten([SymbolTensor(part.symbol, part.ndim) for part in parts], structure)
+
+
+def _change(spec: Method, parts: Sequence[Leaf], structure: pytree.TreeSpec) -> tuple[Expr, ...]:
+    """The change f of every part of ν, called on symbols."""
+    name = f"{type(spec).__name__}.f(nu, g)"
+    gradient: Any = SymbolTensor(letters().g, 1)  # it stands in for a tensor, as those in ν do
+    change = _call(name, lambda: spec.f(_state(parts, structure), gradient))
+    if pytree.tree_structure(change) != structure:
+        raise SpecError(f"{name} has another structure than ν; it returns the change of every part of ν.")
+    changes = _call(name, lambda: [symbolic(x) for x in pytree.tree_leaves(change)])
+    vectors = {part.symbol for part in parts if part.ndim}
+    for part, x in zip(parts, changes, strict=True):
+        if x.ndim != part.ndim:
+            kinds = ("a scalar", "a vector")
+            raise SpecError(
+                f"{name}: the change of ν[{part.name!r}] is {kinds[x.ndim]}, "
+                f"ν[{part.name!r}] itself {kinds[part.ndim]}."
+            )
+        if any(total.free_symbols & vectors for total in x.expr.atoms(Total)):
+            raise SpecError(
+                f"{name}: the change of ν[{part.name!r}] holds a sum over the entries of ν, so that "
+                "(I + ∂f/∂ν)⁻¹ couples all coordinates and has no closed form. flow.linearise(w, nu) has it in numbers."
+            )
+    return tuple(x.expr for x in changes)
+
+
+def _preconditioner(spec: Method, parts: Sequence[Leaf], structure: pytree.TreeSpec) -> tuple[Expr, bool]:
+    """The p of P, called on symbols, and is P = diag(p)?"""
+    name = f"{type(spec).__name__}.P(nu)"
+    P = _call(name, lambda: spec.P(_state(parts, structure)))
+    if type(P) is not Scalar and type(P) is not Diagonal:
+        raise SpecError(
+            f"{name} is a {type(P).__name__}; only dvi.Scalar and dvi.Diagonal have closed forms here. {_IN_NUMBERS}"
+        )
+    p = _call(name, lambda: symbolic(P.p))
+    if isinstance(P, Scalar) and p.ndim:
+        raise SpecError(f"{name}: Scalar(p) takes a scalar; for a vector p write Diagonal(p).")
+    return split_roots(p.expr), isinstance(P, Diagonal)

@@ -1,0 +1,36 @@
+"""Numbers as people have them, in what an integrator is configured with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def number(x: Any, what: str) -> Any:
+    """The Python number in a NumPy scalar, or in an array or a tensor of shape [].
+
+    Raises:
+        ValueError: if it is none; ``what`` says which argument.
+    """
+    if isinstance(x, np.generic) or (isinstance(x, (np.ndarray, Tensor)) and x.ndim == 0):
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise ValueError(f"{what}={x!r}: it must be a number.")
+    return x
+
+
+def with_numbers(config: Any) -> None:
+    """Make Python numbers of the fields of a frozen dataclass whose default is a number."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            value = number(value, f"{type(config).__name__}: {field.name}")
+        elif isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:  # where None is the default
+            value = value.item()
+        object.__setattr__(config, field.name, value)
+
+
+__all__ = ["number", "with_numbers"]
