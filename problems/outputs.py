@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dvi.problems.autodiff import explained
+from dvi.problems.derivatives import pull
 from dvi.problems.errors import ProblemError
 from dvi.problems.finite_difference import unit
 from dvi.problems.safe import differentiable_layers
@@ -44,10 +45,10 @@ def _push(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     c = torch.zeros_like(y).requires_grad_()
     if not y.requires_grad:
         return torch.zeros_like(y)
-    (pulled,) = torch.autograd.grad(y, x, c, create_graph=True, allow_unused=True)
-    if pulled is None or not pulled.requires_grad:
+    pulled = pull(y, x, c, again=True)
+    if not pulled.requires_grad:
         return torch.zeros_like(y)
-    (pushed,) = torch.autograd.grad(pulled, c, v, create_graph=True)
+    pushed = pull(pulled, c, v, again=True)
     return pushed
 
 

@@ -86,7 +86,8 @@ def test_recomputed_norms_have_the_derivatives_of_plain_ones(norm, max_direction
     )
     w, U = plain.w0 + 0.1, normal(plain.dim, 2, seed=3)
     again.check()
-    for ask in (Problem.hvp, Problem.hessian_gradient):
+    curvature = lambda p, w, U: p.output_curvature(w, X, U, torch.eye(2, dtype=F64))  # noqa: E731
+    for ask in (Problem.hvp, Problem.hessian_gradient, curvature):
         # The same operations in the same order, but for the moment at which they are done.
         torch.testing.assert_close(ask(again, w, U), ask(plain, w, U), rtol=1e-12, atol=1e-12)
 
