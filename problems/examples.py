@@ -17,6 +17,10 @@ from dvi.problems.errors import ProblemError
 Examples = Any
 
 
+#: What is no data but a setting.
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def own(data: Examples) -> Examples:
     """Return a copy of the data that later changes of the original do not reach; mappings become dictionaries."""
     if isinstance(data, Mapping):
@@ -61,7 +65,7 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
             "([…],) for one argument that is a list"
         )
     leaves = pytree.tree_leaves(data)
-    if all(leaf is None or isinstance(leaf, (bool, int, float, str, np.ndarray)) for leaf in leaves):
+    if all(isinstance(leaf, (*_PLAIN, np.ndarray)) for leaf in leaves):
         hint = ": torch.from_numpy(…)" if any(isinstance(leaf, np.ndarray) for leaf in leaves) else ""
         raise ProblemError(f"{expected}; got {type(data).__name__}{hint}")
     for tensor in leaves:
@@ -81,7 +85,7 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
 
 def count(data: Examples) -> int | None:
     """Return the first dimension that all tensors share: the number of examples; None where they do not share one."""
-    leaves = pytree.tree_leaves(data)
+    leaves = [leaf for leaf in pytree.tree_leaves(data) if not isinstance(leaf, _PLAIN)]
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
         return None
     lengths = {len(leaf) for leaf in leaves}
@@ -89,8 +93,8 @@ def count(data: Examples) -> int | None:
 
 
 def take(data: Examples, which: slice) -> Examples:
-    """Return some of the examples, as views."""
-    return pytree.tree_map(lambda tensor: tensor[which], data)
+    """Return some of the examples, as views; numbers, words and None among them are for all examples."""
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else leaf[which], data)
 
 
 def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:
@@ -103,7 +107,15 @@ def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:
 
     """
     size = min(n, 3)
-    whole, first, rest = (loss_of(slice(*ends)) for ends in ((0, size), (0, 1), (1, size)))
+    try:
+        whole, first, rest = (loss_of(slice(*ends)) for ends in ((0, size), (0, 1), (1, size)))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, ProblemError):
+            raise
+        raise ProblemError(
+            f"to be taken in chunks, the model treats examples one by one; here it fails on a few of them: {error}.  "
+            "Without chunk_size it gets all at once"
+        ) from error
     mean = (first + (size - 1) * rest) / size
     # Losses of a few examples, in float32 at worst, with kernels that may round differently for each size.
     tolerance = 1e-4 * (abs(whole) + abs(first) + abs(rest))

@@ -49,7 +49,9 @@ class FlatModel:
         _refuse_wrappers(model)
         for path, p in model.named_parameters():
             _refuse_parameter(path, p)
-        self.module = _private_copy(model)
+        #: tensors of the copy that were made of weights before it was made, by identity: (the tensor, in words)
+        self.stale: dict[int, tuple[Tensor, str]] = {}
+        self.module = _private_copy(model, self.stale)
         trained = {path: p for path, p in self.module.named_parameters() if p.requires_grad}
         if not trained:
             raise ProblemError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
@@ -149,7 +151,7 @@ class FlatModel:
         """Where a module keeps this tensor without having registered it, in words."""
         for path, module in self.module.named_modules():
             for name, value in vars(module).items():
-                if not name.startswith("_") and any(leaf is x for x in pytree.tree_leaves(value)):
+                if name not in _INTERNAL and any(leaf is x for x in pytree.tree_leaves(value)):
                     return (
                         f"{name} of {path or 'the model'} ({type(module).__name__}), which is not registered "
                         "(nn.ParameterList and nn.ParameterDict register what a list and a dict do not)"
@@ -226,13 +228,34 @@ class FlatModel:
         return self.__dict__
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
+def kept_tensors(model: nn.Module) -> dict[int, str]:
+    """Tensors that modules and their hooks keep without having registered them, by identity, in words."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        owners = {f"{path or 'the model'}": module, **{f"a hook of {path or 'the model'}": h for h in hooks}}
+        for words, owner in owners.items():
+            holder = getattr(owner, "__self__", owner)
+            for name, value in getattr(holder, "__dict__", {}).items():
+                if name not in _INTERNAL:
+                    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+                    found |= {id(x): f"the tensor {name} that {words} keeps" for x in leaves}
+    return found
+
+
+#: What every module has.
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _private_copy(model: nn.Module, stale: dict[int, tuple[Tensor, str]]) -> nn.Module:
     # A tensor that a hook keeps on its module (the old weight_norm) has a history, which deepcopy refuses to copy.
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for x in pytree.tree_leaves({name: x for name, x in vars(module).items() if name != "_modules"}):
-            if isinstance(x, Tensor) and not x.is_leaf:
-                memo[id(x)] = x.detach().clone()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            for x in [] if name in _INTERNAL else pytree.tree_leaves(value):
+                if isinstance(x, Tensor) and not x.is_leaf:
+                    memo[id(x)] = x.detach().clone()
+                    stale[id(memo[id(x)])] = memo[id(x)], f"the tensor {name} of {path or 'the model'}"
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the user's classes raise

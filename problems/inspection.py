@@ -31,7 +31,9 @@ class Watcher(TorchFunctionMode):
 
     Args:
         w0: the weights [d].
-        foreign: tensors that train but are not w, by identity, in words: the parameters of the user's own module.
+        foreign: tensors of the user's own module, by identity, in words: its parameters, which train but are not w, and
+            what its forward pass has left on it.
+        stale: tensors that the copy of the module has from an earlier forward pass, by identity, in words.
         stack: the modules under way, in words (:meth:`~dvi.problems.flat_model.FlatModel.traced`).
 
     Raises:
@@ -39,10 +41,16 @@ class Watcher(TorchFunctionMode):
 
     """
 
-    def __init__(self, w0: Tensor, foreign: Mapping[int, str], stack: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        w0: Tensor,
+        foreign: Mapping[int, str] | None = None,
+        stale: Mapping[int, tuple[Tensor, str]] | None = None,
+        stack: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self._dtype = w0.dtype
-        self._foreign = foreign
+        self._foreign, self._stale = foreign or {}, stale or {}
         self._stack = stack
 
     def __torch_function__(
@@ -58,10 +66,15 @@ class Watcher(TorchFunctionMode):
             self._look_at_embedding(func, args, kwargs)
         out = func(*args, **kwargs)
         made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        if made and self._foreign and func.__name__ not in _SHAPE_ONLY:
+        if made and (self._foreign or self._stale) and func.__name__ not in _SHAPE_ONLY:
             for x in pytree.tree_leaves((args, kwargs)):
                 if id(x) in self._foreign:
                     raise ProblemError(self._past_w(self._foreign[id(x)]))
+                if id(x) in self._stale:
+                    raise ProblemError(
+                        f"{self._where()} uses {self._stale[id(x)][1]}, which was made of weights before the problem was: "
+                        "a cache. Switch it off, or empty it before you hand the model over"
+                    )
         for x in made:
             if x.is_floating_point() and x.requires_grad and _coarser(x.dtype, self._dtype):
                 self._refuse_island(func, x.dtype)
@@ -117,8 +130,8 @@ def past_w(what: str) -> str:
     return (
         f"the loss depends on {what}, past w: it stays where it is while w moves, and the gradient lacks its part. "
         "A penalty on a model's parameters is penalty= (a function of the parameters by name) or weight_decay= of "
-        "from_module; parameters of a criterion belong in one module with the model; what is to stay fixed is handed "
-        "over as tensor.detach() or by requires_grad_(False)"
+        "from_module; parameters of a criterion belong in one module with the model, whose forward returns the loss "
+        "(criterion=None); what is to stay fixed is handed over as tensor.detach() or by requires_grad_(False)"
     )
 
 
@@ -163,6 +176,26 @@ def attentive() -> Iterator[None]:
         if _NO_GRADIENT in str(warning.message):
             raise ProblemError(REENTRANT)
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def unwritten(w: Tensor) -> Iterator[None]:
+    """Inside, a loss is evaluated that must not write into its weights w [d].
+
+    Raises:
+        ProblemError: if it does.
+
+    """
+    before = w.detach().clone()
+    remedy = "the loss writes into its weights: let it work on a copy (w.clone()), or use operations without a final _"
+    try:
+        yield
+    except RuntimeError as error:
+        if "in-place operation" in str(error):
+            raise ProblemError(f"{remedy} ({error})") from error
+        raise
+    if not torch.equal(before, w.detach()):
+        raise ProblemError(remedy)
 
 
 def _coarser(dtype: torch.dtype, than: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from dvi.problems.examples import (
     take,
 )
 from dvi.problems.fingerprint import fingerprint
-from dvi.problems.flat_model import FlatModel
+from dvi.problems.flat_model import FlatModel, kept_tensors
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
 from dvi.problems.outputs import curvature
@@ -116,6 +117,7 @@ class ModuleProblem(Problem):
             for path, p in module.named_parameters()
             if p.requires_grad
         }
+        self._foreign |= kept_tensors(model)
         super().__init__(
             self._parts_of(w0, penalty, float(weight_decay)),
             w0,
@@ -128,7 +130,7 @@ class ModuleProblem(Problem):
                 f"a forward pass changes the buffer {path}: the loss is not a function of w alone. "
                 "Call model.eval() first (or, of batch norm: track_running_stats=False)"
             )
-        self._foreign = {}  # of no further use, and the user's model may go
+        self._foreign, self._model.stale = {}, {}  # of no further use, and the user's model may go
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -231,16 +233,20 @@ class ModuleProblem(Problem):
         with torch.enable_grad():
             outputs = [self._loss.outputs(w0, take(self._inputs, chunk)) for chunk in chunks]
             if all(isinstance(out, Tensor) and out.ndim for out in outputs):
-                whole = float(self._loss.of(torch.cat(outputs), self._targets).detach())
-                refuse_different(sum(float(part(w0).detach()) for part in parts), whole)
+                whole = self._loss.of(torch.cat(outputs), self._targets)
+            else:  # outputs of another form are not put together: a forward pass over all examples
+                whole = _Chunk(self._loss, self._inputs, self._targets, 1.0)(w0)
+            refuse_different(sum(float(part(w0).detach()) for part in parts), float(whole.detach()))
 
     def _blame(self, w: Tensor) -> str:
         whole = (self._inputs, self._targets)
         # A few examples are faster; all of them are right where data are not a list of examples.
         chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
+        self._model.install(w)
+        module = copy.deepcopy(self._model.module)  # modules that are tried alone may be left in disorder
         return name_culprit(
-            self._model.module,
-            {**dict(self._model.module.named_buffers()), **self._model.parameters(w)},
+            module,
+            {**dict(module.named_buffers()), **self._model.parameters(w)},
             lambda output, targets: self._loss.of(self._loss.pick(output), targets),
             [take(whole, slice(0, 8)), whole] if chunked else [whole],
         )
@@ -248,7 +254,7 @@ class ModuleProblem(Problem):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         stack: list[str] = []
-        watcher = Watcher(self.w0, self._foreign, stack)
+        watcher = Watcher(self.w0, self._foreign, self._model.stale, stack)
         with attentive(), self._model.traced(stack), self._model.padding_looked_at(), watcher:
             try:
                 yield

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvi.problems.derivatives.autodiff import explained
 from dvi.problems.derivatives.finite_difference import unit
-from dvi.problems.derivatives.safe import differentiable_layers
+from dvi.problems.derivatives.protocol import pull
 from dvi.problems.errors import ProblemError
 
 
@@ -29,8 +29,7 @@ def curvature(f: Callable[[Tensor], Tensor], w: Tensor, V: Tensor, x: Tensor, de
             return _second_differences(f, w.detach(), V, x)
     with explained("second"), torch.enable_grad():
         leaf = w.detach().clone().requires_grad_()
-        with differentiable_layers():
-            outputs = f(leaf)
+        outputs = f(leaf)
         if not isinstance(outputs, Tensor):
             raise ProblemError(f"outputs are one tensor here; this model gives a {type(outputs).__name__}")
         total = torch.zeros_like(outputs).detach()
@@ -44,10 +43,10 @@ def _push(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     c = torch.zeros_like(y).requires_grad_()
     if not y.requires_grad:
         return torch.zeros_like(y)
-    (pulled,) = torch.autograd.grad(y, x, c, create_graph=True, allow_unused=True)
-    if pulled is None or not pulled.requires_grad:
+    pulled = pull(y, x, c, again=True)
+    if not pulled.requires_grad:
         return torch.zeros_like(y)
-    (pushed,) = torch.autograd.grad(pulled, c, v, create_graph=True)
+    pushed = pull(pulled, c, v, again=True)
     return pushed
 
 

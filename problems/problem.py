@@ -18,7 +18,7 @@ from dvi.problems.derivatives.mixed import Mixed
 from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradient
 from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
-from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w
+from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
 from dvi.problems.ledger import Ledger
 from dvi.problems.timing import measure
 
@@ -134,7 +134,7 @@ class Problem:
         total = w.new_zeros(())
         with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
             for part in self._parts:
-                total += part(w.detach()).detach()
+                total += part(w.detach().clone()).detach()
         return self._finite_loss(total)
 
     def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
@@ -341,13 +341,14 @@ class Problem:
 
     def _try_loss(self) -> None:
         """Refuse a loss that is no function of w alone, or no finite, differentiable scalar at w0."""
-        values, leaves = [], []
+        values, leaves, used = [], [], []
         for _ in range(2):
             total, others, depends = 0.0, [], False
             for part in self._parts:
                 x = self.w0.clone().requires_grad_()
-                with torch.enable_grad(), self._watched():
+                with torch.enable_grad(), self._watched(), unwritten(x):
                     value = part(x)
+                used.append(x)
                 if not isinstance(value, Tensor) or value.shape != ():
                     raise ProblemError(f"a loss is a scalar tensor of shape (); this one gives {_describe(value)}")
                 if value.dtype != self.dtype or value.device != self.device:
@@ -363,6 +364,11 @@ class Problem:
             )
         if not depends:
             raise ProblemError("the loss does not depend on w (or was detached from it): nothing to differentiate")
+        if any(leaf is x for leaf in leaves[1] for x in used):
+            raise ProblemError(
+                "the loss uses what it made of its weights in an earlier evaluation: something in it is cached. "
+                "Switch the cache off, or empty it at the beginning of forward"
+            )
         # A leaf that is made anew at every evaluation is the loss's own business (it differentiates by its inputs).
         for leaf in leaves[1]:
             if any(leaf is other for other in leaves[0]):
@@ -397,7 +403,7 @@ class Problem:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Inside, the operations of a loss are looked at."""
-        with attentive(), Watcher(self.w0, {}):
+        with attentive(), Watcher(self.w0):
             yield
 
     def _refuse_leaf(self, leaf: Tensor) -> None:

@@ -155,6 +155,37 @@ def test_graphs():
         Problem.from_module(graph(), F.mse_loss, (X, EDGES), Y, chunk_size=2)
 
 
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, nodes, adjacency):
+        return adjacency @ self.a(nodes)
+
+
+def test_chunks_of_what_is_no_list_of_examples_are_refused():
+    adjacency = (normal(7, 7) > 0).to(F64)
+    with pytest.raises(ProblemError, match="treats examples one by one; here it fails on a few of them"):
+        Problem.from_module(graph(Dense), F.mse_loss, (X, adjacency), Y, chunk_size=3)
+    one = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).to(F64)
+    with pytest.raises(ProblemError, match="fails on a few of them: Expected more than 1 value"):
+        Problem.from_module(one, F.mse_loss, X, Y, chunk_size=3)
+
+
+def test_settings_among_the_arguments_are_for_all_chunks():
+    inputs = {"x": X, "z": Z, "scale": 1.0, "labels": None}
+    same(Problem.from_module(named(), F.mse_loss, inputs, Y, chunk_size=3))
+
+
+def test_examples_that_count_for_more_than_others_show_in_any_form_of_output():
+    labels = torch.tensor([0, 1, 0, 1, 1, -1, -1])
+    criterion = lambda out, y: F.cross_entropy(out["logits"], y, ignore_index=-1)  # noqa: E731
+    with pytest.raises(ProblemError, match="some examples count for more than others"):
+        Problem.from_module(named("dict"), criterion, (X, Z), labels, chunk_size=4)
+    Problem.from_module(named("dict"), criterion, (X, Z), labels)
+
+
 # ---- data sets and loaders ------------------------------------------------------------------------------
 
 

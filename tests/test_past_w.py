@@ -238,3 +238,74 @@ def test_what_needs_the_gradient_only_has_it_checked(make):
     make(Problem(lambda w: w.square().sum(), normal(3)), GradientDescent(0.1))
     with pytest.raises(dvi.DerivativeError, match="the gradient is not that of the loss"):
         make(Problem(Recomputing.apply, normal(3)), GradientDescent(0.1))
+
+
+class Auxiliary(nn.Module):
+    """A model that leaves a part of its loss on itself, or hands it out."""
+
+    def __init__(self, out=False):
+        super().__init__()
+        self.first, self.out, self.aux = nn.Linear(3, 2).to(F64), out, torch.zeros((), dtype=F64)
+
+    def forward(self, x):
+        h = self.first(x)
+        self.aux = 0.1 * h.square().mean()
+        return (h, self.aux) if self.out else h
+
+
+def test_a_criterion_that_reads_what_forward_left_on_the_model_is_refused():
+    for warm in (False, True):
+        model = Auxiliary()
+        if warm:
+            model(X)
+        with pytest.raises(ProblemError, match="the tensor aux that the model keeps, past w"):
+            Problem.from_module(model, lambda out, y, model=model: F.mse_loss(out, y) + model.aux, X, Y)
+    remedy = Problem.from_module(Auxiliary(out=True), lambda out, y: F.mse_loss(out[0], y) + out[1], X, Y)
+    remedy.check()
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self._cache = nn.Linear(3, 2).to(F64), None
+
+    def forward(self, x):
+        if self._cache is None:
+            self._cache = self.first.weight.tanh()
+        return x @ self._cache.T
+
+
+def test_a_cache_of_weights_is_refused():
+    cold, warm = Caching(), Caching()
+    warm(X)
+    with pytest.raises(ProblemError, match="something in it is cached"):
+        Problem.from_module(cold, F.mse_loss, X, Y)
+    with pytest.raises(ProblemError, match=r"uses the tensor _cache of the model.*a cache"):
+        Problem.from_module(warm, F.mse_loss, X, Y)
+
+
+@pytest.mark.parametrize("write", [lambda w: w.clamp_(-1, 1), lambda w: w.data.mul_(0.5)])
+def test_a_loss_that_writes_into_its_weights_is_refused(write):
+    def loss(w):
+        write(w)
+        return w.square().sum()
+
+    with pytest.raises(ProblemError, match=r"writes into its weights: let it work on a copy"):
+        Problem(loss, normal(3))
+
+
+def test_the_callers_weights_are_never_written_to():
+    calls = []
+
+    def loss(w):
+        calls.append(0)
+        if len(calls) > 2:
+            w.data.mul_(0.5)
+        return w.square().sum()
+
+    problem = Problem(loss, normal(3))
+    w = normal(3, seed=4)
+    before = w.clone()
+    problem.value(w)
+    problem.value_and_grad(w)
+    assert torch.equal(w, before)

@@ -63,6 +63,35 @@ class Blocks(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.parametrize("max_directions", [1, 2])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, nn.utils.parametrizations.weight_norm])
+def test_recomputed_norms_have_the_derivatives_of_plain_ones(norm, max_directions):
+    """The recomputation in the backward pass composes unsafe layers as the forward pass did."""
+
+    class Net(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            weighed = norm is nn.utils.parametrizations.weight_norm
+            self.block = nn.Sequential(
+                norm(nn.Linear(3, 4)) if weighed else nn.Sequential(nn.Linear(3, 4), norm(4)), nn.Tanh()
+            )
+            self.last, self.again = nn.Linear(4, 2), again
+
+        def forward(self, x):
+            return self.last(checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x))
+
+    plain, again = (
+        Problem.from_module(seeded(lambda k=k: Net(k)).eval(), nn.MSELoss(), X, Y, max_directions=max_directions)
+        for k in (False, True)
+    )
+    w, U = plain.w0 + 0.1, normal(plain.dim, 2, seed=3)
+    again.check()
+    curvature = lambda p, w, U: p.output_curvature(w, X, U, torch.eye(2, dtype=F64))  # noqa: E731
+    for ask in (Problem.hvp, Problem.hessian_gradient, curvature):
+        # The same operations in the same order, but for the moment at which they are done.
+        torch.testing.assert_close(ask(again, w, U), ask(plain, w, U), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("derivatives", ["autodiff", "mixed", "finite-difference"])
 @pytest.mark.parametrize("how", ["checkpoint", "offload", "hooks"])

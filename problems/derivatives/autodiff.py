@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from dvi.problems.derivatives.protocol import Part, matrix_from_pairs, pull, reinstate
 from dvi.problems.derivatives.safe import differentiable_layers
@@ -125,8 +126,7 @@ class Autodiff:
         for part in self._parts:
             with torch.enable_grad():
                 x = w.detach().clone().requires_grad_()
-                with differentiable_layers():
-                    value = part(x)
+                value = part(x)
                 gradient = pull(value, x, again=True)
             if len(self._parts) == 1:
                 self._kept = (x, gradient)
@@ -138,16 +138,28 @@ class Autodiff:
             return torch.stack([pull(y, x, v, keep=True) for v in V])
         blocks = []
         for block in torch.split(V, self._max_directions):
-            (rows,) = torch.autograd.grad(y, x, block, retain_graph=True, is_grads_batched=True, allow_unused=True)
+            (rows,) = torch.autograd.grad(
+                get_gradient_edge(y),
+                get_gradient_edge(x),
+                block,
+                retain_graph=True,
+                is_grads_batched=True,
+                allow_unused=True,
+            )
             blocks.append(torch.zeros_like(block) if rows is None else rows)
         return torch.cat(blocks)
 
 
 @contextmanager
 def explained(order: str) -> Iterator[None]:
-    """Turn autograd's refusals into an error that names the cause and the way out."""
+    """Turn autograd's refusals into an error that names the cause and the way out.
+
+    Activation checkpointing runs a part of the loss again in the backward pass.  Inside, unsafe layers are composed
+    there as they were in the forward pass.
+    """
     try:
-        yield
+        with differentiable_layers():
+            yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

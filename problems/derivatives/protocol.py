@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 Part = Callable[[Tensor], Tensor]
 
@@ -59,7 +60,7 @@ def value_and_gradient(parts: Sequence[Part], w: Tensor) -> tuple[Tensor, Tensor
     gradient = torch.zeros_like(w)
     with torch.enable_grad():
         for part in parts:
-            x = w.detach().requires_grad_()
+            x = w.detach().clone().requires_grad_()  # a loss may write into its argument
             value = part(x)
             total += value.detach()
             gradient += pull(value, x)
@@ -79,7 +80,16 @@ def pull(y: Tensor, x: Tensor, v: Tensor | None = None, *, again: bool = False, 
     """
     if not y.requires_grad:
         return torch.zeros_like(x)
-    (product,) = torch.autograd.grad(y, x, v, create_graph=again, retain_graph=again or keep, allow_unused=True)
+    # By edges, since torch.autograd.grad of tensors leaves an active TorchFunctionMode: a recomputation in the backward
+    # pass (activation checkpointing) has to find the composed layers that the forward pass found.
+    (product,) = torch.autograd.grad(
+        get_gradient_edge(y),
+        get_gradient_edge(x),
+        torch.ones_like(y) if v is None else v,
+        create_graph=again,
+        retain_graph=again or keep,
+        allow_unused=True,
+    )
     return torch.zeros_like(x) if product is None else product
 
 
