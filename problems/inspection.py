@@ -72,7 +72,7 @@ class Watcher(TorchFunctionMode):
                     raise ProblemError(self._past_w(self._foreign[id(x)]))
                 if id(x) in self._stale:
                     raise ProblemError(
-                        f"{self._where()} uses {self._stale[id(x)][1]}, which was made of weights before the problem was: "
+                        f"{self._where()} uses {self._stale[id(x)][1]}, which was made of earlier weights: "
                         "a cache. Switch it off, or empty it before you hand the model over"
                     )
         for x in made:
