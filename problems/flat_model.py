@@ -229,18 +229,15 @@ class FlatModel:
 
 
 def kept_tensors(model: nn.Module) -> dict[int, str]:
-    """Tensors that modules and their hooks keep without having registered them, by identity, in words."""
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        owners = {f"{path or 'the model'}": module, **{f"a hook of {path or 'the model'}": h for h in hooks}}
-        for words, owner in owners.items():
-            holder = getattr(owner, "__self__", owner)
-            for name, value in getattr(holder, "__dict__", {}).items():
-                if name not in _INTERNAL:
-                    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-                    found |= {id(x): f"the tensor {name} that {words} keeps" for x in leaves}
-    return found
+    """Tensors that modules keep without having registered them, by identity, in words."""
+    return {
+        id(x): f"the tensor {name} that {path or 'the model'} keeps"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in _INTERNAL
+        for x in pytree.tree_leaves(value)
+        if isinstance(x, Tensor)
+    }
 
 
 #: What every module has.
@@ -250,7 +247,11 @@ _INTERNAL = frozenset(vars(nn.Module()))
 def _private_copy(model: nn.Module, stale: dict[int, tuple[Tensor, str]]) -> nn.Module:
     # A tensor that a hook keeps on its module (the old weight_norm) has a history, which deepcopy refuses to copy.
     memo: dict[int, Any] = {}
+    own = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if id(getattr(hook, "__self__", None)) not in own:  # what a recorder sees is for the user to read
+                memo[id(hook)] = hook
         for name, value in vars(module).items():
             for x in [] if name in _INTERNAL else pytree.tree_leaves(value):
                 if isinstance(x, Tensor) and not x.is_leaf:

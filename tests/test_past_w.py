@@ -309,3 +309,25 @@ def test_the_callers_weights_are_never_written_to():
     problem.value(w)
     problem.value_and_grad(w)
     assert torch.equal(w, before)
+
+
+class Recorder:
+    """Keeps what a layer gives: a hook with a memory."""
+
+    def __init__(self, layer):
+        self.seen = None
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, module, inputs, output):
+        self.seen = output
+
+
+def test_a_criterion_may_read_what_a_hook_has_recorded():
+    model = small()
+    recorder = Recorder(model[1])
+    problem = Problem.from_module(model, lambda out, y: F.mse_loss(out, y) + recorder.seen.square().mean(), X, Y)
+    problem.check()
+    model = small()
+    (F.mse_loss(model(X), Y) + model[1](model[0](X)).square().mean()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.allclose(problem.value_and_grad(problem.w0)[1], gradient, rtol=1e-12)
