@@ -539,6 +539,23 @@ def test_warm_start_auto_brings_the_sharpness_below_2_and_is_told(caplog):
     assert not quiet.notes
 
 
+def test_a_flow_is_solved_twice_in_any_order_with_equal_results_and_notes():
+    """What one run has to tell is not told by the next."""
+    flow = dvi.central_flow(wells(), GradientDescent(0.1), check=False)
+    plain = dvi.solve(flow, 3, progress=False)
+    warm = dvi.solve(flow, 3, warm_start=2, progress=False)
+    for again, before in (
+        (dvi.solve(flow, 3, progress=False), plain),
+        (dvi.solve(flow, 3, warm_start=2, progress=False), warm),
+    ):
+        assert again.notes == before.notes
+        assert np.array_equal(again.loss, before.loss)
+        assert torch.equal(again.w, before.w)
+    assert not plain.notes
+    assert "Warm start: 2 steps" in warm.notes[0]
+    assert not flow.notes
+
+
 def test_an_infeasible_start_is_an_error_with_a_remedy():
     flow = dvi.central_flow(steep(), GradientDescent(LR), check=False)
     with pytest.raises(RunError, match="warm_start") as caught:

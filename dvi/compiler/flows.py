@@ -46,7 +46,7 @@ class CompiledFlow:
     Attributes:
         problem, method: what was compiled.
         initial: the state at time 0: (w0, ν after one update of the optimizer at w0, t = 0) (errata to C.7).
-        notes: what the user should know about this run, in words.
+        notes: what the user should know about it, in words; runs add notes of their own to their results.
     """
 
     #: Which flow this is, in a result or a legend.

@@ -122,6 +122,6 @@ class DiscreteProcess(Process):
             status=status,
             ledger=self._cost(list(t)),
             series=data,
-            notes=list(self.flow.notes),
+            notes=list(self.notes),
             about=dict(about),
         )

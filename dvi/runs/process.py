@@ -45,6 +45,7 @@ class Process(ABC):
     def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer) -> None:
         self.flow, self.grid, self.observer = flow, grid, observer
         self.y, self.origin = start, start.t
+        self.notes = list(flow.notes)  # of this run; the flow's own are those of its compilation
         self._survey()
         self.nodes: list[Observation] = []
         self.counts: list[dict[str, int]] = []
@@ -304,7 +305,7 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=[*self.flow.notes, *self._strain(), *self._missed()],
+            notes=[*self.notes, *self._strain(), *self._missed()],
             about=about | {"integrator": repr(self.integrator)},
         )
 
@@ -316,7 +317,7 @@ class MapProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    _own_state = ("memory", "bound", "fresh", "base", "raw", "middle")
+    _own_state = (*FlowProcess._own_state, "raw", "middle")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer

@@ -86,7 +86,7 @@ def solve(
         status, words = error.status, error.detail
     observer = Observer(tuple(coordinates), test_inputs)
     process = make_process(flow, integrator, start, grid, observer, eigen_every)
-    flow.notes.extend(notes)
+    process.notes.extend(notes)
     about = describe(flow, steps) | {"warm_start": start.t}
     kept: list[Array] = []
     todo = len(grid) if failure is None else 0
