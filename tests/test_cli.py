@@ -492,7 +492,7 @@ def test_a_run_that_fails_leaves_what_it_had(tmp_path, capsys):
 def interrupt_after(monkeypatch, calls):
     """Let the user press Ctrl-C after that many recorded moments, with a checkpoint at each."""
     clock = iter(range(0, 10**9, 1000))
-    monkeypatch.setattr("dvi.store.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("dvi.storage.hdf5.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     weights, count = dvi.compare.__globals__["_distance"], iter(range(calls))
 
     def distance(a, b):

@@ -70,7 +70,7 @@ def test_a_stage_sends_one_packet(monkeypatch, name, derivatives):
         return out
 
     monkeypatch.setattr(macro_attempt, "rkc", rkc)
-    monkeypatch.setattr("dvi.linearised.host", host)
+    monkeypatch.setattr("dvi.compiler.linearised.host", host)
     start = torch.tensor([0.02, 0.03, 0.01, 0.0], dtype=torch.float64)
     flow = at_the_edge(METHODS[name], dvi.Problem(sharpening, start, derivatives=derivatives))
     dvi.solve(flow, 40, integrator=dvi.MacroStep(), progress=False, throw=False)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import dvi
-from dvi import cli, files
+from dvi import cli
 from dvi.methods import GradientDescent
+from dvi.storage import files
 
 
 class Counted:

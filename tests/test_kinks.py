@@ -217,14 +217,14 @@ def test_the_remedy_is_one():
 
 def test_no_bound_ends_a_smooth_run(monkeypatch):
     """However small: the loss is looked at, and has no kinks."""
-    monkeypatch.setattr("dvi.chatter.KINK_COST", 1.0)
+    monkeypatch.setattr("dvi.runs.chatter.KINK_COST", 1.0)
     free = run(digits(n=40, width=6), 60, warm_start="auto")
     assert free.status is dvi.Status.SUCCESS
     assert free.ledger.gradient_equivalents > 60
 
 
 def test_steps_that_are_fixed_cost_what_they_were_told_to(monkeypatch):
-    monkeypatch.setattr("dvi.chatter.KINK_COST", 1.0)
+    monkeypatch.setattr("dvi.runs.chatter.KINK_COST", 1.0)
     assert run(small_relu_net(), 3, dvi.Euler(dt=0.25)).status is dvi.Status.SUCCESS
 
 

@@ -16,15 +16,16 @@ import pytest
 import torch
 
 import dvi
-from dvi import flows, store
+from dvi.compiler import flows
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
 from dvi.results.run_error import RunError
 from dvi.results.status import Status
 from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.runs.process import FlowProcess
+from dvi.storage import hdf5 as store
 
-compare_module = sys.modules["dvi.compare"]  # dvi.compare itself is the function
+compare_module = sys.modules["dvi.runs.comparing"]
 STEPS = 6
 
 
