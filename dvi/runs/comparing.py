@@ -73,7 +73,7 @@ def compare(
         problem, method: what is compared.
         steps: how long, in unit times (steps of the optimizer).
         runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated".
-        integrator: for the central flow (default: :func:`dvi.solve.default_integrator`).
+        integrator: for the central flow (default: :func:`dvi.runs.solving.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
