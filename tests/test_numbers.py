@@ -63,7 +63,7 @@ def test_hyperparameters_of_ones_own():
     dvi.central_flow(problem(), method, check=False)
 
 
-@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), "0.1", None, torch.tensor([0.1]), 1j])
+@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), "0.1", None, torch.full((1, 1), 0.1), 1j])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(dvi.SpecError, match=r"GradientDescent\(lr=.*lr must be a number or a schedule"):
         M.GradientDescent(value)
