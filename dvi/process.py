@@ -21,9 +21,9 @@ from dvi.methods import NotPositiveDefiniteError
 from dvi.predict import Observation, Observer
 from dvi.problems import Ledger, ProblemError
 from dvi.solution import Cost, Solution
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, Integrator, State, StepResult, host
-from dvi.solvers.watch import Sighting, Watch
 from dvi.status import RunError, Status
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
@@ -66,6 +66,12 @@ class Process(ABC):
         return self.ready[i]
 
     @property
+    def cost(self) -> float:
+        """Gradient equivalents per unit time, so far."""
+        spent = Ledger(**(self.counts[-1] if self.counts else {}), weights=self.flow.problem.ledger.weights)
+        return spent.gradient_equivalents / max(self.y.t - self.origin, 1e-9)
+
+    @property
     def near_end(self) -> bool:
         """Whether a step depended on where the run ends: from there on, a longer run is another one."""
         return False
@@ -105,7 +111,7 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed")
+    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "unit_steps")
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -115,6 +121,7 @@ class FlowProcess(Process):
         self.memory = integrator.init(flow, start)
         self.strained: list[tuple[float, float]] = []  # steps with too large an error estimate: when, and over tol
         self.missed: list[tuple[float, float]] = []  # effective sharpnesses above 2 that were not seen coming, and when
+        self.unit_steps: list[tuple[float, float]] = []  # from when to when steps of one unit were taken
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
 
@@ -133,7 +140,7 @@ class FlowProcess(Process):
             result = self.integrator.step(self.flow, self.memory, start, self.origin + end - start.t)
         except Exception:
             if not self.nodes and self.flow.constrained:
-                self._require_feasible(float(Watch().glance(self.flow, start, None).eigenvalues[0]))
+                self._require_feasible(float(EigenTracker().update_leading(self.flow, start, None).eigenvalues[0]))
             raise
         node = result.node
         if not self.nodes and self.flow.constrained:
@@ -159,10 +166,14 @@ class FlowProcess(Process):
         self.ready |= ready
         if result.strain:
             self.strained.append((start.t - self.origin, result.strain))
+        if result.unit:
+            self.unit_steps.append((start.t - self.origin, reached))
         for t, sharpness in [
             *((node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes),
             (reached, result.missed),
         ]:
+            if result.unit:  # there it is not held to a hundredth
+                continue
             if self.flow.constrained and sharpness > max(MISSED, self.nodes[0]["eigenvalues"].max(initial=0.0) + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
         self.y, self.memory = result.y, result.memory
@@ -171,6 +182,23 @@ class FlowProcess(Process):
         """The weights at the grid points that a step has passed."""
         ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
         return ready | {len(self.grid) - 1: result.y.w} if finished else ready
+
+    def _stiff(self) -> list[str]:
+        """What to tell of steps of one unit."""
+        stretches: list[list[float]] = []
+        for a, b in self.unit_steps:
+            if stretches and a - stretches[-1][1] < 1e-9:
+                stretches[-1][1] = b
+            else:
+                stretches.append([a, b])
+        if not stretches:
+            return []
+        times = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in stretches)
+        return [
+            f"{self.flow.name} flow: steps of one unit from t = {times}, where the force of the oscillation is too "
+            "stiff for longer ones, or shorter ones cost more than the budget. There the effective sharpness is held "
+            "to about a tenth."
+        ]
 
     def _strain(self) -> list[str]:
         """What to tell of steps that were taken in spite of their error estimate."""
@@ -193,9 +221,9 @@ class FlowProcess(Process):
         return [
             f"{self.flow.name} flow: an effective sharpness above 2 was found that had not been seen coming, up to "
             f"{worst:.3f} at t = {t:g}. Either the flow before that time has not oscillated along that direction, and "
-            "should have: give the integrator a watch=Watch(survey_every=10), to look around for directions more "
-            "often, or Watch(CriticalSubspace(slack=3)), to follow more of them. Or a step has overshot (then there "
-            "is a note on its error, too): lower h_min."
+            "should have: give the integrator a watch=EigenTracker(survey_every=10), to look around for directions "
+            "more often, or EigenTracker(CriticalSubspace(slack=3)), to follow more of them. Or a step has overshot "
+            "(then there is a note on its error, too): lower h_min."
         ]
 
     @staticmethod
@@ -234,7 +262,7 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=[*self.flow.notes, *self._strain(), *self._missed()],
+            notes=[*self.flow.notes, *self._stiff(), *self._strain(), *self._missed()],
             about=about | {"integrator": repr(self.integrator)},
         )
 
@@ -296,11 +324,11 @@ class DiscreteProcess(Process):
         if np.abs(grid - np.round(grid)).max() > 1e-9:
             raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
         self.eigen_every = eigen_every
-        self.seen: Sighting | None = None  # the last look
+        self.seen: SpectrumEstimate | None = None  # the last look
         self.previous: Tensor | None = None
         self.loss: Tensor | None = None
         self.g: Tensor | None = None
-        self._watch = Watch()
+        self._watch = EigenTracker()
 
     def advance(self) -> None:
         """One step of the optimizer."""
@@ -342,7 +370,7 @@ class DiscreteProcess(Process):
         if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
             return np.empty(0)
         try:
-            self.seen = self._watch.look(self.flow, y, self.seen, self.eigen_every)
+            self.seen = self._watch.update(self.flow, y, self.seen, self.eigen_every)
         except (SolverError, ProblemError, NotPositiveDefiniteError):
             self.seen = None  # a look for display does not decide how a run ends
             return np.empty(0)

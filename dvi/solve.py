@@ -21,11 +21,11 @@ from dvi.process import DiscreteProcess, FlowProcess, MapProcess, Process
 from dvi.solution import Solution
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.critical import CRITICAL
-from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
-from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.macro import MacroStep
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.semi_implicit import SemiImplicit
-from dvi.solvers.watch import Watch
 from dvi.stationary_flow import Quasistatic, StationaryFlow
 from dvi.status import RunError, Status
 
@@ -83,6 +83,7 @@ def solve(
         try:
             for i in range(len(grid)):
                 w = process.weights(i)
+                bar.set_postfix_str(f"{process.cost:.3g} gradients per unit", refresh=False)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
@@ -112,6 +113,7 @@ def classify(error: BaseException) -> Status:
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
+        (BudgetError, Status.OVER_BUDGET),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
         (FloatingPointError, Status.DIVERGED),
@@ -261,10 +263,10 @@ def _settle(
 ) -> tuple[State, int, float]:
     """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
     _, g = optimizer.problem.value_and_grad(y.w)
-    watch, first = Watch(), float("nan")
+    watch, first = EigenTracker(), float("nan")
     for taken in range(limit + 1):
         if until_stable and (taken == 0 or taken >= at_least):
-            seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
+            seen = watch.update_leading(optimizer, y, None)  # anew: an early step may change P beyond recognition
             sharpness = float(seen.eigenvalues[0])
             first = sharpness if taken == 0 else first
             if sharpness <= CRITICAL and taken >= at_least:

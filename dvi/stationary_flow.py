@@ -14,8 +14,8 @@ from dvi.flows import CompiledFlow, MethodLike
 from dvi.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
+from dvi.solvers.eigen.tracker import shown
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
-from dvi.solvers.watch import shown
 from dvi.stationary import StationaryPoint, stationary
 
 Part = Literal["curvature penalty"]

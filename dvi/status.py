@@ -40,6 +40,11 @@ class Status(Enum):
         "So many directions are critical that their third derivatives would not fit the memory allowed. Allow more "
         "(max_gib= of central_flow), compute in float32, or lower lr so that fewer directions oscillate."
     )
+    OVER_BUDGET = (
+        "The flow cost more per unit time than it was allowed, even in steps of one unit: many directions "
+        "oscillate, or the loss has kinks there, or the optimizer itself is about to diverge. Lower lr, smooth the "
+        "loss, or raise the integrator's budget=."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 import dvi
 from dvi.freeze import from_bytes, to_bytes
 from dvi.problems import Circle, MatrixSweep, TwoScales, two_scales
-from dvi.solvers.rkc import chebyshev, rkc, stages
+from dvi.solvers.macro.rkc import chebyshev, rkc, stages
 from dvi.solvers.runge_kutta import TABLEAUX, Tableau
 
 # name: (integrator, error in w allowed on the sweep, on the two scales).
@@ -374,7 +374,7 @@ def test_float32_end_to_end(waiting, bound, monkeypatch):
     made when needed, the two may make them at different steps, and differ by what tol allows.
     """
     if not waiting:
-        monkeypatch.setattr("dvi.solvers.macro_attempt.Attempt._wait", lambda self, end, error, owed, X, lin: end.t)
+        monkeypatch.setattr("dvi.solvers.macro.stepper.kept_until", lambda flow, tracker, context, step, *_: step.y.t)
     settings = {"network": "mlp", "loss": "mse", "n": 100, "width": 12}
     ends = []
     for dtype in (torch.float64, torch.float32):
