@@ -1,14 +1,14 @@
 """What the macro step promises: looks when they are needed, stiff forces, error estimates that are told."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import examples, orthogonal
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dvi
@@ -17,7 +17,10 @@ from dvi.problems.edge import MatrixSweep
 from dvi.series import breakpoints
 from dvi.solvers.critical import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.solvers.protocol import State
+from dvi.solvers.macro import MacroMemory
+from dvi.solvers.macro.model import amplitude
+from dvi.solvers.macro.unit import UnitMemory, unit_step
+from dvi.solvers.protocol import Frame, State
 
 LR = 0.5
 
@@ -137,21 +140,21 @@ def stiff_problem(q, slope, start):
 
 @pytest.mark.parametrize(
     ("q", "slope", "start"),
-    [
-        ([40.0], [2.0], [0.5]),
-        ([5.9, 49.7], [2.8, 2.2], [1.2, 1.0]),
-        ([58.9, 42.7, 40.8], [2.4, 1.8, 1.3], [1.2, 1.0, 0.8]),
-    ],
+    [([40.0], [2.0], [0.5]), ([5.9, 49.7], [2.8, 2.2], [1.2, 1.0])],
 )
-def test_a_stiff_force_is_followed_at_a_bounded_cost(q, slope, start):
-    """The force pulls back at 40 per unit time and more; the amplitude is √2, so that 0.3 of it is worth 0.4 in w."""
+def test_a_stiff_force_is_passed_at_a_bounded_cost(q, slope, start):
+    """The force pulls back at 40 per unit time and more; 0.3 of the amplitude √2 is the tolerance."""
     flow, rest = stiff_problem(q, slope, start)
-    solution = run(flow, dvi.MacroStep(), 30)
-    assert solution.status is dvi.Status.SUCCESS
-    assert solution.ledger.per_unit_time() < 100
-    np.testing.assert_allclose(solution.w[2:], rest, atol=0.05)
+    solution = run(flow, dvi.MacroStep(budget=150), 30)
+    exact = run(flow, dvi.MacroStep(1e-3), 30)
+    np.testing.assert_allclose(exact.w[2:], rest, atol=1e-3)
+    np.testing.assert_allclose(solution.w[2:], rest, atol=0.3 * 2**0.5)
     at_rest = LR * np.array([np.trace(X) for X in solution.X[-15:]])  # Σ = UXUᵀ with UᵀU = η
-    assert np.mean(at_rest) == pytest.approx(2.0, rel=0.05)
+    assert np.mean(at_rest) == pytest.approx(2.0, rel=0.1)
+    assert solution.ledger.per_unit_time() < 0.3 * exact.ledger.per_unit_time()
+    stretches = [note for note in solution.notes if "steps of one unit" in note]
+    assert len(stretches) == (len(q) > 1)  # what is slow enough needs none
+    assert not any("steps of one unit" in note for note in exact.notes)
 
 
 @dataclass(frozen=True)
@@ -196,15 +199,83 @@ class Turning:
         return dvi.central_flow(dvi.Problem(loss, start), GradientDescent(self.lr), check=False)
 
 
-@examples(10)
-@given(st.floats(3.0, 30.0), st.floats(0.1, 0.6), st.floats(0.5, 3.0), st.floats(0.2, 3.0))
-@example(30.0, 0.2, 1.0, 2.0)
-def test_an_eigenvector_that_turns_fast_is_followed_at_a_bounded_cost(r, delta, a, ratio):
-    problem = Turning(r, delta, a, a * ratio)
+@pytest.mark.parametrize("r", [10.0, 30.0])
+def test_an_eigenvector_that_turns_fast_is_followed_at_a_bounded_cost(r):
+    """It pulls back at 11 and at 100 per unit time."""
+    problem = Turning(r, 0.2, 1.0, 2.0)
     solution = run(problem.flow, dvi.MacroStep(), 30)
-    assert solution.status is dvi.Status.SUCCESS
-    assert solution.ledger.per_unit_time() < 120
+    assert solution.ledger.per_unit_time() < 100
+    # within what the tolerance, 0.3 of the amplitude, says
     assert float(solution.w[3]) == pytest.approx(problem.z, abs=0.3 * (problem.lr * problem.X) ** 0.5)
+
+
+def test_a_unit_step_averages_third_derivatives():
+    """T̄ = ½ (T + R T̄): on the slide, from a frame of the opposite sign, and twice the T, the mean is 3/2 T."""
+    problem = dvi.problems.Circle(entry=0.3)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    y = State(problem.weights(1.0), {}, 1.0)
+    tracker = EigenTracker()
+    now = tracker.update(flow, y, None, 1.0)
+    frame = now.frame(flow, y, 1)
+    turned = replace(frame, U=-frame.U, T=2 * frame.T)
+    memory = UnitMemory(now, turned, np.zeros((1, 1)), 10.0, 10.0)
+    end, after, seen = unit_step(flow, tracker, memory, y, 5.0)
+    assert end.t == 2.0
+    torch.testing.assert_close(after.frame.T, 1.5 * frame.T)
+    lin = flow.linearised(y, seen.g, after.frame)
+    # complementarity at the end of the step, to first order
+    S = lin.gap + lin.beta @ seen.X - lin.alpha
+    assert seen.X[0, 0] > 0
+    np.testing.assert_allclose(S, 0.0, atol=1e-10)
+    torch.testing.assert_close(end.w, y.w + lin.drift(seen.X).w)
+
+
+# ---- tolerance and budget -------------------------------------------------------------------------------------
+
+
+def test_the_tolerance_follows_the_oscillation_and_an_explicit_one_stays():
+    default, fixed = dvi.MacroStep(), dvi.MacroStep(1e-4)
+    for size, tol in ((0.0, 1e-3), (0.1, 0.03), (100.0, 1.0)):
+        memory = MacroMemory(0.25, amplitude=size)
+        assert default.tolerance(memory) == pytest.approx(tol)
+        assert fixed.tolerance(memory) == 1e-4
+        # eigenvectors follow its root, but are never rougher than the band below 2
+        assert default.tracker(tol).subspace.tol == pytest.approx(min(0.05, 3e-3 * (tol / 1e-3) ** 0.5))
+    assert MacroMemory(1.0, amplitude=0.2).amplitude_with(0.0) == pytest.approx(0.1)  # halved where nothing oscillates
+    assert MacroMemory(1.0).amplitude_with(0.3) == 0.3
+
+
+def test_the_amplitude_is_the_root_of_the_trace():
+    rng = np.random.default_rng(0)
+    U, X = torch.tensor(rng.normal(size=(7, 2))), np.diag([2.0, 0.5])
+    frame = Frame(U[:, 0], U, U, X, torch.zeros(3, 7))
+    Sigma = U.numpy() @ X @ U.numpy().T
+    assert amplitude(X, frame) == pytest.approx(np.trace(Sigma) ** 0.5)
+
+
+def test_what_exceeds_the_budget_goes_to_unit_steps_and_then_ends_in_words():
+    problem = MatrixSweep([1.0, 1.3], [0.3, 0.4], lr=0.5, seed=4)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    free = run(flow, dvi.MacroStep(budget=np.inf), 60)
+    assert not any("steps of one unit" in note for note in free.notes)
+    few = run(flow, dvi.MacroStep(budget=1.0), 60, throw=False)  # 20 gradients are not enough for the first look
+    assert few.status is dvi.Status.OVER_BUDGET
+    assert any("budget=1 are allowed" in note for note in few.notes)
+    assert few.t[-1] < 60
+    exact = run(flow, dvi.MacroStep(1e-5), 5)  # with tol given there is no bound, unless it is asked for
+    assert exact.status is dvi.Status.SUCCESS
+    assert exact.ledger.per_unit_time() > 100
+    with pytest.raises(ValueError, match="a budget is positive"):
+        dvi.MacroStep(budget=0.0)
+
+
+def test_the_cost_is_that_of_the_last_twenty_units():
+    memory = MacroMemory(1.0)
+    for t in range(1, 41):
+        memory = replace(memory, spent=memory.charged(float(t), 3.0 if t <= 20 else 5.0))
+    assert memory.cost(40.0) == pytest.approx(5.0)
+    assert memory.cost(50.0) == pytest.approx(2.5)
+    assert len(memory.spent) <= 21
 
 
 # ---- error estimates that cannot be met ---------------------------------------------------------------------

@@ -54,6 +54,8 @@ def kept_until(
         end + following <= context.spectrum.t + context.interval
         and context.slope is not None
         and context.slope.covers(moments.zeroth)
+        # of what had not acted before, no defect is known
+        and (context.defect is not None or not moments.zeroth.any())
         and float(np.linalg.eigvalsh(step.lin.gap)[0]) > -CONSTANTS.sag
         and tracker.trusted(flow, step.y, context.spectrum, k, end + following)
     )
@@ -103,7 +105,7 @@ def refreshed(
         new,
         slope=_tempered(Slope.between(context.frame, context.spectrum, new, now), context, R, step.y.t),
         approach=approach,
-        interval=H * growth(ratio, CONSTANTS.believed) if ratio < 1 else 0.0,  # such a model is not kept
+        interval=H * growth(ratio, CONSTANTS.believed),
         taken=taken,
         defect=corrected.defect,
     )

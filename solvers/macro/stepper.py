@@ -253,6 +253,8 @@ class MacroStep:
                     ) from error
                 tried = length / 2
             if isinstance(tried, float):
+                if self.tol is None and attempt >= 2 and memory.amplitude and context.frame.k:
+                    return self._unit_step(flow, self._entered(replace(memory, context=context), y.t), y, h)
                 size, landing = max(self.h_min, tried), False
                 # What was taken on trust may be why: look.  With directions held, the step's own error comes first.
                 if flow.constrained and context.spectrum.t < y.t and (not context.frame.k or attempt):

@@ -6,7 +6,7 @@ not see.  One step takes X from the constraint at its end, as Euler's does, with
     T̄ ← ½ (T + R T̄),    X ⪰ 0  ⟂  gap/dt + β[X] − α ⪰ 0,    dt = 1,
 
 R the transport from the last frame (new directions take T itself).  The mean damps what would alternate: Euler's limit
-on the force's rate rises from 2 to 6 per unit time.
+on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots, and dt is halved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.critical import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro.model import third_derivatives, transport
@@ -35,6 +36,7 @@ class UnitMemory:
         frame, X: the last frame, with the averaged T, and the oscillation in it [k, k].
         until: when a longer step is to be tried again.
         stretch: for how many unit steps this has been planned.
+        dt: the next step, at most one unit.
         partial: how many steps it has been since all third derivatives were taken.
     """
 
@@ -43,6 +45,7 @@ class UnitMemory:
     X: Array
     until: float
     stretch: float
+    dt: float = 1.0
     partial: int = 0
 
 
@@ -54,11 +57,13 @@ def unit_step(
     Raises:
         StepError: if it leaves the finite numbers.
     """
-    h = h if h <= 1 + 1e-9 else 1.0
     loss, g = flow.value_and_grad(y)
     # Overshooting makes the eigenvalues' rates noisy: they are believed for a part of the step only.
-    soon = CONSTANTS.unit_ahead * h
+    soon = CONSTANTS.unit_ahead * memory.dt
     now = tracker.update(flow, y, memory.spectrum, soon)
+    above, dt = now.eigenvalues[0] - CRITICAL, memory.dt
+    dt = 0.5 * dt if above > CONSTANTS.overshoot else min(1.0, 2 * dt) if above < CONSTANTS.band else dt
+    h = h if h <= dt * (1 + 1e-9) else dt
     k = tracker.critical(now, soon)
     frame = now.frame(flow, y, k, third=False)
     R = transport(flow, y, frame, memory.frame)
@@ -77,4 +82,4 @@ def unit_step(
     if not bool(end.w.isfinite().all()):
         raise StepError(f"At t = {y.t:g} a step of one unit left the finite numbers, and shorter ones cost too much.")
     seen = node(flow, y.t, float(loss), g, now, frame, X, y.t, rate)
-    return end, replace(memory, spectrum=now, frame=frame, X=X, partial=partial), seen
+    return end, replace(memory, spectrum=now, frame=frame, X=X, dt=dt, partial=partial), seen
