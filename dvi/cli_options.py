@@ -127,7 +127,7 @@ class Options:
     integrator: Annotated[str | None, shown("NAME", "macro-step; of second order semi-implicit")] = None
     """How the central flow is integrated: macro-step (cheap), rk (accurate), torchdiffeq, or euler (the paper’s); those
     of second order by semi-implicit."""
-    tol: Annotated[float | None, shown("TOL", "0.001; 1e-6 for rk")] = None
+    tol: Annotated[float | None, shown("TOL", "0.3 of the oscillation's amplitude; 1e-6 for rk")] = None
     """Error allowed in a step of --integrator macro-step, semi-implicit or rk, in the norm of the weights."""
     dt: Annotated[float | None, shown("TIME", "0.25, the paper’s; 0.5 for semi-implicit")] = None
     """Length of a substep of --integrator euler or semi-implicit, in optimizer steps."""

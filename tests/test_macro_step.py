@@ -150,8 +150,7 @@ def test_a_stiff_force_is_passed_at_a_bounded_cost(q, slope, start):
     np.testing.assert_allclose(exact.w[2:], rest, atol=1e-3)
     np.testing.assert_allclose(solution.w[2:], rest, atol=0.3 * 2**0.5)
     assert solution.ledger.per_unit_time() < 0.3 * exact.ledger.per_unit_time()
-    stretches = [note for note in solution.notes if "steps of one unit" in note]
-    assert len(stretches) == (len(q) > 1)  # what is slow enough needs none
+    assert any("steps of one unit" in note for note in solution.notes)
     assert not any("steps of one unit" in note for note in exact.notes)
 
 
