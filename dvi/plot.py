@@ -137,6 +137,8 @@ def _draw(race: Comparison, style: Style, width: float, title: str) -> Figure:
         axes = figure.add_subplot(rows, columns, i + 1, sharex=first)
         first = first or axes
         panel.draw(axes)
+        for start, end in race.runs["central"].about.get("unit_steps", []) if "central" in race.runs else []:
+            axes.axvspan(start, end, color="0.93", linewidth=0, zorder=0)  # where it was too stiff for longer steps
         if onset is not None:
             axes.axvline(onset, lw=0.7, zorder=0.5, label="_onset", **ONSET)
         axes.set_xlim(0, duration(race.runs) or 1)

@@ -183,17 +183,22 @@ class FlowProcess(Process):
         ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
         return ready | {len(self.grid) - 1: result.y.w} if finished else ready
 
-    def _stiff(self) -> list[str]:
-        """What to tell of steps of one unit."""
+    @property
+    def stretches(self) -> list[list[float]]:
+        """From when to when steps of one unit were taken, [from, to] each."""
         stretches: list[list[float]] = []
         for a, b in self.unit_steps:
             if stretches and a - stretches[-1][1] < 1e-9:
                 stretches[-1][1] = b
             else:
                 stretches.append([a, b])
-        if not stretches:
+        return stretches
+
+    def _stiff(self) -> list[str]:
+        """What to tell of steps of one unit."""
+        if not self.unit_steps:
             return []
-        times = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in stretches)
+        times = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in self.stretches)
         return [
             f"{self.flow.name} flow: steps of one unit from t = {times}, where the force of the oscillation is too "
             "stiff for longer ones, or shorter ones cost more than the budget. There the effective sharpness is held "
@@ -263,7 +268,7 @@ class FlowProcess(Process):
             ledger=self._cost(t),
             series=data,
             notes=[*self.flow.notes, *self._stiff(), *self._strain(), *self._missed()],
-            about=about | {"integrator": repr(self.integrator)},
+            about=about | {"integrator": repr(self.integrator), "unit_steps": self.stretches},
         )
 
 

@@ -151,6 +151,10 @@ def test_a_stiff_force_is_passed_at_a_bounded_cost(q, slope, start):
     np.testing.assert_allclose(solution.w[2:], rest, atol=0.3 * 2**0.5)
     assert solution.ledger.per_unit_time() < 0.3 * exact.ledger.per_unit_time()
     assert any("steps of one unit" in note for note in solution.notes)
+    (first, _), *_ = solution.about["unit_steps"]
+    assert 0 < first < 30
+    spans = [patch for patch in solution.plot().axes[0].patches if patch.get_x() == pytest.approx(first)]
+    assert spans  # shaded in the picture
     assert not any("steps of one unit" in note for note in exact.notes)
 
 
