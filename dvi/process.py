@@ -25,6 +25,7 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, Integrator, State, StepResult, host
 from dvi.status import RunError, Status
+from dvi.unit_stretches import joined, unit_step_notes
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
 FEASIBLE = 2.3
@@ -183,28 +184,6 @@ class FlowProcess(Process):
         ready = {int(i): result.interpolate(self.origin + float(self.grid[i])).w for i in inside}
         return ready | {len(self.grid) - 1: result.y.w} if finished else ready
 
-    @property
-    def stretches(self) -> list[list[float]]:
-        """From when to when steps of one unit were taken, [from, to] each."""
-        stretches: list[list[float]] = []
-        for a, b in self.unit_steps:
-            if stretches and a - stretches[-1][1] < 1e-9:
-                stretches[-1][1] = b
-            else:
-                stretches.append([a, b])
-        return stretches
-
-    def _stiff(self) -> list[str]:
-        """What to tell of steps of one unit."""
-        if not self.unit_steps:
-            return []
-        times = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in self.stretches)
-        return [
-            f"{self.flow.name} flow: steps of one unit from t = {times}, where the force of the oscillation is too "
-            "stiff for longer ones, or shorter ones cost more than the budget. There the effective sharpness is held "
-            "to about a tenth."
-        ]
-
     def _strain(self) -> list[str]:
         """What to tell of steps that were taken in spite of their error estimate."""
         if not self.strained:
@@ -250,6 +229,7 @@ class FlowProcess(Process):
 
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
         """The flow on the grid, as far as nodes reach."""
+        stretches = joined(self.unit_steps)
         t = [node["t"] for node in self.nodes]
         grid = self.grid[self.grid <= (t[-1] if t else -1.0)]
         data = series.on_grid(self.nodes, grid) if len(grid) else {}
@@ -267,8 +247,8 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=[*self.flow.notes, *self._stiff(), *self._strain(), *self._missed()],
-            about=about | {"integrator": repr(self.integrator), "unit_steps": self.stretches},
+            notes=[*self.flow.notes, *unit_step_notes(self.flow.name, stretches), *self._strain(), *self._missed()],
+            about=about | {"integrator": repr(self.integrator), "unit_steps": stretches},
         )
 
 
