@@ -15,7 +15,8 @@ from dvi.solvers.runge_kutta import RungeKutta
 from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.torchdiffeq import TorchDiffEq
 
-Watch = EigenTracker  #: its earlier name
+#: The earlier name of :class:`EigenTracker`.
+Watch = EigenTracker
 
 __all__ = [
     "BudgetError",

@@ -32,7 +32,6 @@ class Constants:
         sharp: residual of critical eigenvectors at a tolerance of 1e-3; it follows its root (chosen on digits).
         rest: a direction with less than this part of the largest variance is as good as at rest.
         whole: updates for each direction after which all pairs of third derivatives are taken (chosen on digits).
-        stiff: steps below this are short: there one of the optimizer's own, one unit, is cheaper.
         reverses: cosine of two defects in a row below which the second takes the first one back: an angle of 120°.
         unit_steps: taken before a longer step is tried again (chosen on a transformer with cross-entropy).
         unit_ahead: part of a unit step for which eigenvalues' rates are believed (chosen on an MLP with cross-entropy).
@@ -54,7 +53,6 @@ class Constants:
     sharp: float = 3e-3
     rest: float = 1e-2
     whole: float = 2.0
-    stiff: float = 0.5
     reverses: float = -0.5
     unit_steps: float = 15.0
     unit_ahead: float = 0.25

@@ -374,13 +374,13 @@ class MacroStep:
     def _reversals(
         self, memory: MacroMemory, context: StepContext, y: State, longest: float, available: float, new: _Accepted
     ) -> int:
-        """How many updates in a row have had defects that reverse one another, after steps that are short and move w by
-        less than the oscillation resolves: there the force is stiff, not fast.
+        """How many updates in a row have had defects that reverse one another, after steps shorter than one unit that
+        move w by less than the oscillation resolves: there the force is stiff, not fast.
         """
         if not new.updated:
             return memory.reversals
         old, now = context.defect, new.context.defect
-        if old is None or now is None or longest >= CONSTANTS.stiff or available < 2 * CONSTANTS.stiff:
+        if old is None or now is None or longest >= 1 or available < 2:
             return 0
         if float((new.y.w - y.w).norm()) > CONSTANTS.resolved * memory.amplitude:
             return 0
