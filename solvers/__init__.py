@@ -6,21 +6,26 @@ if __name__ != "dvi.solvers":  # a second copy under another name would load eve
 from dvi.solvers import ccp, critical, svec
 from dvi.solvers.ccp import CCPError, CCPResult
 from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
+from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.euler import Euler
-from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.macro import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
 from dvi.solvers.runge_kutta import RungeKutta
 from dvi.solvers.semi_implicit import SemiImplicit
 from dvi.solvers.torchdiffeq import TorchDiffEq
-from dvi.solvers.watch import Sighting, Watch
+
+#: The earlier name of :class:`EigenTracker`.
+Watch = EigenTracker
 
 __all__ = [
+    "BudgetError",
     "CCPError",
     "CCPResult",
     "ConvergenceError",
     "CriticalSubspace",
     "DomainError",
+    "EigenTracker",
     "Eigenblock",
     "Euler",
     "Flow",
@@ -32,8 +37,8 @@ __all__ = [
     "Rate",
     "RungeKutta",
     "SemiImplicit",
-    "Sighting",
     "SolverError",
+    "SpectrumEstimate",
     "State",
     "StepError",
     "StepResult",
