@@ -3,17 +3,17 @@
 if __name__ != "dvi.solvers":  # a second copy under another name would load every class twice
     raise ImportError("import dvi.solvers, not solvers")
 
-from dvi.solvers import ccp, critical, svec
+from dvi.solvers import ccp, svec
 from dvi.solvers.ccp import CCPError, CCPResult
-from dvi.solvers.critical import CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
-from dvi.solvers.euler import Euler
 from dvi.solvers.macro import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
-from dvi.solvers.runge_kutta import RungeKutta
-from dvi.solvers.semi_implicit import SemiImplicit
-from dvi.solvers.torchdiffeq import TorchDiffEq
+from dvi.solvers.reference.euler import Euler
+from dvi.solvers.reference.runge_kutta import RungeKutta
+from dvi.solvers.reference.torchdiffeq import TorchDiffEq
+from dvi.solvers.second_order.semi_implicit import SemiImplicit
 
 #: The earlier name of :class:`EigenTracker`.
 Watch = EigenTracker
@@ -45,6 +45,5 @@ __all__ = [
     "TorchDiffEq",
     "Watch",
     "ccp",
-    "critical",
     "svec",
 ]

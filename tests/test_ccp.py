@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as hnp
 
 from dvi.solvers import ccp
 from dvi.solvers.ccp import CCPError, CCPResult
-from dvi.solvers.ccp_interior import centre, interior_point
-from dvi.solvers.ccp_newton import newton
-from dvi.solvers.ccp_problem import Problem
-from dvi.solvers.ccp_verify import Verdict
+from dvi.solvers.ccp.interior_point import centre, interior_point
+from dvi.solvers.ccp.newton import newton
+from dvi.solvers.ccp.scaling import Problem
+from dvi.solvers.ccp.verification import Verdict
 
 ACCEPTED = 1e-10  # what the solver promises
 EPS = np.finfo(np.float64).eps

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
-from dvi.solvers.critical import CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.protocol import State
 

@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 import dvi
 from dvi.problems import Circle, MatrixSweep, TwoScales, two_scales
 from dvi.solvers.macro.rkc import chebyshev, rkc, stages
-from dvi.solvers.runge_kutta import TABLEAUX, Tableau
+from dvi.solvers.reference.runge_kutta import TABLEAUX, Tableau
 from dvi.storage.checkpoint import from_bytes, to_bytes
 
 # name: (integrator, error in w allowed on the sweep, on the two scales).

@@ -14,7 +14,7 @@ from dvi.methods import GradientDescent, RMSPropNorm
 from dvi.problems import digits
 from dvi.problems.exact.edge import MatrixSweep
 from dvi.solvers.constants import CONSTANTS
-from dvi.solvers.critical import Eigenblock
+from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.macro import stepper
 from dvi.solvers.macro.defect import Corrected

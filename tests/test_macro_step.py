@@ -15,7 +15,7 @@ import dvi
 from dvi.methods import GradientDescent
 from dvi.problems.exact.edge import MatrixSweep
 from dvi.runs.sampling import breakpoints
-from dvi.solvers.critical import Eigenblock
+from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.macro import MacroMemory
 from dvi.solvers.macro.model import amplitude

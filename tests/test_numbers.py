@@ -6,7 +6,7 @@ import torch
 
 import dvi
 from dvi import methods as M
-from dvi.solvers.critical import CriticalSubspace
+from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker
 
 KINDS = {

@@ -21,13 +21,13 @@ from dvi.problems import LossChangedError, ProblemError
 from dvi.runs.process import FlowProcess, MapProcess, Process
 from dvi.results.solution import Solution
 from dvi.solvers.ccp import CCPError
-from dvi.solvers.critical import CRITICAL
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.macro import MacroStep
 from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
-from dvi.solvers.semi_implicit import SemiImplicit
+from dvi.solvers.second_order.semi_implicit import SemiImplicit
 from dvi.stationarity.flow import Quasistatic, StationaryFlow
 from dvi.results.run_error import RunError
 from dvi.results.status import Status

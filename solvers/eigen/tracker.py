@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvi.solvers.constants import CONSTANTS
-from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, State, host
 

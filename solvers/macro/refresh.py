@@ -13,7 +13,7 @@ import numpy as np
 
 from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
-from dvi.solvers.critical import CRITICAL
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import Approach, EigenTracker, SpectrumEstimate
 from dvi.solvers.macro.defect import Corrected
 from dvi.solvers.macro.model import (

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dvi.solvers.constants import CONSTANTS
-from dvi.solvers.critical import CriticalSubspace
+from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, landing_at
 from dvi.solvers.errors import BudgetError, DomainError, StepError
 from dvi.solvers.hermite import hermite

@@ -17,7 +17,7 @@ import numpy as np
 
 from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
-from dvi.solvers.critical import CRITICAL
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro.model import third_derivatives, transport

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers import ccp
-from dvi.solvers.critical import CRITICAL, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like

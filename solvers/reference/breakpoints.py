@@ -9,10 +9,10 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dvi.solvers.critical import CRITICAL, CriticalSubspace
+from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.solvers.face import BAND, Face, Look, node_of
 from dvi.solvers.protocol import Flow, State, StepResult, combine
+from dvi.solvers.reference.active_set import BAND, Face, Look, node_of
 
 #: Part of the time left until an arrival that a step takes where other directions are held.
 APPROACH = 0.7

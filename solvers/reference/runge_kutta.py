@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from dvi.solvers.breakpoints import (
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
+from dvi.solvers.reference.breakpoints import (
     APPROACH,
     SHORTEST,
     FaceMemory,
@@ -27,12 +33,6 @@ from dvi.solvers.breakpoints import (
     time_left,
     to_lattice,
 )
-from dvi.solvers.eigen.tracker import EigenTracker
-from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import ARRIVED, Face, Look, node_of
-from dvi.solvers.hermite import hermite
-from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
 from dvi.solvers.repair import Repair
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.solvers.breakpoints import (
+from dvi.solvers.eigen.block_method import CRITICAL
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Flow, Node, State, StepResult
+from dvi.solvers.reference.active_set import Face, Look, node_of
+from dvi.solvers.reference.breakpoints import (
     APPROACH,
     LONGEST_LANDING,
     SHORTEST,
@@ -27,13 +34,6 @@ from dvi.solvers.breakpoints import (
     time_left,
     to_lattice,
 )
-from dvi.solvers.critical import CRITICAL
-from dvi.solvers.eigen.tracker import EigenTracker
-from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import Face, Look, node_of
-from dvi.solvers.hermite import hermite
-from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.repair import Repair
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
