@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.runs import sampling
 from dvi.compiler.optimizer import Discrete
 from dvi.methods import NotPositiveDefiniteError
-from dvi.runs.observables import Observation, Observer
 from dvi.problems import ProblemError
-from dvi.runs.process import Process
 from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs import sampling
+from dvi.runs.observables import Observation, Observer
+from dvi.runs.process import Process
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, State, host
-from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.results.status import Status
 
 
 class DiscreteProcess(Process):

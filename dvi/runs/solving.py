@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
-from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.compiler.flows import CentralMap, CompiledFlow
+from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.errors import ScheduleError
-from dvi.runs.observables import Observer
 from dvi.problems import LossChangedError, ProblemError
-from dvi.runs.process import FlowProcess, MapProcess, Process
+from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs.observables import Observer
+from dvi.runs.optimizer_process import DiscreteProcess
+from dvi.runs.process import FlowProcess, MapProcess, Process
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
@@ -29,8 +31,6 @@ from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.second_order.semi_implicit import SemiImplicit
 from dvi.stationarity.flow import Quasistatic, StationaryFlow
-from dvi.results.run_error import RunError
-from dvi.results.status import Status
 
 logger = logging.getLogger("dvi")
 
