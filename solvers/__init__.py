@@ -8,6 +8,7 @@ from dvi.solvers.ccp import CCPError, CCPResult
 from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
 from dvi.solvers.reference.euler import Euler
@@ -31,6 +32,7 @@ __all__ = [
     "Flow",
     "Frame",
     "Integrator",
+    "IntegratorBase",
     "MacroStep",
     "MemoryLimitError",
     "Node",

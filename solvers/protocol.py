@@ -187,6 +187,11 @@ class Flow(Protocol):
     """A flow as its integrator sees it."""
 
     @property
+    def name(self) -> str:
+        """Which flow it is, in words."""
+        ...
+
+    @property
     def constrained(self) -> bool:
         """False for a flow without oscillations (the stable flow): k is 0 throughout."""
         ...
@@ -194,6 +199,16 @@ class Flow(Protocol):
     @property
     def inertial(self) -> bool:
         """Is momentum part of the state?  Then dw/dt does not depend on X, and only a semi-implicit step will do."""
+        ...
+
+    @property
+    def quasistatic(self) -> bool:
+        """Is ν kept at its stationary value?  Then the flow is one in w alone, and ν is settled at every stage."""
+        ...
+
+    @property
+    def stepwise(self) -> bool:
+        """Is it a map, which goes one whole step of the optimizer at a time?"""
         ...
 
     def gradient(self, y: State) -> Tensor:
@@ -332,16 +347,24 @@ class Integrator(Protocol):
     """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere.
 
     1. It keeps nothing between calls: what it wants to remember is its memory, made of frozen dataclasses of this
-       package, tensors, arrays and numbers, so that a run can be stored and taken up bit for bit.  With a method
-       ``horizon(memory)``, the h from which on a longer one would not change the step, a finished run can be made
-       longer from near its end; without it from its beginning.
-       Where the flow jumps, the step before ends, and ``init`` begins anew, or ``restart(flow, memory, y)``, if there
-       is one.
+       package, tensors, arrays, numbers, and tuples, lists and dicts of these, so that a run can be stored and taken
+       up bit for bit.
     2. ``step`` advances by at most ``h``; recorded moments come from ``interpolate``, never from shortened steps.
     3. A node is seen at the beginning of a step and carries the X of that step; ``X_time`` says for when it speaks.
     4. A flow that is not constrained has k = 0: no frame, no CCP.
     5. Every CCP is entered with ``flow.count_ccp()``; evaluations of the loss count themselves.
     6. A state that raises ``DomainError`` is to be avoided by a shorter step; what cannot be done raises ``StepError``.
+
+    Beside these three methods an integrator may have four more; :class:`dvi.solvers.IntegratorBase` has the defaults.
+
+    - ``accepts(flow) -> str``: "" if it can drive this flow, else why not, in words with a remedy.  Default: it drives
+      flows that are neither inertial nor quasistatic nor stepwise.
+    - ``horizon(memory) -> float``: the h from which on a longer one would not change the step.  With it, a finished run
+      can be made longer from near its end.  Default: infinity, and it is made longer from its beginning.
+    - ``restart(flow, memory, y)``: the memory behind a jump of the flow, where the step before ends.  Default:
+      ``init(flow, y)``.
+    - ``fixed_steps`` (a bool): the user has chosen the steps, so that a run is not ended for what they cost at kinks.
+      Default: False.
     """
 
     def init(self, flow: Flow, y: State) -> Any:

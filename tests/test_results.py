@@ -302,7 +302,7 @@ def test_a_file_of_another_run_is_not_gone_on_from(what, tmp_path):
 class NoHorizon(dvi.Euler):
     """An integrator that does not say how near the end decides about a step."""
 
-    horizon = None
+    horizon = dvi.solvers.IntegratorBase.horizon
 
 
 LONGER = {

@@ -52,6 +52,8 @@ class CompiledFlow:
     #: Which flow this is, in a result or a legend.
     name: str = "flow"
     constrained: bool = True
+    quasistatic: bool = False
+    stepwise: bool = False
     #: Does it differentiate f and P?  The optimizer itself only calls them.
     differentiated: bool = True
 
@@ -334,6 +336,7 @@ class CentralMap(CentralFlow):
     """
 
     name = "map"
+    stepwise = True
 
 
 class StableFlow(CompiledFlow):

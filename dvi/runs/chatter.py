@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dvi.problems import Ledger
 
@@ -11,11 +10,6 @@ from dvi.problems import Ledger
 #: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
 #: kink, steps as short as allowed cost 1,000 to 3,000.
 KINK_COST, KINK_TIME = 1000.0, 10.0
-
-
-def fixed_steps(integrator: Any) -> bool:
-    """Whether an integrator's steps are the user's: then a run costs what it was told to."""
-    return any(getattr(integrator, name, None) is not None for name in ("dt", "h"))
 
 
 def recent_cost(

@@ -36,6 +36,7 @@ from dvi.runs.solving import (
     warm_up,
 )
 from dvi.solvers.protocol import Integrator
+from dvi.storage.checkpoint import freeze
 from dvi.storage.files import writable
 
 RUNS: dict[str, type[CompiledFlow]] = {
@@ -93,6 +94,7 @@ def compare(
 
     Raises:
         RunError: where a process or the warm start cannot go on; its ``result`` is the comparison until then.
+        TypeError: if there is a path and an integrator of the user's has a memory that a file cannot hold.
         SpecError, DerivativeError, ValueError: for a wrong declaration, loss or argument.
         StoreError: if the file cannot be written (then, after a run, ``error.result`` is the comparison) or does not
             belong to this run.
@@ -180,6 +182,8 @@ def compare(
         return {"done": done, "processes": {name: process.mark() for name, process in processes.items()}}
 
     mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would come through, too
+    if path is not None:
+        freeze(checkpoint())  # what cannot be stored is refused before anything is computed
     if failure is not None:  # nothing to go on from: a file without a checkpoint says so
         race = result(status)
         race.notes.append(f"Stopped: {detail(failure)}")

@@ -19,12 +19,13 @@ from dvi.results.run_error import RunError
 from dvi.results.solution import Cost, Solution
 from dvi.results.status import Status
 from dvi.runs import chatter, sampling
-from dvi.runs.chatter import fixed_steps, recent_cost
+from dvi.runs.chatter import recent_cost
 from dvi.runs.observables import Observation, Observer
 from dvi.runs.unit_stretches import joined, unit_step_notes
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.tracker import EigenTracker
-from dvi.solvers.protocol import Array, Integrator, State, StepResult
+from dvi.solvers.integrator import IntegratorBase
+from dvi.solvers.protocol import Array, State, StepResult
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
 FEASIBLE = 2.3
@@ -118,10 +119,20 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "unit_steps", "fresh", "base", "anchor", "looked")
+    _own_state: tuple[str, ...] = (
+        "memory",
+        "bound",
+        "strained",
+        "missed",
+        "unit_steps",
+        "fresh",
+        "base",
+        "anchor",
+        "looked",
+    )
 
     def __init__(
-        self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
+        self, flow: CompiledFlow, integrator: IntegratorBase, start: State, grid: Array, observer: Observer
     ) -> None:
         super().__init__(flow, start, grid, observer)
         self.integrator = integrator
@@ -157,8 +168,7 @@ class FlowProcess(Process):
         """A step that ends at the corner at the latest; given back if it has reached a jump."""
         start, problem = self.y, self.flow.problem
         before, end = problem.ledger.copy(), self.last
-        horizon = getattr(self.integrator, "horizon", None)
-        self.bound |= horizon is None or self.origin + end - start.t <= horizon(self.memory)
+        self.bound |= self.origin + end - start.t <= self.integrator.horizon(self.memory)
         try:
             result = self.integrator.step(self.flow, self.memory, start, min(self.origin + end, corner) - start.t)
         except Exception as error:
@@ -219,7 +229,7 @@ class FlowProcess(Process):
         """End the run if it costs too much and kinks are the cause."""
         weights = self.flow.problem.ledger.weights
         cost, earlier = recent_cost([node["t"] for node in self.nodes], self.counts, weights, reached)
-        if fixed_steps(self.integrator) or cost - max(earlier, self.looked) < chatter.KINK_COST:
+        if self.integrator.fixed_steps or cost - max(earlier, self.looked) < chatter.KINK_COST:
             return
         self.looked = cost
         if self._kinks_since_anchor():
@@ -235,10 +245,9 @@ class FlowProcess(Process):
 
     def _cross(self, result: StepResult) -> None:
         """Begin a new stretch on the right side of a jump."""
-        restart = getattr(self.integrator, "restart", None)
         with self.flow.timetable.stretch(self.y.t):
             y = self.flow.settle(self.y)
-            memory = restart(self.flow, result.memory, y) if restart else self.integrator.init(self.flow, y)
+            memory = self.integrator.restart(self.flow, result.memory, y)
         self.y, self.memory, self.fresh = y, memory, True
 
     def _shown(self, result: StepResult, inside: NDArray[np.intp], finished: bool) -> dict[int, Tensor]:
@@ -333,7 +342,7 @@ class MapProcess(FlowProcess):
     _own_state = (*FlowProcess._own_state, "raw", "middle")
 
     def __init__(
-        self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
+        self, flow: CompiledFlow, integrator: IntegratorBase, start: State, grid: Array, observer: Observer
     ) -> None:
         super().__init__(flow, integrator, start, grid, observer)
         if np.abs(grid - np.round(grid)).max() > 1e-9:

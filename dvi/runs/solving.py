@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compiler.flows import CentralMap, CompiledFlow
+from dvi.compiler.flows import CompiledFlow
 from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.errors import ScheduleError
@@ -26,11 +26,12 @@ from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.integrator import Driver
 from dvi.solvers.macro import MacroStep
 from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.second_order.semi_implicit import SemiImplicit
-from dvi.stationarity.flow import Quasistatic, StationaryFlow
+from dvi.stationarity.flow import Quasistatic
 
 logger = logging.getLogger("dvi")
 
@@ -177,12 +178,9 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
-    """What a flow is integrated with unless the user says otherwise."""
-    if isinstance(flow, StationaryFlow):
-        return Quasistatic()
-    if isinstance(flow, CentralMap):
-        return SemiImplicit(dt=1.0)
-    return SemiImplicit() if flow.inertial else MacroStep()
+    """What a flow is integrated with unless the user says otherwise: the first of ours that accepts it."""
+    candidates = (MacroStep(), SemiImplicit(), SemiImplicit(dt=1.0), Quasistatic())
+    return next((integrator for integrator in candidates if not integrator.accepts(flow)), candidates[0])
 
 
 def make_process(
@@ -199,24 +197,11 @@ def make_process(
         if integrator is not None:
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
-    integrator = integrator or default_integrator(flow)
-    if isinstance(flow, StationaryFlow) and not isinstance(integrator, Quasistatic):
-        raise ValueError("The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h).")
-    if flow.inertial and not isinstance(integrator, SemiImplicit):
-        raise ValueError(
-            f'{type(integrator).__name__} cannot drive a flow of accuracy="second-order", whose momentum is part of '
-            'the state: use SemiImplicit(dt=…), or compile the flow with accuracy="paper".'
-        )
-    if isinstance(integrator, SemiImplicit) and not flow.inertial:
-        raise ValueError(
-            f'SemiImplicit is for flows of accuracy="second-order", not for this {flow.name} flow of accuracy="paper": '
-            "take MacroStep, or compile the flow with the other accuracy."
-        )
-    if isinstance(flow, CentralMap):
-        if not isinstance(integrator, SemiImplicit) or integrator.dt != 1:
-            raise ValueError("The central map is driven by SemiImplicit(dt=1), one step of the optimizer at a time.")
-        return MapProcess(flow, integrator, start, grid, observer)
-    return FlowProcess(flow, integrator, start, grid, observer)
+    driver = Driver(default_integrator(flow) if integrator is None else integrator)
+    if refusal := driver.accepts(flow):
+        raise ValueError(refusal)
+    kind = MapProcess if flow.stepwise else FlowProcess
+    return kind(flow, driver, start, grid, observer)
 
 
 def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from dvi.compiler.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
 from dvi.solvers.eigen.tracker import shown
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
 from dvi.stationarity.api import StationaryPoint, stationary
@@ -35,6 +36,7 @@ class StationaryFlow(CompiledFlow):
     """
 
     name = "stationary"
+    quasistatic = True
     without: Part | None = None
     tol: float | None = None
 
@@ -98,7 +100,7 @@ class Settled:
 
 
 @dataclass(frozen=True)
-class Quasistatic:
+class Quasistatic(IntegratorBase):
     """Heun's method in w, ν settled anew at every stage: the integrator of the stationary flow, and of no other.
 
     Between breakpoints of second order in h; two stationary points a step.
@@ -117,13 +119,27 @@ class Quasistatic:
         if not 0 < self.h <= 1:
             raise ValueError(f"Quasistatic(h={self.h}): h must lie in (0, 1] unit times.")
 
+    def accepts(self, flow: Flow) -> str:
+        """The stationary flow only."""
+        if flow.quasistatic:
+            return ""
+        return (
+            f"Quasistatic integrates dvi.stationary_flow, not the {flow.name} flow: leave integrator out, which takes "
+            "the right one."
+        )
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Every step is h, or what is left."""
+        return True
+
     def init(self, flow: Flow, y: State) -> Settled:
         """The stationary point at the start."""
-        return Settled(_own(flow).settled(y))
+        return Settled(self._own(flow).settled(y))
 
     def step(self, flow: Flow, memory: Settled, y: State, h: float) -> StepResult:
         """One step of at most h unit times."""
-        flow, h = _own(flow), min(self.h, h)
+        flow, h = self._own(flow), min(self.h, h)
         begin = flow.look(memory.point)
         tried = flow.settled(State(y.w + h * begin.rate, y.nu, y.t + h), memory.point)
         rate = flow.look(tried).rate
@@ -139,13 +155,12 @@ class Quasistatic:
 
     def observe(self, flow: Flow, memory: Settled, y: State) -> Node:
         """What a step from y would begin with."""
-        return _own(flow).look(memory.point).node()
+        return self._own(flow).look(memory.point).node()
 
-
-def _own(flow: Flow) -> StationaryFlow:
-    if not isinstance(flow, StationaryFlow):
-        raise ValueError(f"Quasistatic integrates dvi.stationary_flow, not the {getattr(flow, 'name', 'given')} flow.")
-    return flow
+    def _own(self, flow: Flow) -> StationaryFlow:
+        if refusal := self.accepts(flow):
+            raise ValueError(refusal)
+        return cast(StationaryFlow, flow)
 
 
 def stationary_flow(

@@ -29,13 +29,21 @@ def freeze(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return {"__array__": torch.from_numpy(np.array(x))}
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        if type(x).__module__.split(".")[0] != "dvi":  # reading it would import and call what a file names
+            raise TypeError(
+                f"a checkpoint cannot hold a {type(x).__name__} of {type(x).__module__}, only dataclasses of dvi: make "
+                "an integrator's memory of tuples, dicts, tensors, arrays and numbers, or leave path out"
+            )
         fields = {f.name: freeze(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return {"__class__": f"{type(x).__module__}:{type(x).__qualname__}", "fields": fields}
     if isinstance(x, dict):
         return {"__dict__": [[freeze(k), freeze(v)] for k, v in x.items()]}
     if isinstance(x, (list, tuple)):
         return {"__list__": [freeze(v) for v in x], "tuple": isinstance(x, tuple)}
-    raise TypeError(f"a checkpoint cannot hold a {type(x).__name__}")
+    raise TypeError(
+        f"a checkpoint cannot hold a {type(x).__name__}: make an integrator's memory of tuples, dicts, tensors, arrays "
+        "and numbers, or leave path out"
+    )
 
 
 def thaw(x: Any, device: torch.device | None = None) -> Any:

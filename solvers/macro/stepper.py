@@ -25,6 +25,7 @@ from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, landing_at
 from dvi.solvers.errors import BudgetError, DomainError, StepError
 from dvi.solvers.hermite import hermite
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.defect import correct
 from dvi.solvers.macro.model import (
     Moments,
@@ -99,7 +100,7 @@ class _Accepted:
 
 
 @dataclass(frozen=True)
-class MacroStep:
+class MacroStep(IntegratorBase):
     """Adaptive macro steps with an RKC2 inside; the default integrator.
 
     Args:

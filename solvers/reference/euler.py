@@ -9,6 +9,7 @@ import numpy as np
 from dvi.solvers import ccp
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
@@ -23,7 +24,7 @@ class EulerMemory:
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(IntegratorBase):
     """Explicit Euler steps of length dt; X from the constraint at the end of the step, to first order:
 
         X ⪰ 0   ⟂   gap + dt (β[X] − α) ⪰ 0.
@@ -51,6 +52,11 @@ class Euler:
     def init(self, flow: Flow, y: State) -> EulerMemory:
         """No memory yet."""
         return EulerMemory()
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Every substep is dt, or what is left."""
+        return True
 
     def horizon(self, memory: EulerMemory) -> float:
         """How near the end decides about a step."""

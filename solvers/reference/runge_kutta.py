@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
 from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
@@ -86,7 +87,7 @@ TABLEAUX = {
 
 
 @dataclass(frozen=True)
-class RungeKutta:
+class RungeKutta(IntegratorBase):
     """Adaptive or fixed Runge–Kutta steps of order 2 or 4, breakpoints located and landed on.
 
     An arrival at 2 is landed on, by steps that shrink with the time left where other directions are held already.  With
@@ -133,6 +134,11 @@ class RungeKutta:
     def init(self, flow: Flow, y: State) -> FaceMemory:
         """The directions at 2 already."""
         return initial_memory(flow, self.watch, y, self.near, self.h or 0.1)
+
+    @property
+    def fixed_steps(self) -> bool:
+        """With an h of the user's."""
+        return self.h is not None
 
     def horizon(self, memory: FaceMemory) -> float:
         """How near the end decides about a step."""

@@ -15,6 +15,7 @@ from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.reference.active_set import Face, Look, node_of
@@ -108,7 +109,7 @@ def _same(a: State, b: State) -> bool:
 
 
 @dataclass(frozen=True)
-class TorchDiffEq:
+class TorchDiffEq(IntegratorBase):
     """Windows of the flow integrated by ``torchdiffeq.odeint``; breakpoints located by ``odeint_event``.
 
     Args:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dvi.solvers import ccp
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate, landing_at
 from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.model import Slope, StepContext, critical_frame, evaluate, settled, transport
 from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
@@ -50,7 +51,7 @@ class SemiImplicitMemory:
 
 
 @dataclass(frozen=True)
-class SemiImplicit:
+class SemiImplicit(IntegratorBase):
     """Semi-implicit steps of dt in blocks of adaptive length; the integrator of flows of second order.
 
     Second order in dt.  One gradient a step, and one look at the eigenvectors and third derivatives a block.
@@ -82,6 +83,22 @@ class SemiImplicit:
     def init(self, flow: Flow, y: State) -> SemiImplicitMemory:
         """The first block is one step."""
         return SemiImplicitMemory(self.dt)
+
+    def accepts(self, flow: Flow) -> str:
+        """Flows with momentum in their state, and the central map where dt = 1."""
+        if flow.quasistatic or (flow.stepwise and self.dt != 1):
+            return super().accepts(flow)
+        if flow.inertial:
+            return ""
+        return (
+            f'SemiImplicit is for flows of accuracy="second-order", not for this {flow.name} flow of accuracy="paper": '
+            "take MacroStep, or compile the flow with the other accuracy."
+        )
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Every step is dt, however long the blocks."""
+        return True
 
     def restart(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> SemiImplicitMemory:
         """The memory behind a jump of the flow: the momentum goes on, all else is looked at anew."""
