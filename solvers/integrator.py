@@ -43,7 +43,7 @@ class IntegratorBase(ABC):
 
     @property
     def fixed_steps(self) -> bool:
-        """Are the steps those that the user gave?  Then no step is shortened, and a run costs what it was told to."""
+        """Has the user chosen the steps?  Then a run is not ended for what they cost at kinks.  Default: no."""
         return False
 
 

@@ -10,10 +10,10 @@ from conftest import AdaGrad
 from scipy.integrate import solve_ivp
 
 import dvi
+import dvi.testing
 from dvi.problems import Circle, MatrixSweep, TwoScales, two_scales
 from dvi.solvers.macro.rkc import chebyshev, rkc, stages
 from dvi.solvers.reference.runge_kutta import TABLEAUX, Tableau
-from dvi.storage.checkpoint import from_bytes, to_bytes
 
 # name: (integrator, error in w allowed on the sweep, on the two scales).
 # Sweep: the first-order ones are off by about dt·|dw/dt| = 2e-3; MacroStep by some tol; the others land on
@@ -154,25 +154,8 @@ def test_arrivals_of_directions_that_turn(name):
 
 @every_integrator
 def test_contract(name):
-    """A step goes at most h, from and to what it says, and depends on nothing but what it is given."""
-    integrator = TABLE[name][0]
-    problem, method = sweep()
-    flow = dvi.central_flow(problem.problem, method)
-    y = flow.initial
-    memory = integrator.init(flow, y)
-    for _ in range(12):
-        result = integrator.step(flow, memory, y, 3.0)
-        assert y.t < result.y.t <= y.t + 3.0 + 1e-9
-        assert result.node.t == y.t
-        again = integrator.step(flow, memory, y, 3.0)
-        assert torch.equal(again.y.w, result.y.w)
-        thawed = integrator.step(flow, *from_bytes(to_bytes((memory, y))), 3.0)
-        assert torch.equal(thawed.y.w, result.y.w)
-        # dense output is exact at both ends up to the rounding of its coefficients
-        for t, state in ((y.t, y), (result.y.t, result.y)):
-            assert torch.allclose(result.interpolate(t).w, state.w, rtol=0, atol=1e-12)
-        memory, y = result.memory, result.y
-    assert integrator.observe(flow, memory, y).t == y.t
+    integrator, allowed, _ = TABLE[name]
+    dvi.testing.check_integrator(integrator, allowed)
 
 
 @every_integrator

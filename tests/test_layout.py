@@ -199,7 +199,7 @@ def test_files_say_what_they_hold(path):
 
 
 #: Rooms that offer names of their own; what the others hold is imported from their files.
-PUBLIC = ["dvi", "dvi.methods", "dvi.problems", "dvi.solvers", "dvi.plotting", "dvi.cli", "dvi.symbolic"]
+PUBLIC = ["dvi", "dvi.methods", "dvi.problems", "dvi.solvers", "dvi.plotting", "dvi.cli", "dvi.symbolic", "dvi.testing"]
 
 
 @pytest.mark.parametrize("package", PUBLIC)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dvi
+import dvi.testing
 from dvi.methods import FunctionMethod, GradientDescent, RMSProp, RMSPropNorm, as_method, validate
 from dvi.methods.schedules import value_and_slope
 
@@ -84,6 +85,11 @@ def test_steps_are_those_of_torch_optim(name, seed):
     method, make = TORCH[name]
     cubic, w = bowl(seed)
     agree(trajectory(method, cubic, w), torch_trajectory(make, cubic, w))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_methods_conform(name):
+    dvi.testing.check_method(TORCH[name][0])
 
 
 @given(seed=seeds)
