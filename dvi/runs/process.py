@@ -118,7 +118,10 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "unit_steps", "fresh", "base", "anchor", "looked")
+    _own_state: tuple[str, ...] = (
+        *("memory", "bound", "strained", "missed", "unit_steps"),
+        *("fresh", "base", "anchor", "looked"),
+    )
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
