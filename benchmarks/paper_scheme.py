@@ -23,7 +23,7 @@ from torch import Tensor
 from dvi.compiler.flows import CompiledFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
-from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.errors import StepError
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
 

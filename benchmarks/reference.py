@@ -11,7 +11,7 @@ import numpy as np
 from cases import Case
 
 import dvi
-from dvi.solvers import CriticalSubspace, Watch
+from dvi.solvers import CriticalSubspace, EigenTracker
 from dvi.solvers.protocol import Array, Integrator, State
 
 
@@ -37,9 +37,9 @@ class Reference:
     doubt_X: float = float("nan")
 
 
-def fine_watch() -> Watch:
+def fine_watch() -> EigenTracker:
     """Eigenpairs far sharper than a run needs."""
-    return Watch(CriticalSubspace(tol=1e-5), survey_every=50.0)
+    return EigenTracker(CriticalSubspace(tol=1e-5), survey_every=50.0)
 
 
 def reference(case: Case, start: State, folder: Path) -> Reference:

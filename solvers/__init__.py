@@ -3,24 +3,29 @@
 if __name__ != "dvi.solvers":  # a second copy under another name would load every class twice
     raise ImportError("import dvi.solvers, not solvers")
 
-from dvi.solvers import ccp, critical, svec
+from dvi.solvers import ccp, svec
 from dvi.solvers.ccp import CCPError, CCPResult
-from dvi.solvers.critical import CriticalSubspace, Eigenblock
-from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
-from dvi.solvers.euler import Euler
-from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
+from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.macro import MacroStep
 from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
-from dvi.solvers.runge_kutta import RungeKutta
-from dvi.solvers.semi_implicit import SemiImplicit
-from dvi.solvers.torchdiffeq import TorchDiffEq
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.reference.euler import Euler
+from dvi.solvers.reference.runge_kutta import RungeKutta
+from dvi.solvers.reference.torchdiffeq import TorchDiffEq
+from dvi.solvers.second_order.semi_implicit import SemiImplicit
+
+#: The earlier name of :class:`EigenTracker`.
+Watch = EigenTracker
 
 __all__ = [
+    "BudgetError",
     "CCPError",
     "CCPResult",
     "ConvergenceError",
     "CriticalSubspace",
     "DomainError",
+    "EigenTracker",
     "Eigenblock",
     "Euler",
     "Flow",
@@ -32,14 +37,13 @@ __all__ = [
     "Rate",
     "RungeKutta",
     "SemiImplicit",
-    "Sighting",
     "SolverError",
+    "SpectrumEstimate",
     "State",
     "StepError",
     "StepResult",
     "TorchDiffEq",
     "Watch",
     "ccp",
-    "critical",
     "svec",
 ]

@@ -19,3 +19,7 @@ class MemoryLimitError(SolverError):
 
 class StepError(SolverError):
     """An integrator could not make a step."""
+
+
+class BudgetError(StepError):
+    """A run would cost more per unit time than it was allowed."""

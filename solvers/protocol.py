@@ -264,6 +264,10 @@ class Flow(Protocol):
         """Enter one CCP solve into the ledger."""
         ...
 
+    def spent(self) -> float:
+        """Gradient equivalents spent on the loss so far."""
+        ...
+
 
 @dataclass(frozen=True)
 class Node:
@@ -312,6 +316,7 @@ class StepResult:
         strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed (no
             shorter one may be tried, or earlier ones had to be taken back, too); else 0.
         missed: an effective sharpness far above 2 that was found at the end, not having been seen coming; else 0.
+        unit: it was one step of one unit, because what shorter ones resolve is not worth their cost.
     """
 
     y: State
@@ -320,6 +325,7 @@ class StepResult:
     interpolate: Callable[[float], State]
     strain: float = 0.0
     missed: float = 0.0
+    unit: bool = False
 
 
 class Integrator(Protocol):

@@ -8,14 +8,14 @@ from test_convergence import errors, moves, rising_and_falling
 import dvi
 from dvi.methods import GradientDescent
 from dvi.problems import Circle, MatrixSweep
-from dvi.solvers.breakpoints import find_arrival
-from dvi.solvers.critical import CriticalSubspace
-from dvi.solvers.face import ARRIVED, Face
+from dvi.solvers.eigen.block_method import CriticalSubspace
+from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.protocol import State
+from dvi.solvers.reference.active_set import ARRIVED, Face
+from dvi.solvers.reference.breakpoints import find_arrival
 from dvi.solvers.repair import Repair
-from dvi.solvers.watch import Watch
 
-SHARP = Watch(CriticalSubspace(tol=1e-10))
+SHARP = EigenTracker(CriticalSubspace(tol=1e-10))
 
 
 def near_the_edge(gaps):

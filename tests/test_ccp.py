@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dvi.solvers import ccp
-from dvi.solvers.ccp import CCPError, CCPResult
-from dvi.solvers.ccp_interior import centre, interior_point
-from dvi.solvers.ccp_newton import newton
-from dvi.solvers.ccp_problem import Problem
-from dvi.solvers.ccp_verify import Verdict
+from dvi.solvers.ccp import CCPError, CCPResult, cascade
+from dvi.solvers.ccp.interior_point import centre, interior_point
+from dvi.solvers.ccp.newton import newton
+from dvi.solvers.ccp.scaling import Problem
+from dvi.solvers.ccp.verification import Verdict
 
 ACCEPTED = 1e-10  # what the solver promises
 EPS = np.finfo(np.float64).eps
@@ -443,12 +443,12 @@ def test_every_rung_is_used():
 @pytest.mark.parametrize("make", CLASSES)
 def test_the_interior_point_method_needs_no_help(make, monkeypatch):
     """It is the rung that must not fail: solve everything with it, Newton only polishing at the end."""
-    whole = ccp.newton
+    whole = cascade.newton
 
     def only_polish(problem, x, s, max_iterations, tolerance, **options):
         return whole(problem, x, s, 0 if max_iterations > 6 else max_iterations, tolerance, **options)
 
-    monkeypatch.setattr(ccp, "newton", only_polish)
+    monkeypatch.setattr(cascade, "newton", only_polish)
     for seed in range(40):
         alpha, beta = make(np.random.default_rng(seed), 2 + seed % 4)
         assert_solves(alpha, beta, ccp.solve(alpha, beta))

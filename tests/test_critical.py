@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
-from dvi.solvers.critical import CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.protocol import State
-from dvi.solvers.watch import Watch
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -264,9 +264,9 @@ def test_the_watch_surveys_on_its_own_and_misses_no_entry():
         def basis(self, y, V):
             return V
 
-    watch, seen, first = Watch(survey_every=5.0), None, None
+    watch, seen, first = EigenTracker(survey_every=5.0), None, None
     for t in np.arange(0, 70, 0.5):
-        seen = watch.look(Rising(), State(Q[0], {}, float(t)), seen, 0.5)
+        seen = watch.update(Rising(), State(Q[0], {}, float(t)), seen, 0.5)
         if first is None and seen.eigenvalues[0] > 1.995:
             first = t
     assert first is not None
@@ -325,7 +325,7 @@ def test_the_basis_of_a_linearisation_solves_the_generalised_problem(name, seed,
     lin = dvi.central_flow(cubic.problem(w), method, check=False).linearise(torch.tensor(w), nu)
     U = lin.U.numpy()
     assert U.shape == (d, k)
-    tol = Watch().subspace.tol
+    tol = EigenTracker().subspace.tol
     np.testing.assert_allclose(U.T @ (p[:, None] * U), np.eye(k), atol=1e3 * EPS)
     # ‖Av − λv‖ ≤ tol for A = P^{−1/2}HP^{−1/2}, v = P^{1/2}u:  HU − PUΛ = P^{1/2}R
     R = (H @ U - (p[:, None] * U) * lin.eigenvalues.numpy()) / root[:, None]

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dvi
-from dvi.solvers import macro_attempt, protocol
+from dvi.solvers import protocol
+from dvi.solvers.macro import stage
 
 METHODS = {
     "GradientDescent": dvi.methods.GradientDescent,
@@ -52,7 +53,7 @@ class Reads(TorchDispatchMode):
 def test_a_stage_sends_one_packet(monkeypatch, name, derivatives):
     """α, β and the gap, with whether gradient and P are sound; where nothing is critical, the latter alone."""
     packets, stages, inside, reads = [], [], [], Reads()
-    sent, stepped = protocol.host, macro_attempt.rkc
+    sent, stepped = protocol.host, stage.rkc
 
     def host(*tensors):
         packets.append(len(tensors))
@@ -69,11 +70,11 @@ def test_a_stage_sends_one_packet(monkeypatch, name, derivatives):
         inside.append(len(packets) - before)
         return out
 
-    monkeypatch.setattr(macro_attempt, "rkc", rkc)
+    monkeypatch.setattr(stage, "rkc", rkc)
     monkeypatch.setattr("dvi.compiler.linearised.host", host)
     start = torch.tensor([0.02, 0.03, 0.01, 0.0], dtype=torch.float64)
     flow = at_the_edge(METHODS[name], dvi.Problem(sharpening, start, derivatives=derivatives))
-    dvi.solve(flow, 40, integrator=dvi.MacroStep(), progress=False, throw=False)
+    dvi.solve(flow, 40, integrator=dvi.MacroStep(1e-3), progress=False, throw=False)
     assert len(stages) > 30
     assert sum(stages) > 10
     assert sum(inside) == len(stages)

@@ -11,8 +11,8 @@ from scipy.integrate import solve_ivp
 
 import dvi
 from dvi.problems import Circle, MatrixSweep, TwoScales, two_scales
-from dvi.solvers.rkc import chebyshev, rkc, stages
-from dvi.solvers.runge_kutta import TABLEAUX, Tableau
+from dvi.solvers.macro.rkc import chebyshev, rkc, stages
+from dvi.solvers.reference.runge_kutta import TABLEAUX, Tableau
 from dvi.storage.checkpoint import from_bytes, to_bytes
 
 # name: (integrator, error in w allowed on the sweep, on the two scales).
@@ -325,24 +325,6 @@ def test_chebyshev_is_second_order_and_stable(s):
     assert stages(reach, 1.0) == s
 
 
-@pytest.mark.parametrize("s", [3, 5, 9, 20, 60])
-def test_with_more_damping_what_is_stiff_dies_out(s):
-    """Of what lies in the upper half of the reach at most a half is left, of RKC's own damping up to 0.95."""
-
-    def left(z, damping):
-        one = torch.tensor(1.0, dtype=torch.float64)
-        return abs(float(rkc(lambda y: z * y, one, 1.0, s, z * one, damping)))
-
-    reach, usual = chebyshev(s, 5.0).reach, chebyshev(s).reach
-    assert stages(reach, 1.0, 5.0) == s
-    assert 0.6 * usual < reach < usual
-    assert max(left(z, 5.0) for z in np.linspace(-reach, -0.5 * reach, 100)) < 0.5
-    assert max(left(z, 2 / 13) for z in np.linspace(-usual, -0.5 * usual, 100)) > 0.9
-    z = -1e-3
-    one = torch.tensor(1.0, dtype=torch.float64)
-    assert float(rkc(lambda y: z * y, one, 1.0, s, z * one, 5.0)) == pytest.approx(1 + z + z**2 / 2, abs=abs(z) ** 3)
-
-
 def test_a_wrong_tableau_is_refused():
     with pytest.raises(ValueError, match="order 2"):
         Tableau(2, ((), (1.0,)), (0.4, 0.6), (0.0, 0.0))
@@ -374,7 +356,7 @@ def test_float32_end_to_end(waiting, bound, monkeypatch):
     made when needed, the two may make them at different steps, and differ by what tol allows.
     """
     if not waiting:
-        monkeypatch.setattr("dvi.solvers.macro_attempt.Attempt._wait", lambda self, end, error, owed, X, lin: end.t)
+        monkeypatch.setattr("dvi.solvers.macro.stepper.kept_until", lambda flow, tracker, context, step, *_: step.y.t)
     settings = {"network": "mlp", "loss": "mse", "n": 100, "width": 12}
     ends = []
     for dtype in (torch.float64, torch.float32):

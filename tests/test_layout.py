@@ -39,6 +39,10 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
+def floor_of(path):
+    return path.relative_to(ROOT).parts[0]
+
+
 def imported(path):
     """The dotted names that a file imports, wherever in it; ``from a import b`` counts as a.b, too."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -81,6 +85,11 @@ ABOVE = {
     "problems/derivatives": [],
     "problems/exact": ["problems/derivatives"],
     "problems/catalogue": ["problems/derivatives"],
+    "solvers/ccp": [],
+    "solvers/eigen": [],
+    "solvers/macro": ["solvers/ccp", "solvers/eigen"],
+    "solvers/reference": ["solvers/ccp", "solvers/eigen"],
+    "solvers/second_order": ["solvers/ccp", "solvers/eigen", "solvers/macro"],
     "dvi/compiler": [],
     "dvi/stationarity": ["dvi/compiler"],
     "dvi/symbolic": ["dvi/compiler"],

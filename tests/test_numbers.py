@@ -6,8 +6,8 @@ import torch
 
 import dvi
 from dvi import methods as M
-from dvi.solvers.critical import CriticalSubspace
-from dvi.solvers.watch import Watch
+from dvi.solvers.eigen.block_method import CriticalSubspace
+from dvi.solvers.eigen.tracker import EigenTracker
 
 KINDS = {
     "float64": np.float64,
@@ -91,7 +91,7 @@ def test_arguments_of_a_run(kind):
 
 INTEGRATORS = {
     "euler": lambda x: dvi.Euler(x(0.25)),
-    "macro step": lambda x: dvi.MacroStep(tol=x(0.25), watch=Watch(band=x(0.25))),
+    "macro step": lambda x: dvi.MacroStep(tol=x(0.25), watch=EigenTracker(band=x(0.25))),
     "runge-kutta": lambda x: dvi.RungeKutta(tol=x(0.25), h=x(0.25)),
     "semi-implicit": lambda x: dvi.SemiImplicit(dt=x(0.25)),
     "subspace": lambda x: CriticalSubspace(tol=x(0.25)),

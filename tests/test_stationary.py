@@ -14,9 +14,9 @@ from torch.nn.functional import softplus
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.solvers import ccp
-from dvi.solvers.anderson import Anderson
 from dvi.solvers.protocol import State
-from dvi.solvers.stable_diagonal import LARGEST, stable_diagonal
+from dvi.stationarity.anderson import Anderson
+from dvi.stationarity.diagonal_sdp import LARGEST, stable_diagonal
 
 seeds = st.integers(0, 2**32 - 1)
 

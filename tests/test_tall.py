@@ -7,8 +7,8 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvi.solvers import tall
-from dvi.solvers.tall import beside, combined, gram, orthonormal_against, upright
+from dvi.solvers.eigen import linalg as tall
+from dvi.solvers.eigen.linalg import beside, combined, gram, orthonormal_against, upright
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64])

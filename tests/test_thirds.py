@@ -13,14 +13,29 @@ import dvi
 from dvi.methods import GradientDescent
 from dvi.problems import digits
 from dvi.problems.exact.edge import MatrixSweep
-from dvi.solvers import thirds
-from dvi.solvers.here import Here
-from dvi.solvers.interval import Experience, Slope, Taken
+from dvi.solvers.macro import refresh
+from dvi.solvers.macro.model import Slope, StepContext, Taken, third_derivatives
+from dvi.solvers.protocol import Frame
 from dvi.solvers.svec import skron, svec
-from dvi.solvers.watch import Coupling
 
 seeds = st.integers(0, 10_000)
 F64 = torch.float64
+
+
+def axes_of(k, seen, context, R, X):
+    return refresh._axes(k, seen, context, R, R @ X @ R.T)
+
+
+def nearest(T, axes, squares):
+    """The T nearest to a given one, with the true T[q, q] of a flow that knows no others."""
+
+    class Known:
+        def third_derivatives(self, y, U, squares):
+            return known
+
+    known = squares
+    frame = Frame(torch.zeros(1), torch.eye(len(axes), dtype=F64), None, None, None)
+    return third_derivatives(Known(), None, frame, T, axes)
 
 
 def along(Q, T):
@@ -50,7 +65,7 @@ def test_the_nearest_T_pushes_as_the_true_one_and_is_left_alone_aside(seed, k):
     guess, true = rng.normal(size=(2, n, d))
     Q = orthogonal(rng, k)
     X = Q @ np.diag(rng.uniform(size=k)) @ Q.T
-    T = thirds.nearest(torch.tensor(guess), Q, along(Q, true)).numpy()
+    T = nearest(torch.tensor(guess), Q, along(Q, true)).numpy()
     np.testing.assert_allclose(svec(X) @ T, svec(X) @ true, atol=1e-13)  # T[X], what moves w, is exact
     turned = skron(Q.T) @ (T - guess)  # in the basis of the axes
     off_diagonal = svec(np.ones((k, k)) - np.eye(k)) > 0
@@ -66,19 +81,19 @@ def test_a_slope_is_counted_from_when_all_were_taken(seed, k):
     T0, dT = rng.normal(size=(2, n, d))
     Q, R = orthogonal(rng, k), orthogonal(rng, k)
     whole, partly, now = 0.0, *np.cumsum(rng.uniform(0.5, 2, 2))
-    known = thirds.nearest(torch.tensor(T0), Q, along(Q, T0 + partly * dT)).numpy()  # foreseen without a slope
+    known = nearest(torch.tensor(T0), Q, along(Q, T0 + partly * dT)).numpy()  # foreseen without a slope
     naive = (skron(R) @ (T0 + now * dT - known)) / (now - partly)
 
     def slope(T):
         return Slope(torch.tensor(T), torch.zeros(d, k), 1.0, np.eye(k))
 
     seen = type("Seen", (), {"t": partly})()
-    here = Here(0.0, torch.zeros(d), seen, None, slope(np.zeros((n, d))), taken=Taken(Q, 1, whole))
-    found = thirds.tempered(slope(naive), here, R, now)
+    here = StepContext(0.0, torch.zeros(d), seen, None, slope(np.zeros((n, d))), taken=Taken(Q, 1, whole))
+    found = refresh._tempered(slope(naive), here, R, now)
     np.testing.assert_allclose(found.T, skron(R) @ dT, atol=1e-12)
     assert np.abs(naive - skron(R) @ dT).max() > 1e-3 * np.abs(dT).max()  # which without it would be wrong
     everything = replace(here, taken=Taken(None, 0, partly))
-    assert thirds.tempered(slope(naive), everything, R, now).T.equal(torch.tensor(naive))
+    assert refresh._tempered(slope(naive), everything, R, now).T.equal(torch.tensor(naive))
 
 
 def test_a_run_takes_fewer_third_derivatives_and_stays_as_close(monkeypatch):
@@ -94,7 +109,7 @@ def test_a_run_takes_fewer_third_derivatives_and_stays_as_close(monkeypatch):
         return error, toy.problem.ledger.counts["third_derivatives"] - before
 
     error, taken = errors()
-    monkeypatch.setattr(thirds, "_axes", lambda *_: None)
+    monkeypatch.setattr(refresh, "_axes", lambda *_: None)
     whole_error, all_taken = errors()
     assert taken < all_taken
     assert error < 2 * whole_error + 1e-6
@@ -103,35 +118,12 @@ def test_a_run_takes_fewer_third_derivatives_and_stays_as_close(monkeypatch):
 def test_the_axes_are_not_enough_where_a_direction_is_new():
     seen = type("Seen", (), {"eigenvalues": np.array([2.0, 1.96]), "t": 0.0})()
     slope = Slope(torch.zeros(3, 5), torch.zeros(5, 2), 1.0, np.eye(2))
-    here = Here(0.0, torch.zeros(5), seen, None, slope, taken=Taken(None, 0, 0.0))
+    here = StepContext(0.0, torch.zeros(5), seen, None, slope, taken=Taken(None, 0, 0.0))
     X = np.diag([1.0, 0.0])
-    assert thirds._axes(2, seen, here, np.eye(2), X).shape == (2, 2)
-    assert thirds._axes(2, seen, replace(here, slope=None), np.eye(2), X) is None
-    assert thirds._axes(2, seen, here, np.eye(2), np.zeros((2, 2))) is None  # nothing oscillates
+    assert axes_of(2, seen, here, np.eye(2), X).shape == (2, 2)
+    assert axes_of(2, seen, replace(here, slope=None), np.eye(2), X) is None
+    assert axes_of(2, seen, here, np.eye(2), np.zeros((2, 2))) is None  # nothing oscillates
     young = replace(here, slope=replace(slope, known=np.diag([1.0, 0.0])))
-    assert thirds._axes(2, seen, young, np.eye(2), X) is None  # the second one's T has no slope yet
+    assert axes_of(2, seen, young, np.eye(2), X) is None  # the second one's T has no slope yet
     arrived = type("Seen", (), {"eigenvalues": np.array([2.0, 2.0]), "t": 0.0})()
-    assert thirds._axes(2, arrived, here, np.eye(2), X) is None
-
-
-def test_the_axes_are_enough_beside_a_neighbour_that_was_foreseen():
-    """Of three directions one is held because the first turns towards it."""
-    X = np.diag([1.0, 0.0, 0.0])
-    seen = type("Seen", (), {"eigenvalues": np.array([2.0, 1.96, 1.9]), "t": 0.0})()
-    slope = Slope(torch.zeros(6, 5), torch.zeros(5, 3), 2.0, np.eye(3))
-    foreseen = Experience(pull=0.05 / 2.0**2)
-    turning = Here(0.0, torch.zeros(5), seen, None, slope, coupling=Coupling(3), experience=foreseen)
-    turning = replace(turning, taken=Taken(None, 0, 0.0))
-
-    def whole(here, k=3):
-        return thirds._axes(k, seen, here, np.eye(k), X[:k, :k]) is None
-
-    assert not whole(turning)
-    assert whole(replace(turning, experience=Experience(pull=0.2 / 2.0**2)))
-    assert whole(replace(turning, experience=Experience()))  # not known
-    assert not whole(replace(turning, taken=Taken(None, 2, 0.0)))
-    assert whole(replace(turning, taken=Taken(None, 3, 0.0)))
-    assert not whole(replace(turning, taken=Taken(None, 5, 0.0), coupling=Coupling()))
-    two = replace(turning, slope=replace(slope, known=np.eye(2)), coupling=Coupling(2))
-    assert whole(two, 2)
-    assert not whole(replace(two, coupling=Coupling()), 2)
+    assert axes_of(2, arrived, here, np.eye(2), X) is None

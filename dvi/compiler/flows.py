@@ -22,9 +22,9 @@ from dvi.compiler.spec_check import SpecCheck
 from dvi.compiler.staggered import ImplicitStep, restagger, stagger
 from dvi.methods import Method, Nu, Preconditioner, Timetable, as_method, validate
 from dvi.problems import NotFiniteError, Problem
+from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import MemoryLimitError
 from dvi.solvers.protocol import Frame, Staggered, State, host
-from dvi.solvers.watch import Watch
 
 logger = logging.getLogger("dvi")
 
@@ -261,10 +261,14 @@ class CompiledFlow:
         """Enter one CCP solve into the ledger."""
         self.problem.ledger.ccp_solves += 1
 
+    def spent(self) -> float:
+        """Gradient equivalents spent on the loss so far."""
+        return self.problem.ledger.gradient_equivalents
+
     # ---- what a user asks -----------------------------------------------------------------------------
 
     def linearise(
-        self, w: Tensor, nu: Nu, U: Tensor | None = None, *, t: float = 0.0, watch: Watch | None = None
+        self, w: Tensor, nu: Nu, U: Tensor | None = None, *, t: float = 0.0, watch: EigenTracker | None = None
     ) -> Linearisation:
         """What the compiler makes of this flow at (w, ν): α, β, the gap, the eigenvalues (C.7).
 
@@ -288,8 +292,8 @@ class CompiledFlow:
         y = State(w, nu, t)
         _, g = self.problem.value_and_grad(w)
         if U is None:
-            watch = watch or Watch()
-            seen = watch.look(self, y, None, 0.0)
+            watch = watch or EigenTracker()
+            seen = watch.update(self, y, None, 0.0)
             frame = watch.frame(self, y, seen, 0.0)
         else:
             frame = self._frame(y, U, self.problem.hvp(w, U))

@@ -148,6 +148,8 @@ def _draw(race: Comparison, shown: list[Panel], width: float, font: float) -> Fi
     for i, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, i + 1)
         panel.draw(axes)
+        for start, end in race.runs["central"].about.get("unit_steps", []) if "central" in race.runs else []:
+            axes.axvspan(start, end, color="0.93", linewidth=0, zorder=0)  # where it was too stiff for longer steps
         if onset is not None:
             axes.axvline(onset, lw=0.7, zorder=0.5, label=f"edge of stability, from step {onset:.3g}", **ONSET)
         axes.set(xlim=(0, _duration(race) or 1), xlabel="time (optimizer steps)", ylabel=panel.label)

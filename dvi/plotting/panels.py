@@ -12,7 +12,7 @@ from dvi.plotting.style import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, Look, o
 from dvi.results.averages import gaussian_average
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Solution
-from dvi.solvers.critical import CRITICAL
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.protocol import Array
 
 if TYPE_CHECKING:

@@ -50,6 +50,11 @@ class Status(Enum):
         "The loss at the starting weights is not what it was when the problem was made: it depends on something beside "
         "the weights (data that were changed, random numbers, a counter), and what was computed cannot be trusted."
     )
+    OVER_BUDGET = (
+        "The flow cost more per unit time than it was allowed, even in steps of one unit: many directions "
+        "oscillate, or the loss has kinks there, or the optimizer itself is about to diverge. Lower lr, smooth the "
+        "loss, or raise the integrator's budget=."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

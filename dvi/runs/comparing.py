@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from dvi.compiler.ablated import AblatedFlow
-from dvi.compiler.optimizer import Discrete
-from dvi.storage.files import writable
-from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
 from dvi.compiler.exact_rates import Accuracy
+from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
+from dvi.compiler.optimizer import Discrete
+from dvi.problems import Problem
+from dvi.results.comparison import Comparison
+from dvi.results.run_error import RunError
+from dvi.results.status import Status
 from dvi.runs.identity import identity, settings
 from dvi.runs.observables import Observer
-from dvi.problems import Problem
 from dvi.runs.process import Process
-from dvi.results.comparison import Comparison
 from dvi.runs.solving import (
     FAILURES,
     WarmStart,
@@ -34,9 +35,8 @@ from dvi.runs.solving import (
     verdict,
     warm_up,
 )
-from dvi.solvers.protocol import Array, Integrator
-from dvi.results.run_error import RunError
-from dvi.results.status import Status
+from dvi.solvers.protocol import Integrator
+from dvi.storage.files import writable
 
 RUNS: dict[str, type[CompiledFlow]] = {
     "discrete": Discrete,

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.runs import sampling
 from dvi.compiler.optimizer import Discrete
 from dvi.methods import NotPositiveDefiniteError
-from dvi.runs.observables import Observation, Observer
 from dvi.problems import ProblemError
-from dvi.runs.process import Process
 from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs import sampling
+from dvi.runs.observables import Observation, Observer
+from dvi.runs.process import Process
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, State, host
-from dvi.solvers.watch import Sighting, Watch
-from dvi.results.status import Status
 
 
 class DiscreteProcess(Process):
@@ -40,11 +40,11 @@ class DiscreteProcess(Process):
         if np.abs(grid - np.round(grid)).max() > 1e-9:
             raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
         self.eigen_every = eigen_every
-        self.seen: Sighting | None = None  # the last look
+        self.seen: SpectrumEstimate | None = None  # the last look
         self.previous: Tensor | None = None
         self.loss: Tensor | None = None
         self.g: Tensor | None = None
-        self._watch = Watch()
+        self._watch = EigenTracker()
 
     @property
     def near_end(self) -> bool:
@@ -98,7 +98,7 @@ class DiscreteProcess(Process):
         if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
             return np.empty(0)
         try:
-            self.seen = self._watch.look(self.flow, y, self.seen, self.eigen_every)
+            self.seen = self._watch.update(self.flow, y, self.seen, self.eigen_every)
         except (SolverError, ProblemError, NotPositiveDefiniteError, np.linalg.LinAlgError):
             self.seen = None  # a look for display does not decide how a run ends
             return np.empty(0)

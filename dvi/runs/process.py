@@ -13,17 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvi.compiler.flows import CompiledFlow
+from dvi.problems import Ledger
+from dvi.results.run_error import RunError
+from dvi.results.solution import Cost, Solution
+from dvi.results.status import Status
 from dvi.runs import chatter, sampling
 from dvi.runs.chatter import fixed_steps, recent_cost
-from dvi.compiler.flows import CompiledFlow
 from dvi.runs.observables import Observation, Observer
-from dvi.problems import Ledger
-from dvi.results.solution import Cost, Solution
+from dvi.runs.unit_stretches import joined, unit_step_notes
 from dvi.solvers.ccp import CCPError
+from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.protocol import Array, Integrator, State, StepResult
-from dvi.solvers.watch import Watch
-from dvi.results.run_error import RunError
-from dvi.results.status import Status
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
 FEASIBLE = 2.3
@@ -65,6 +66,12 @@ class Process(ABC):
             self.advance()
         self.ready = {j: w for j, w in self.ready.items() if j >= i}
         return self.ready[i]
+
+    @property
+    def cost(self) -> float:
+        """Gradient equivalents per unit time, so far."""
+        spent = Ledger(**(self.counts[-1] if self.counts else {}), weights=self.flow.problem.ledger.weights)
+        return spent.gradient_equivalents / max(self.y.t - self.origin, 1e-9)
 
     @property
     def near_end(self) -> bool:
@@ -111,7 +118,10 @@ class Process(ABC):
 class FlowProcess(Process):
     """A flow driven by an integrator."""
 
-    _own_state: tuple[str, ...] = ("memory", "bound", "strained", "missed", "fresh", "base", "anchor", "looked")
+    _own_state: tuple[str, ...] = (
+        *("memory", "bound", "strained", "missed", "unit_steps"),
+        *("fresh", "base", "anchor", "looked"),
+    )
 
     def __init__(
         self, flow: CompiledFlow, integrator: Integrator, start: State, grid: Array, observer: Observer
@@ -125,6 +135,7 @@ class FlowProcess(Process):
         self.base = 0.0  # the largest effective sharpness at the beginning of a stretch
         self.strained: list[tuple[float, float]] = []  # steps with too large an error estimate: when, and over tol
         self.missed: list[tuple[float, float]] = []  # effective sharpnesses above 2 that were not seen coming, and when
+        self.unit_steps: list[tuple[float, float]] = []  # from when to when steps of one unit were taken
         self.last = float(grid[-1])  # where the run ends
         self.bound = False  # a step has depended on where the run ends
         self.anchor = start  # a state up to about a unit of time ago
@@ -155,7 +166,7 @@ class FlowProcess(Process):
             result = self.integrator.step(self.flow, self.memory, start, min(self.origin + end, corner) - start.t)
         except Exception as error:
             if self.fresh and self.flow.constrained:
-                self._require_feasible(float(Watch().glance(self.flow, start, None).eigenvalues[0]))
+                self._require_feasible(float(EigenTracker().update_leading(self.flow, start, None).eigenvalues[0]))
             if isinstance(error, CCPError) and self._kinks_since_anchor():
                 raise RunError(Status.KINKS, str(error)) from error
             raise
@@ -188,10 +199,14 @@ class FlowProcess(Process):
         self.ready |= ready
         if result.strain:
             self.strained.append((start.t - self.origin, result.strain))
+        if result.unit:
+            self.unit_steps.append((start.t - self.origin, reached))
         for t, sharpness in [
             *((node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes),
             (reached, result.missed),
         ]:
+            if result.unit:  # there it is not held to a hundredth
+                continue
             if self.flow.constrained and sharpness > max(MISSED, base + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
         # in the last two units a longer run may find that a table goes on steadily, where here it ends
@@ -255,9 +270,9 @@ class FlowProcess(Process):
         return [
             f"{self.flow.name} flow: an effective sharpness above 2 was found that had not been seen coming, up to "
             f"{worst:.3f} at t = {t:g}. Either the flow before that time has not oscillated along that direction, and "
-            "should have: give the integrator a watch=Watch(survey_every=10), to look around for directions more "
-            "often, or Watch(CriticalSubspace(slack=3)), to follow more of them. Or a step has overshot (then there "
-            "is a note on its error, too): lower h_min."
+            "should have: give the integrator a watch=EigenTracker(survey_every=10), to look around for directions "
+            "more often, or EigenTracker(CriticalSubspace(slack=3)), to follow more of them. Or a step has overshot "
+            "(then there is a note on its error, too): lower h_min."
         ]
 
     def _require_feasible(self, sharpness: float) -> None:
@@ -288,6 +303,7 @@ class FlowProcess(Process):
 
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
         """The flow on the grid, as far as nodes reach."""
+        stretches = joined(self.unit_steps)
         t = [node["t"] for node in self.nodes]
         grid = self.grid[self.grid <= (t[-1] if t else -1.0)]
         data = sampling.on_grid(self.nodes, grid) if len(grid) else {}
@@ -305,8 +321,8 @@ class FlowProcess(Process):
             status=status,
             ledger=self._cost(t),
             series=data,
-            notes=[*self.notes, *self._strain(), *self._missed()],
-            about=about | {"integrator": repr(self.integrator)},
+            notes=[*self.notes, *unit_step_notes(self.flow.name, stretches), *self._strain(), *self._missed()],
+            about=about | {"integrator": repr(self.integrator), "unit_steps": stretches},
         )
 
 

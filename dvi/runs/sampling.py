@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvi.runs.observables import Observation
-from dvi.solvers.critical import CRITICAL
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.hermite import basis
 from dvi.solvers.protocol import Array
 

@@ -11,26 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
-from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.compiler.flows import CentralMap, CompiledFlow
+from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.errors import ScheduleError
-from dvi.runs.observables import Observer
 from dvi.problems import LossChangedError, ProblemError
-from dvi.runs.process import FlowProcess, MapProcess, Process
+from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs.observables import Observer
+from dvi.runs.optimizer_process import DiscreteProcess
+from dvi.runs.process import FlowProcess, MapProcess, Process
 from dvi.solvers.ccp import CCPError
-from dvi.solvers.critical import CRITICAL
-from dvi.solvers.errors import ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
-from dvi.solvers.macro_step import MacroStep
+from dvi.solvers.eigen.block_method import CRITICAL
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
+from dvi.solvers.macro import MacroStep
 from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
-from dvi.solvers.semi_implicit import SemiImplicit
-from dvi.solvers.watch import Watch
+from dvi.solvers.second_order.semi_implicit import SemiImplicit
 from dvi.stationarity.flow import Quasistatic, StationaryFlow
-from dvi.results.run_error import RunError
-from dvi.results.status import Status
 
 logger = logging.getLogger("dvi")
 
@@ -95,6 +95,7 @@ def solve(
             flow.problem.check_unchanged()
             for i in range(todo):
                 w = process.weights(i)
+                bar.set_postfix_str(f"{process.cost:.3g} gradients per unit", refresh=False)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
                 bar.update(1)
@@ -127,6 +128,7 @@ def classify(error: BaseException) -> Status:
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
         (ScheduleError, Status.SCHEDULE),
         (MemoryLimitError, Status.OUT_OF_MEMORY),
+        (BudgetError, Status.OVER_BUDGET),
         (StepError, Status.DIVERGED),
         (DomainError, Status.DIVERGED),
         (FloatingPointError, Status.DIVERGED),
@@ -276,14 +278,14 @@ def _settle(
     """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
     loss, g = optimizer.problem.value_and_grad(y.w)
     begin = float(loss)
-    watch, first, suspected = Watch(), float("nan"), False
+    watch, first, suspected = EigenTracker(), float("nan"), False
     for taken in range(limit + 1):
         if _run_away(loss, begin) and not suspected:
             suspected = True
             _refuse_divergence(optimizer, y, begin)
         if until_stable and (taken == 0 or taken >= at_least):
             try:
-                seen = watch.glance(optimizer, y, None)  # anew: an early step may change P beyond recognition
+                seen = watch.update_leading(optimizer, y, None)  # anew: an early step may change P beyond recognition
             except FAILURES:  # no eigenvectors: of a loss that is hard, or of weights that have run away?
                 _refuse_divergence(optimizer, y, begin)
                 raise

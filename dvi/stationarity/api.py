@@ -21,7 +21,7 @@ from torch import Tensor
 from dvi.compiler.flows import CompiledFlow
 from dvi.methods import Method, RMSProp, SpecError
 from dvi.solvers.protocol import host, like
-from dvi.solvers.stable_diagonal import Bounds, bounds, require_small, stable_diagonal
+from dvi.stationarity.diagonal_sdp import Bounds, bounds, require_small, stable_diagonal
 from dvi.stationarity.equation import Balance, StationaryPoint
 from dvi.stationarity.fixed_point import Search
 

@@ -16,7 +16,7 @@ from dvi.compiler.jacobian_solve import solve_coupled
 from dvi.compiler.jacobian_structure import curvature
 from dvi.compiler.tangents import derivative, still
 from dvi.methods import Nu, SpecError
-from dvi.solvers.critical import CRITICAL, CriticalSubspace, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.protocol import Array, State, host, like
 from dvi.solvers.svec import triu

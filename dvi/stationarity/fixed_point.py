@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from dvi.methods import Nu, Preconditioner
 from dvi.solvers import ccp
-from dvi.solvers.anderson import Anderson
-from dvi.solvers.critical import CRITICAL, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, Eigenblock
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.protocol import Array, State, host, like
 from dvi.solvers.svec import smat, svec, triu
+from dvi.stationarity.anderson import Anderson
 from dvi.stationarity.equation import Balance, StationaryPoint, relative
 
 _CALM = 4  # plain steps before acceleration is tried (again)

@@ -14,9 +14,9 @@ from dvi.compiler.flows import CompiledFlow, MethodLike
 from dvi.compiler.linearised import LinearisedFlow
 from dvi.problems import Problem
 from dvi.solvers import ccp
+from dvi.solvers.eigen.tracker import shown
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
-from dvi.solvers.watch import shown
 from dvi.stationarity.api import StationaryPoint, stationary
 
 Part = Literal["curvature penalty"]

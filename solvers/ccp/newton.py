@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvi.solvers.ccp_problem import Iterate, Problem, eigh, factorise, norm, power_of_two
+from dvi.solvers.ccp.scaling import Iterate, Problem, eigh, factorise, norm, power_of_two
 from dvi.solvers.svec import Array, skron, triu
 
 _ARMIJO = 1e-3

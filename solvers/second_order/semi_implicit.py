@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from dvi.solvers import ccp
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate, landing_at
 from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.gap import settled, transport
-from dvi.solvers.here import Here, critical_frame, evaluate
-from dvi.solvers.interval import Slope, ahead, vectors_ahead
+from dvi.solvers.macro.model import Slope, StepContext, critical_frame, evaluate, settled, transport
+from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
-from dvi.solvers.watch import Sighting, Watch, landing_at, node
 
 _OVERSHOOT = 2.05  # an effective sharpness above this after a block: the constraint's model failed, reject
 
@@ -41,13 +40,13 @@ class SemiImplicitMemory:
         h: the next block to try, unit times.
         s: momentum and ν at half-steps (None: not started).
         dt: the substep they are staggered by.
-        here: the evaluations at the current state.
+        context: the evaluations at the current state.
     """
 
     h: float
     s: Staggered | None = None
     dt: float = 0.0
-    here: Here | None = None
+    context: StepContext | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class SemiImplicit:
     dt: float = 0.5
     tol: float = 1e-3
     h_max: float = 20.0
-    watch: Watch = field(default_factory=lambda: Watch(survey_every=100.0))
+    watch: EigenTracker = field(default_factory=lambda: EigenTracker(survey_every=100.0))
     max_rejections: int = 25
 
     def __post_init__(self) -> None:
@@ -101,9 +100,9 @@ class SemiImplicit:
         """
         if not flow.inertial:
             raise StepError('SemiImplicit is for flows of accuracy="second-order"; take MacroStep for this one.')
-        here = memory.here or evaluate(flow, self.watch, y, None, memory.h)
+        context = memory.context or evaluate(flow, self.watch, y, None, memory.h)
         dt = (
-            min(self.dt, flow.longest_step(y, 1.2 * float(here.seen.eigenvalues[0])))
+            min(self.dt, flow.longest_step(y, 1.2 * float(context.spectrum.eigenvalues[0])))
             if not flow.constrained
             else self.dt
         )
@@ -111,7 +110,7 @@ class SemiImplicit:
         longest = self.h_max if flow.constrained else min(self.h_max, max(4.0, self.dt))
         size, landing = min(memory.h, longest), True
         for _ in range(self.max_rejections):
-            wanted = landing_at(here.seen, y.t, size, self.dt) if landing and flow.constrained else size
+            wanted = landing_at(context.spectrum, y.t, size, self.dt) if landing and flow.constrained else size
             count = max(1, round(wanted / dt))
             if count * dt >= h * (1 - 1e-9):
                 count = max(1, int(np.ceil(h / dt - 1e-9)))
@@ -119,10 +118,10 @@ class SemiImplicit:
             else:
                 step = dt
             try:
-                s = memory.s or flow.stagger(y, here.g, step)
+                s = memory.s or flow.stagger(y, context.g, step)
                 if memory.s is not None and abs(step - memory.dt) > 1e-12:
-                    s = flow.restagger(s, here.g, memory.dt, step)
-                tried = _Block(flow, self.watch, self.tol, here, s, step, count).run()
+                    s = flow.restagger(s, context.g, memory.dt, step)
+                tried = _Block(flow, self.watch, self.tol, context, s, step, count).run()
             except DomainError as error:
                 if count == 1:
                     raise StepError(
@@ -134,34 +133,38 @@ class SemiImplicit:
             if isinstance(tried, float):
                 size, landing = tried, False
                 continue
-            return self._accept(flow, here, y, size, step, count, tried)
+            return self._accept(flow, context, y, size, step, count, tried)
         raise StepError(f"SemiImplicit at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol.")
 
     def observe(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> Node:
         """What is known at y; X is that of a step from there."""
-        here = memory.here or evaluate(flow, self.watch, y, None, self.dt)
-        s = memory.s or flow.stagger(y, here.g, self.dt)
-        first = flow.implicit_step(s, here.g, here.frame, memory.dt or self.dt)
+        context = memory.context or evaluate(flow, self.watch, y, None, self.dt)
+        s = memory.s or flow.stagger(y, context.g, self.dt)
+        first = flow.implicit_step(s, context.g, context.frame, memory.dt or self.dt)
         X = _solve(flow, -first.gap, first.beta)
         end = first.end(X)
         rate = Rate((end.w - s.w) / (end.t - s.t), end.nu_now)
-        return node(flow, y.t, here.loss, here.g, here.seen, here.frame, X, y.t, rate)
+        return node(flow, y.t, context.loss, context.g, context.spectrum, context.frame, X, y.t, rate)
 
     # ---- inside ---------------------------------------------------------------------------------------
 
     def _accept(
-        self, flow: Flow, here: Here, y: State, wanted: float, step: float, count: int, new: _Taken
+        self, flow: Flow, context: StepContext, y: State, wanted: float, step: float, count: int, new: _Taken
     ) -> StepResult:
         length = step * count
         factor = 0.85 * (self.tol / max(new.bend, 1e-300)) ** (1 / 3) if self.tol else 0.0
         h = length * float(np.clip(factor, 0.3, 2.0))
         if length < 0.7 * wanted and new.bend <= 0.2 * self.tol:  # cut to land: says little about the next one
             h = max(0.9 * wanted, length)
-        following = new.here
+        following = new.context
         if flow.constrained:
-            following = replace(following, slope=Slope.between(here.frame, here.seen, following.frame, following.seen))
+            following = replace(
+                following, slope=Slope.between(context.frame, context.spectrum, following.frame, following.spectrum)
+            )
         memory = SemiImplicitMemory(float(np.clip(h, self.dt, self.h_max)), new.s, step, following)
-        begin = node(flow, y.t, here.loss, here.g, here.seen, new.X_frame, new.X, y.t + 0.5 * length, new.rate)
+        begin = node(
+            flow, y.t, context.loss, context.g, context.spectrum, new.X_frame, new.X, y.t + 0.5 * length, new.rate
+        )
         return StepResult(new.s.state, memory, begin, _linear(new.path, new.s))
 
 
@@ -170,7 +173,7 @@ class _Taken:
     """A block that was taken: its end, what is known there, its mean X, its weights step by step."""
 
     s: Staggered
-    here: Here
+    context: StepContext
     X: Array
     X_frame: Frame
     rate: Rate
@@ -183,19 +186,19 @@ class _Block:
     """One try of a block; ``run`` gives what was reached, or (a float) the length to try instead."""
 
     flow: Flow
-    watch: Watch
+    watch: EigenTracker
     tol: float
-    here: Here
+    context: StepContext
     s: Staggered
     dt: float
     count: int
 
     def run(self) -> _Taken | float:
-        flow, here, length = self.flow, self.here, self.dt * self.count
+        flow, context, length = self.flow, self.context, self.dt * self.count
         single = self.count == 1
-        frame = here.frame if single else ahead(here.frame, here.slope, length / 2)
+        frame = context.frame if single else context.ahead(length / 2)
         impulse = _Impulse(frame.k)
-        s, path, g = self.s, [(self.s.t, self.s.w)], here.g
+        s, path, g = self.s, [(self.s.t, self.s.w)], context.g
         rate: Rate | None = None
         for j in range(self.count):
             if j:
@@ -213,15 +216,15 @@ class _Block:
         loss, g = flow.value_and_grad(s.state)
         assert rate is not None
         if not flow.constrained:
-            after = evaluate(flow, self.watch, s.state, here.seen, length, (float(loss), g))
+            after = evaluate(flow, self.watch, s.state, context.spectrum, length, (float(loss), g))
             return _Taken(s, after, np.zeros((0, 0)), after.frame, rate, 0.0, path)
-        seen = self.watch.look(flow, s.state, here.seen, length, vectors_ahead(here.seen, here.slope, s.t))
+        seen = self.watch.update(flow, s.state, context.spectrum, length, context.vectors_ahead(s.t))
         if seen.eigenvalues[0] > _OVERSHOOT and not single:
             return 0.5 * length
         new = critical_frame(flow, s.state, seen, self.watch.critical(seen, length))
         if single or not new.k:
             mean = smat(impulse.Z) / length if frame.k else np.zeros((0, 0))
-            return _Taken(s, Here(float(loss), g, seen, new), mean, frame, rate, 0.0, path)
+            return _Taken(s, StepContext(float(loss), g, seen, new), mean, frame, rate, 0.0, path)
         return self._correct(s, float(loss), g, seen, new, frame, impulse, rate, path)
 
     def _correct(
@@ -229,7 +232,7 @@ class _Block:
         s: Staggered,
         loss: float,
         g: Tensor,
-        seen: Sighting,
+        seen: SpectrumEstimate,
         new: Frame,
         middle: Frame,
         impulse: _Impulse,
@@ -237,7 +240,7 @@ class _Block:
         path: list[tuple[float, Tensor]],
     ) -> _Taken | float:
         """Trapezoid rule for what T and U changed, then the signed correction of the impulse (see the macro step)."""
-        flow, old, length = self.flow, self.here.frame, self.dt * self.count
+        flow, old, length = self.flow, self.context.frame, self.dt * self.count
         lin = flow.linearised(s.state, g, new)
         Z = last = np.zeros((new.k, new.k))
         moved, bend = s, 0.0
@@ -280,7 +283,7 @@ class _Block:
         gap = flow.linearised(moved.state, g, new).gap
         frame, seen = settled(flow, moved.state, new, gap, seen, length)
         path[-1] = (moved.t, moved.w)
-        return _Taken(moved, Here(loss, g, seen, frame), (Z + y) / length, new, rate, bend, path)
+        return _Taken(moved, StepContext(loss, g, seen, frame), (Z + y) / length, new, rate, bend, path)
 
     def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
         def shifted(nu: Any, before: Any) -> Any:

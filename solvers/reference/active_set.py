@@ -17,10 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers import ccp
-from dvi.solvers.critical import CRITICAL, Eigenblock
+from dvi.solvers.eigen.block_method import CRITICAL, Eigenblock
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
+from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like
 from dvi.solvers.repair import Repair
-from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
 #: An eigenvalue this close to 2 is taken as having arrived, where nothing else is asked for.
 ARRIVED = 1e-7
@@ -50,7 +51,7 @@ class Look:
 
     loss: float
     g: Tensor
-    seen: Sighting
+    seen: SpectrumEstimate
     frame: Frame
     held: Tensor
     values: Array
@@ -82,9 +83,9 @@ class Face:
     """
 
     flow: Flow
-    watch: Watch
+    watch: EigenTracker
     held: Tensor
-    seen: Sighting | None = None
+    seen: SpectrumEstimate | None = None
     repair: Repair | None = None
     near: float = ARRIVED
 
@@ -98,7 +99,7 @@ class Face:
         y = self.mend(y)
         loss, g = self.flow.value_and_grad(y)
         if not self.flow.constrained:
-            self.seen = self.watch.glance(self.flow, y, self.seen)
+            self.seen = self.watch.update_leading(self.flow, y, self.seen)
             lin = self.flow.linearised(y, g, frame := empty_frame(self.flow, y))
             none, nothing = np.empty(0), np.zeros((0, 0))
             return Look(float(loss), g, self.seen, frame, self.held, none, -np.inf, nothing, none, lin.drift(None))
@@ -154,7 +155,7 @@ class Face:
         """A trial state, set back into the domain of P where it has left it."""
         return y if self.repair is None else self.repair(y)
 
-    def sight(self, y: State, down_to: float | None = None) -> Sighting:
+    def sight(self, y: State, down_to: float | None = None) -> SpectrumEstimate:
         """The eigenpairs at y: the held ones sharp, the next as sharp as its distance from 2 asks for.
 
         Args:
@@ -165,7 +166,7 @@ class Face:
         subspace, seen = self.watch.subspace, self.seen
         if seen is None:
             block = subspace.start(A, y.w, CRITICAL - 0.5)
-            return Sighting(block, np.zeros(block.size), y.t, y.t)
+            return SpectrumEstimate(block, np.zeros(block.size), y.t, y.t)
         want, tol = self._sharpness(seen.eigenvalues) if down_to is None else (down_to, subspace.tol)
         block = subspace.follow(A, seen.block, want, tol)
         if (block.eigenvalues > want).sum() < self.k:  # a held one is falling, and faster than was to be expected
@@ -174,7 +175,7 @@ class Face:
         surveyed = seen.surveyed
         if y.t - surveyed >= self.watch.survey_every:
             block, surveyed = subspace.survey(A, block, want, tol), y.t
-        return Sighting(block, np.zeros(block.size), y.t, surveyed)
+        return SpectrumEstimate(block, np.zeros(block.size), y.t, surveyed)
 
     def _sharpness(self, values: Array) -> tuple[float, float]:
         """Above which eigenvalue eigenpairs are to be sharp, and how sharp (residual).

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvi.solvers.eigen.linalg import beside, combined, gram, orthonormal_against, upright
 from dvi.solvers.errors import ConvergenceError
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, host, like
-from dvi.solvers.tall import beside, combined, gram, orthonormal_against, upright
 
 Operator = Callable[[Tensor], Tensor]  # V [d, m] -> A V [d, m], A symmetric
 

@@ -9,10 +9,10 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dvi.solvers.critical import CRITICAL, CriticalSubspace
-from dvi.solvers.face import BAND, Face, Look, node_of
+from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.protocol import Flow, State, StepResult, combine
-from dvi.solvers.watch import Sighting, Watch
+from dvi.solvers.reference.active_set import BAND, Face, Look, node_of
 
 #: Part of the time left until an arrival that a step takes where other directions are held.
 APPROACH = 0.7
@@ -35,7 +35,7 @@ class FaceMemory:
     """
 
     held: Tensor
-    seen: Sighting
+    seen: SpectrumEstimate
     h: float
     climb: float = 0.0
     look: Look | None = None
@@ -46,12 +46,12 @@ def to_lattice(t: float, h: float) -> float:
     return float((np.floor(t / h + 1e-9) + 1) * h - t)
 
 
-def sharp_watch(tol: float) -> Watch:
+def sharp_watch(tol: float) -> EigenTracker:
     """Eigenpairs ten times sharper than the steps, since X is off by their residuals, and w by what X does there.
 
     Ten times sharper ones were seen to change nothing.
     """
-    return Watch(CriticalSubspace(tol=max(1e-11, 0.1 * tol)), survey_every=20.0)
+    return EigenTracker(CriticalSubspace(tol=max(1e-11, 0.1 * tol)), survey_every=20.0)
 
 
 def nearness(tol: float) -> float:
@@ -64,11 +64,11 @@ def landing_time(tol: float) -> float:
     return float(min(LONGEST_LANDING, np.sqrt(tol)))
 
 
-def initial_memory(flow: Flow, watch: Watch, y: State, near: float, h: float) -> FaceMemory:
+def initial_memory(flow: Flow, watch: EigenTracker, y: State, near: float, h: float) -> FaceMemory:
     """The directions at 2 already."""
     face = Face(flow, watch, y.w.new_zeros(len(y.w), 0), near=near)
     if not flow.constrained:
-        return FaceMemory(face.held, watch.glance(flow, y, None), h)
+        return FaceMemory(face.held, watch.update_leading(flow, y, None), h)
     held = face.arrived(y)
     assert face.seen is not None
     return FaceMemory(held, face.seen, h)

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dvi.solvers import ccp
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
+from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
-from dvi.solvers.watch import Sighting, Watch, empty_frame, node
 
 
 @dataclass(frozen=True)
 class EulerMemory:
     """What Euler wants to be given back: the eigenpairs and the last X, both to start from."""
 
-    seen: Sighting | None = None
+    seen: SpectrumEstimate | None = None
     X: Array | None = None
 
 
@@ -40,7 +41,7 @@ class Euler:
     """
 
     dt: float = 0.25
-    watch: Watch = field(default_factory=Watch)
+    watch: EigenTracker = field(default_factory=EigenTracker)
 
     def __post_init__(self) -> None:
         with_numbers(self)
@@ -58,7 +59,7 @@ class Euler:
     def step(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> StepResult:
         """One substep of min(dt, h)."""
         if not flow.constrained:
-            seen = self.watch.glance(flow, y, memory.seen)
+            seen = self.watch.update_leading(flow, y, memory.seen)
             memory = EulerMemory(seen)
             h = min(h, 1 / max(1.0, float(seen.eigenvalues[0])))
         h = h if h <= self.dt * (1 + 1e-9) else self.dt  # land on h when the rest would be rounding
@@ -77,7 +78,11 @@ class Euler:
 
     def _evaluate(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> tuple[Node, EulerMemory, Rate]:
         loss, g = flow.value_and_grad(y)
-        seen = self.watch.look(flow, y, memory.seen, h) if flow.constrained else self.watch.glance(flow, y, memory.seen)
+        seen = (
+            self.watch.update(flow, y, memory.seen, h)
+            if flow.constrained
+            else self.watch.update_leading(flow, y, memory.seen)
+        )
         frame = self.watch.frame(flow, y, seen, h) if flow.constrained else empty_frame(flow, y)
         lin = flow.linearised(y, g, frame)
         X = np.zeros((frame.k, frame.k))

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from dvi.solvers.ccp_interior import centre, interior_point
-from dvi.solvers.ccp_newton import newton
-from dvi.solvers.ccp_problem import Iterate, Problem, cholesky, eigh, factorise, least_eigenvalue, norm, project
-from dvi.solvers.ccp_verify import (
+from dvi.solvers.ccp.interior_point import centre, interior_point
+from dvi.solvers.ccp.newton import newton
+from dvi.solvers.ccp.scaling import Iterate, Problem, cholesky, eigh, factorise, least_eigenvalue, norm, project
+from dvi.solvers.ccp.verification import (
     ACCEPTED_RESIDUAL,
     ACCEPTED_STRICT,
     ROUNDING,

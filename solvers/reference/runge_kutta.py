@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from dvi.solvers.breakpoints import (
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
+from dvi.solvers.reference.breakpoints import (
     APPROACH,
     SHORTEST,
     FaceMemory,
@@ -27,13 +33,7 @@ from dvi.solvers.breakpoints import (
     time_left,
     to_lattice,
 )
-from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import ARRIVED, Face, Look, node_of
-from dvi.solvers.hermite import hermite
-from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
 from dvi.solvers.repair import Repair
-from dvi.solvers.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RungeKutta:
     tol: float = 1e-6
     h: float | None = None
     h_max: float = 1.2
-    watch: Watch = None  # type: ignore[assignment]  # made from tol
+    watch: EigenTracker = None  # type: ignore[assignment]  # made from tol
 
     def __post_init__(self) -> None:
         with_numbers(self)

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from dvi.solvers.ccp_problem import Problem, cholesky, eigh, least_eigenvalue, norm
+from dvi.solvers.ccp.scaling import Problem, cholesky, eigh, least_eigenvalue, norm
 from dvi.solvers.svec import Array, smat, svec, triu
 
 ACCEPTED_RESIDUAL: Final = 1e-10

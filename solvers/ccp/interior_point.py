@@ -17,7 +17,7 @@ from math import inf
 import numpy as np
 from scipy.linalg import lapack
 
-from dvi.solvers.ccp_problem import Iterate, Problem, cholesky, factorise, least_eigenvalue, norm
+from dvi.solvers.ccp.scaling import Iterate, Problem, cholesky, factorise, least_eigenvalue, norm
 from dvi.solvers.svec import Array, skron, triu
 
 _PATIENCE = 5  # iterations without any progress before giving up

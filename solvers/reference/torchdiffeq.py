@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.solvers.breakpoints import (
+from dvi.solvers.eigen.block_method import CRITICAL
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.hermite import hermite
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Flow, Node, State, StepResult
+from dvi.solvers.reference.active_set import Face, Look, node_of
+from dvi.solvers.reference.breakpoints import (
     APPROACH,
     LONGEST_LANDING,
     SHORTEST,
@@ -27,14 +34,7 @@ from dvi.solvers.breakpoints import (
     time_left,
     to_lattice,
 )
-from dvi.solvers.critical import CRITICAL
-from dvi.solvers.errors import DomainError, StepError
-from dvi.solvers.face import Face, Look, node_of
-from dvi.solvers.hermite import hermite
-from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Flow, Node, State, StepResult
 from dvi.solvers.repair import Repair
-from dvi.solvers.watch import Watch
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
@@ -127,7 +127,7 @@ class TorchDiffEq:
     atol: float = 1e-8
     window: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
-    watch: Watch = None  # type: ignore[assignment]  # made from the tolerances
+    watch: EigenTracker = None  # type: ignore[assignment]  # made from the tolerances
 
     def __post_init__(self) -> None:
         with_numbers(self)

@@ -31,9 +31,9 @@ class Chebyshev:
 
 
 @cache
-def chebyshev(s: int, damping: float = _DAMPING) -> Chebyshev:
-    """The s-stage method, s ≥ 2; with more damping what is stiff dies out sooner, and the region is shorter."""
-    w0 = 1 + damping / s**2
+def chebyshev(s: int) -> Chebyshev:
+    """The s-stage method, s ≥ 2."""
+    w0 = 1 + _DAMPING / s**2
     T, dT, ddT = np.zeros(s + 1), np.zeros(s + 1), np.zeros(s + 1)
     T[0], T[1], dT[1] = 1.0, w0, 1.0
     for j in range(2, s + 1):
@@ -47,17 +47,17 @@ def chebyshev(s: int, damping: float = _DAMPING) -> Chebyshev:
     return Chebyshev(s, w1, w0, b, 1 - b * T, float((w0 + 1) * ddT[s] / dT[s]))
 
 
-def stages(h: float, radius: float, damping: float = _DAMPING) -> int:
+def stages(h: float, radius: float) -> int:
     """The least number of stages that is stable for a step h and a spectral radius."""
     s = 2
-    while chebyshev(s, damping).reach < h * radius:
+    while chebyshev(s).reach < h * radius:
         s += 1
     return s
 
 
-def rkc(f: Callable[[Any], Any], y: Any, h: float, s: int, f0: Any, damping: float = _DAMPING) -> Any:
+def rkc(f: Callable[[Any], Any], y: Any, h: float, s: int, f0: Any) -> Any:
     """One step of s stages for the pytree y, given f0 = f(y): s − 1 further evaluations."""
-    c = chebyshev(s, damping)
+    c = chebyshev(s)
     before, now = y, combine([(1.0, y), (c.b[1] * c.w1 * h, f0)])
     for j in range(2, s + 1):
         mu, nu = 2 * c.b[j] * c.w0 / c.b[j - 1], -c.b[j] / c.b[j - 2]

@@ -1,0 +1,1 @@
+"""Runs: processes in progress, what is observed of them, and how they are driven."""

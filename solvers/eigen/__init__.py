@@ -1,0 +1,1 @@
+"""Eigenpairs of the effective Hessian, followed along a run."""

@@ -1,0 +1,90 @@
+"""The defect: what holding the model over an interval has been wrong by, measured at its end, in w, and made up for.
+
+    δ = ∫ (F − F̂) dt
+
+F̂ is the flow with the model of the last update.  Two things make δ.  T has bent otherwise than foreseen; the moments of
+X times its change make up for that, exactly for a T that is quadratic in time.  And a gap is left, which a *signed*
+correction of the impulse closes; a one-sided one overshoots after an entry, and leaves the eigenvalue below 2 for tens
+of units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dvi.solvers import ccp
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.macro.model import Moments, StepContext, displaced
+from dvi.solvers.macro.stage import SHARE, Pass, displacement
+from dvi.solvers.protocol import Array, Flow, Frame, State, combine
+from dvi.solvers.svec import smat, svec
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The end of an interval after its corrections.
+
+    Attributes:
+        y: the state.
+        X: the mean of X over the last step, in the new frame, with its share of the correction.
+        bend: what the bend of T has been worth, in the norm of w, over the root of the interval's length H.
+        slip: the same of the correction of the impulse.
+        sag: by how much an effective eigenvalue was above 2 before it.
+        defect: the displacement of w for the bend of T [d] (None: nothing has oscillated).
+    """
+
+    y: State
+    X: Array
+    bend: float = 0.0
+    slip: float = 0.0
+    sag: float = 0.0
+    defect: Tensor | None = None
+
+    def ratio(self, tol: float) -> float:
+        """The defect over what an interval may leave to its end: the tolerance, and 2 passed by a little."""
+        return max(self.bend / tol, self.slip / tol, self.sag / CONSTANTS.sag)
+
+
+def correct(flow: Flow, context: StepContext, step: Pass, moments: Moments, new: Frame, R: Array) -> Corrected:
+    """Make up for the model's error at the end of an interval.
+
+    Args:
+        context: the model, as of the interval's last step.
+        step: that step.
+        moments: of X over the interval.
+        new, R: the new frame, with T, and the rotation to it [k', k].
+
+    Raises:
+        DomainError: if that leaves the domain of P.
+    """
+    if not new.k:
+        return Corrected(step.y, np.zeros((0, 0)))
+    y, g = step.y, step.g
+    H = y.t - context.spectrum.t
+    lin = flow.linearised(y, g, new)
+    X, rest = R @ step.mean @ R.T, H * (R @ step.X @ R.T)
+    bend, defect = 0.0, None
+    if moments.zeroth.any():
+        S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
+        late = moments.bent(H, context.slope)
+        foreseen = flow.linearised(y, g, context.ahead(H)).kick(S @ late @ S)
+        change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.parts)])
+        bend, defect = displacement(flow, y, g, change, H) / H**SHARE, change[0]
+        if not np.isfinite(bend):
+            return Corrected(y, X, bend)
+        y = step.repaired(displaced(y, change))
+        lin = flow.linearised(y, g, new)
+    sag = max(0.0, -float(np.linalg.eigvalsh(lin.gap)[0]))
+    # gap + β[Z − rest] ⪰ 0 ⟂ Z: the impulse that the end asks for against the one the stages were giving
+    impulse = ccp.solve(smat(lin.beta @ svec(rest)) - lin.gap, lin.beta).X - rest
+    flow.count_ccp()
+    slip = 0.0
+    if impulse.any():
+        kick = lin.kick(impulse)
+        slip = displacement(flow, y, g, kick.parts, H) / H**SHARE
+        y = step.repaired(displaced(y, kick.parts))
+        flow.velocity(y, g)  # still in the domain?
+    return Corrected(y, X + impulse / H, bend, slip, sag, defect)

@@ -1,0 +1,280 @@
+"""The model of the constraint that a macro step holds: critical frame, slope of T, what the oscillation has done since.
+
+Between two updates the gap is linear in w and exact in P(ν), T follows its slope, and moments of X are kept, from which
+the next update makes up for what T has bent meanwhile (:mod:`dvi.solvers.macro.defect`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvi.solvers import ccp
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.eigen.tracker import SAME, Approach, EigenTracker, SpectrumEstimate
+from dvi.solvers.nodes import empty_frame
+from dvi.solvers.protocol import Array, Flow, Frame, Linearised, State, combine, host, like
+from dvi.solvers.svec import outer, skron
+
+#: Of (w, ν).
+Change = tuple[Tensor, Any]
+
+
+def displaced(y: State, change: Change) -> State:
+    """The state with that change, at the same moment."""
+    w, nu = combine([(1.0, y.parts), (1.0, change)])
+    return State(w, nu, y.t)
+
+
+def partial_isometry(overlap: Array) -> Array:
+    """The rotation that an overlap of two frames stands for; zero on what they do not share."""
+    left, size, right = np.linalg.svd(overlap, full_matrices=False)
+    shared = size > SAME
+    nearest: Array = left[:, shared] @ right[shared]
+    return nearest
+
+
+def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
+    """The rotation from the old frame to the new one [k', k]: polar factor of U'ᵀPU, also when k changed."""
+    if not new.k or not old.k:
+        return np.zeros((new.k, old.k))
+    return partial_isometry(host(new.U.T @ flow.precondition(end, old.U))[0])
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How T and the eigenvectors changed from one update to the next, per unit time.
+
+    Attributes:
+        T: [n, d], in the later frame; zero for pairs of which one direction is new.
+        V: eigenvectors [d, m]; zero for new ones.
+        span: unit times between the two updates.
+        known: projector [k, k] on the directions of which T's slope is known.
+    """
+
+    T: Tensor
+    V: Tensor
+    span: float
+    known: Array
+
+    @classmethod
+    def between(cls, old: Frame, before: SpectrumEstimate, new: Frame, now: SpectrumEstimate) -> Slope | None:
+        """From the frames and spectra of two updates; None if they were made at the same time."""
+        span = now.t - before.t
+        if span <= 0:
+            return None
+        V, V_old = now.block.V, before.block.V
+        (overlap,) = host(V_old.T @ V)
+        known = np.linalg.norm(overlap, axis=0) > SAME
+        turned = like(partial_isometry(overlap), V)
+        R = partial_isometry(overlap[: old.k, : new.k].T)
+        both = R @ R.T
+        if not old.k or not new.k:
+            change = torch.zeros_like(new.T)
+        else:
+            change = like(skron(both), new.T) @ new.T - like(skron(R), new.T) @ old.T
+            # Where directions come and go while T turns over, what those that stay had is no guide to what they will.
+            if old.k != new.k and float(change.norm()) > 0.1 * float(new.T.norm()):
+                change, both = torch.zeros_like(new.T), np.zeros_like(both)
+        return cls(change / span, (V - V_old @ turned) * like(known / span, V), span, both)
+
+    def covers(self, X: Array) -> bool:
+        """Is T's slope known wherever X oscillates (but for a quarter of it)?"""
+        size = float(np.abs(X).sum())
+        return float(np.abs(X - self.known @ X @ self.known).sum()) <= 0.25 * size
+
+    def within(self, s: float) -> float:
+        """How far ahead to extrapolate a time s after the update: no further than slopes are believed."""
+        return min(s, CONSTANTS.believed * self.span)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """∫X sʲ ds for j = 0, 1, 2, s the time since the last update; in that frame, [k, k] each."""
+
+    zeroth: Array
+    first: Array
+    second: Array
+
+    @classmethod
+    def none(cls, k: int) -> Moments:
+        """No oscillation so far."""
+        return cls(*(np.zeros((k, k)) for _ in range(3)))
+
+    def after(self, X: Array, s: float, h: float) -> Moments:
+        """With X constant from s to s + h."""
+        first, second = h * (s + h / 2), h * (s * s + s * h + h * h / 3)
+        return Moments(self.zeroth + h * X, self.first + first * X, self.second + second * X)
+
+    def bent(self, H: float, slope: Slope | None) -> Array:
+        """The impulse on which what T is off at the end of an interval H, from its extrapolation, has acted.
+
+        T is quadratic in time through the last three updates, and off by a part s(s + a)/H(H + a) of that at s, a the
+        length of the interval before; where its slope is not known it is linear, and off by s/H.
+        """
+        linear: Array = self.first / H
+        if slope is None:
+            return linear
+        quadratic = (self.second + slope.span * self.first) / (H * (H + slope.span))
+        bent: Array = linear + slope.known @ (quadratic - linear) @ slope.known
+        return bent
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which third derivatives the last update took.
+
+    Attributes:
+        axes: those along these orthonormal directions of its frame, [k, k]; None: all.
+        looks: how many updates it has been since all were taken.
+        whole: when that was.
+    """
+
+    axes: Array | None = None
+    looks: int = 0
+    whole: float = np.nan
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """All that is known at the start of a step.
+
+    Attributes:
+        loss, g: there.
+        spectrum, frame: the last look at the eigenvectors, and the critical frame then.
+        slope: how they had changed since the update before it, if there was one.
+        moments: of X since the update (None: it was made here).
+        approach: where the eigenvalues in the frame are, and go (None: not known).
+        until: the moment until which no update is needed.
+        interval: how long the next interval between updates may be (0: not known).
+        taken: which third derivatives the last update took (by default all of them).
+        defect: the displacement of w [d] by which the last update made up for the model's error (None: by nothing).
+    """
+
+    loss: float
+    g: Tensor
+    spectrum: SpectrumEstimate
+    frame: Frame
+    slope: Slope | None = None
+    moments: Moments | None = None
+    approach: Approach | None = None
+    until: float = np.inf
+    interval: float = 0.0
+    taken: Taken = field(default_factory=Taken)
+    defect: Tensor | None = None
+
+    def ahead(self, s: float) -> Frame:
+        """The frame a time s after its update: T extrapolated, where a slope is known."""
+        if self.slope is None or not self.frame.k:
+            return self.frame
+        return replace(self.frame, T=self.frame.T + self.slope.within(s) * self.slope.T)
+
+    def vectors_ahead(self, t: float) -> Tensor | None:
+        """The eigenvectors extrapolated to the time t; None without a slope."""
+        if self.slope is None:
+            return None
+        return self.spectrum.block.V + self.slope.within(t - self.spectrum.t) * self.slope.V
+
+    def shown(self, flow: Flow, y: State, frame: Frame) -> Frame:
+        """The frame with U (and HU = 2PU, as on the edge) where it will be at y; for what is recorded."""
+        V = self.vectors_ahead(y.t)
+        if V is None or not frame.k:
+            return frame
+        U = flow.basis(y, V[:, : frame.k])
+        return replace(frame, U=U, HU=2 * flow.precondition(y, U))
+
+
+def evaluate(
+    flow: Flow,
+    tracker: EigenTracker,
+    y: State,
+    last: SpectrumEstimate | None,
+    h: float,
+    known: tuple[float, Tensor] | None = None,
+) -> StepContext:
+    """All that a step from y needs to know; ``known``: loss and gradient, if at hand."""
+    if known is None:
+        loss, g = flow.value_and_grad(y)
+        known = float(loss), g
+    if not flow.constrained:
+        return StepContext(*known, tracker.update_leading(flow, y, last), empty_frame(flow, y))
+    spectrum = tracker.update(flow, y, last, h)
+    return StepContext(*known, spectrum, critical_frame(flow, y, spectrum, tracker.critical(spectrum, h)))
+
+
+def critical_frame(flow: Flow, y: State, spectrum: SpectrumEstimate, k: int, third: bool = True) -> Frame:
+    """The frame of k critical eigenvectors; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    return replace(spectrum.frame(flow, y, k, third), on_edge=True)
+
+
+def third_derivatives(flow: Flow, y: State, frame: Frame, foreseen: Tensor, axes: Array | None) -> Tensor:
+    """T [n, d] of a frame: all of it, or the nearest to a foreseen T that has the true T[q, q] on orthonormal ``axes``.
+
+    T of k directions is k(k+1)/2 contractions of ∇³L, most of what an update costs.  But w is pushed by T[X] alone, by
+    T[q, q] along the k axes q of the oscillation.  The others only say how X answers to the gap.  There T as foreseen
+    serves, as an old Jacobian serves Newton's method: what that leaves of the gap, the next update sees.
+    """
+    if axes is None:
+        return flow.third_derivatives(y, frame.U)
+    squares = flow.third_derivatives(y, frame.U @ like(axes, frame.U), squares=True)
+    S = like(outer(axes), foreseen)
+    return foreseen + S.T @ (squares - S @ foreseen)
+
+
+def oscillating(X: Array) -> Array:
+    """The axes of X [k, k] along which it oscillates, [k, a]."""
+    if not X.any():
+        return np.zeros((len(X), 0))
+    x, Q = np.linalg.eigh(X)
+    return Q[:, x > CONSTANTS.rest * x[-1]]
+
+
+def baumgarte(h: float) -> float:
+    """The rate at which a gap is closed, per unit time."""
+    return 4 / max(h, 2.0)
+
+
+def multiplier(
+    flow: Flow, lin: Linearised, gamma: float, warm: list[ccp.CCPResult | None] | None = None, on: Array | None = None
+) -> Array:
+    """X of Baumgarte type, γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0; if ``on`` [k, a] is given, on the span of its columns only."""
+    alpha, beta = lin.alpha - gamma * lin.gap, lin.beta
+    if on is not None:
+        S = skron(on.T)
+        alpha, beta = on.T @ alpha @ on, S @ beta @ S.T
+    if not len(alpha):
+        return np.zeros_like(lin.alpha)
+    solved = ccp.solve(alpha, beta, warm=warm[0] if warm else None)
+    flow.count_ccp()
+    if warm:
+        warm[0] = solved
+    return solved.X if on is None else on @ solved.X @ on.T
+
+
+def anchored(flow: Flow, y: State, frame: Frame, gap: Array) -> Frame:
+    """The frame with its gap at y, where w is: from there on it is linear in w anew."""
+    M = 2 * host(frame.U.T @ flow.precondition(y, frame.U))[0] - gap
+    return replace(frame, w=y.w, M=0.5 * (M + M.T))
+
+
+def settled(
+    flow: Flow, moved: State, new: Frame, gap: Array, spectrum: SpectrumEstimate, h: float
+) -> tuple[Frame, SpectrumEstimate]:
+    """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
+    values = spectrum.eigenvalues.copy()
+    values[: new.k] = 2 - np.linalg.eigvalsh(gap)
+    shift = (values - spectrum.eigenvalues) / h
+    block = replace(spectrum.block, eigenvalues=values)
+    return anchored(flow, moved, new, gap), replace(spectrum, block=block, rates=spectrum.rates + shift)
+
+
+def amplitude(X: Array, frame: Frame) -> float:
+    """The root of tr Σ = tr UXUᵀ: how far w oscillates."""
+    if not frame.k:
+        return 0.0
+    (G,) = host(frame.U.T @ frame.U)
+    return float(max((X * G).sum(), 0.0) ** 0.5)

@@ -1,0 +1,125 @@
+"""One pass of RKC2 over a step with the model held: (w, ν) and the impulse ∫X dt, one gradient and one CCP a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.solvers import ccp
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import DomainError
+from dvi.solvers.macro.model import Change, StepContext, baumgarte, multiplier
+from dvi.solvers.macro.rkc import rkc, stages
+from dvi.solvers.protocol import Array, Flow, Linearised, Rate, State, combine
+from dvi.solvers.repair import Repair
+from dvi.solvers.svec import smat, svec
+
+#: Errors may be tol·√h: with the same tol for every step, the many short ones of a first transient would make nearly
+#: all of the error, which the flow then carries along.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the stages of a step have reached.
+
+    Attributes:
+        y, loss, g: the state at the end, and the loss and gradient there.
+        first, last: dy/dt at both ends.
+        mean: of X over the step, in the model's frame [k, k]; X: at the end.
+        lin: the flow linearised at the end, in the model's frame.
+        error: the embedded estimate in the norm of w, over √h.
+        repaired: sets states of this step back into the domain of P.
+    """
+
+    y: State
+    loss: float
+    g: Tensor
+    first: Rate
+    last: Rate
+    mean: Array
+    X: Array
+    lin: Linearised
+    error: float
+    repaired: Repair
+
+
+def silent(context: StepContext, h: float) -> bool:
+    """Is none at the edge in a step of h?  Baumgarte's term, which acts over a part of it, would push too early."""
+    return context.approach is not None and context.approach.none_within(h)
+
+
+def run_stages(flow: Flow, tracker: EigenTracker, context: StepContext, y: State, h: float) -> Pass:
+    """A step of h from y, with T at its middle.
+
+    Raises:
+        DomainError: if a stage leaves the domain of the loss or of P.
+    """
+    frame = context.ahead(y.t - context.spectrum.t + h / 2)
+    gamma, quiet = baumgarte(h), silent(context, h)
+    decay = flow.nu_decay(y, context.g)
+    repaired = Repair(flow, y, decay)
+    warm: list[ccp.CCPResult | None] = [None]
+
+    def rate(at: dict[str, Any], g: Tensor | None = None) -> tuple[dict[str, Any], Array, Linearised]:
+        state = State(at["w"], at["nu"], at["t"])
+        if g is None:
+            state = repaired(state)
+            g = flow.gradient(state)
+        lin = flow.linearised(state, g, frame)
+        X = np.zeros_like(lin.alpha) if quiet else multiplier(flow, lin, gamma, warm)
+        drift = lin.drift(X)
+        return {"w": drift.w, "nu": drift.nu, "t": 1.0, "z": svec(X)}, X, lin
+
+    start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
+    first, _, _ = rate(start, context.g)
+    radius = max(_sharpness(flow, tracker, context, y.t + h), 1.1 * decay)
+    raw = rkc(lambda at: rate(at)[0], start, h, stages(h, radius), first)
+    end = repaired(State(raw["w"], raw["nu"], y.t + h))
+    raw["nu"] = end.nu
+    loss, g = flow.value_and_grad(end)
+    last, X, lin = rate({**raw, "t": end.t}, g)
+    names = ("w", "nu")
+    off = [(c, {n: of[n] for n in names}) for c, of in ((0.8, start), (-0.8, raw), (0.4 * h, first), (0.4 * h, last))]
+    d = combine(off)
+    return Pass(
+        end,
+        float(loss),
+        g,
+        Rate(first["w"], first["nu"]),
+        Rate(last["w"], last["nu"]),
+        smat(raw["z"]) / h,
+        X,
+        lin,
+        displacement(flow, end, g, (d["w"], d["nu"]), h) / h**SHARE,
+        repaired,
+    )
+
+
+def displacement(flow: Flow, y: State, g: Tensor, change: Change, H: float) -> float:
+    """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
+    size: float = torch.linalg.vector_norm(change[0]).item()
+    if not np.isfinite(size) or not pytree.tree_leaves(y.nu):
+        return size
+    other = State(y.w, combine([(1.0, y.nu), (0.5, change[1])]), y.t)
+    try:
+        return max(size, H * float((flow.velocity(y, g) - flow.velocity(other, g)).norm()))
+    except DomainError:
+        return float("inf")
+
+
+def _sharpness(flow: Flow, tracker: EigenTracker, context: StepContext, end: float) -> float:
+    """The largest effective eigenvalue in a step, at most: the spectral radius of the flow's Jacobian in w."""
+    now = context.spectrum
+    top = float(now.eigenvalues[0])
+    if not flow.constrained:  # it rises as it likes, and is known to a few percent, up to a unit ago
+        return max(2.1, 1.2 * top)
+    if context.frame.k or end > now.until:
+        return max(2.1, 1.05 * top)
+    # far from 2 until then; a Ritz value is below the eigenvalue by its residual at most
+    return min(2.1, 1.1 * (top + float(now.block.residuals[0]) + tracker.rise(now, end)) + 0.1)

@@ -1,0 +1,399 @@
+"""The macro step: a central flow for about the price of training.
+
+Between breakpoints the flow is smooth and mildly stiff (its Jacobian has spectrum in [−2, small], because the effective
+sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, eigenvectors
+and third derivatives, is made when it is needed; in between the constraint is a model.  So a step goes:
+
+    1  RKC2 with the model held (:mod:`dvi.solvers.macro.stage`): each stage costs one gradient and one CCP;
+    2  its embedded error decides whether it is taken, before anything expensive is done;
+    3  on with the same model, or an update (:mod:`dvi.solvers.macro.refresh`);
+    4  at an update the defect of the model is measured and made up for (:mod:`dvi.solvers.macro.defect`);
+    5  one controller chooses the next step from the error, and the next interval between updates from the defect.
+
+A step ends where an eigenvalue is predicted to arrive at 2.  Where defects reverse one another at steps shorter than
+one of the optimizer, or the budget is spent, unit steps take over (:mod:`dvi.solvers.macro.unit`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.eigen.block_method import CriticalSubspace
+from dvi.solvers.eigen.tracker import EigenTracker, landing_at
+from dvi.solvers.errors import BudgetError, DomainError, StepError
+from dvi.solvers.hermite import hermite
+from dvi.solvers.macro.defect import correct
+from dvi.solvers.macro.model import (
+    Moments,
+    StepContext,
+    amplitude,
+    baumgarte,
+    critical_frame,
+    evaluate,
+    multiplier,
+    transport,
+)
+from dvi.solvers.macro.refresh import carried, growth, kept_until, refreshed, with_thirds
+from dvi.solvers.macro.stage import run_stages, silent
+from dvi.solvers.macro.unit import UnitMemory, unit_step
+from dvi.solvers.nodes import node
+from dvi.solvers.numbers import with_numbers
+from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
+
+#: Unit times over which the budget is averaged.
+WINDOW = 20.0
+
+
+@dataclass(frozen=True)
+class MacroMemory:
+    """What the macro step wants to be given back.
+
+    Attributes:
+        h: the next step to try.
+        context: what is known at the current state.
+        amplitude: √tr Σ, smoothed over steps.
+        reversals: short steps in a row whose defects have reversed one another.
+        unit: of the unit steps that are being taken (None: none are).
+        left: when the last unit steps ended, and how many they were planned for.
+        spent: (t, gradient equivalents) of the last steps, [n, 2].
+    """
+
+    h: float
+    context: StepContext | None = None
+    amplitude: float = 0.0
+    reversals: int = 0
+    unit: UnitMemory | None = None
+    left: tuple[float, float] = (-np.inf, 0.0)
+    spent: Array = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def cost(self, t: float) -> float:
+        """Gradient equivalents per unit time, over the last ``WINDOW`` units before t."""
+        return float(self.spent[self.spent[:, 0] > t - WINDOW, 1].sum()) / WINDOW
+
+    def charged(self, t: float, cost: float) -> Array:
+        """The entries of the window before t, and one more."""
+        return np.vstack([self.spent[self.spent[:, 0] > t - WINDOW], [[t, cost]]])
+
+    def amplitude_with(self, now: float) -> float:
+        """The amplitude after a step with this one: smoothed where there is one, halved where nothing oscillates."""
+        return now if not self.amplitude else 0.5 * (self.amplitude + now)
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """A step that was taken: its end, the context there, X in its frame, the rates, and errors over the tolerance."""
+
+    y: State
+    context: StepContext
+    X: Array
+    frame: Frame
+    first: Rate
+    last: Rate
+    error: float
+    late: float = 0.0  # the defect of an interval of several steps: too late to take them back
+    missed: float = 0.0  # an effective sharpness far above 2, where no shorter step could be tried
+    updated: bool = True
+
+
+@dataclass(frozen=True)
+class MacroStep:
+    """Adaptive macro steps with an RKC2 inside; the default integrator.
+
+    Args:
+        tol: error allowed in a step of one unit time, in the norm of w (tol·√h in a step of h).  Default: 0.3 √tr Σ, as
+            fine as the oscillation itself resolves, within 1e-3 and 1.
+        h_min, h_max: bounds on the step, unit times.
+        h_start: first step; a random initialisation has a transient.
+        watch: how the critical eigenpairs are followed (default: as sharply as tol asks for).
+        max_rejections: in a row, before giving up.
+        budget: gradient equivalents per unit time, averaged over 20 units, from which on unit steps are taken; if those
+            cost more, too, the run ends.  Default: 100, and no bound where tol is given.
+
+    Raises:
+        ValueError: if tol or budget is not positive or the bounds are not 0 < h_min ≤ h_start ≤ h_max.
+    """
+
+    tol: float | None = None
+    h_min: float = 1 / 256
+    h_max: float = 20.0
+    h_start: float = 0.25
+    watch: EigenTracker | None = None
+    max_rejections: int = 25
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        with_numbers(self)
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(
+                f"MacroStep(tol={self.tol}): tol must be positive; without it, it follows the oscillation."
+            )
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"MacroStep(budget={self.budget}): a budget is positive, in gradients per unit time.")
+        if not 0 < self.h_min <= self.h_start <= self.h_max:
+            raise ValueError("MacroStep: bounds on the step must satisfy 0 < h_min <= h_start <= h_max (unit times).")
+
+    @property
+    def limit(self) -> float:
+        """The budget, in gradient equivalents per unit time."""
+        if self.budget is not None:
+            return self.budget
+        return 100.0 if self.tol is None else np.inf
+
+    def tolerance(self, memory: MacroMemory) -> float:
+        """The tolerance of the next step."""
+        if self.tol is not None:
+            return self.tol
+        return float(np.clip(CONSTANTS.resolved * memory.amplitude, *CONSTANTS.tolerances))
+
+    def tracker(self, tol: float) -> EigenTracker:
+        """How the critical eigenpairs are followed."""
+        if self.watch is not None:
+            return self.watch
+        sharp = min(CONSTANTS.band, CONSTANTS.sharp * (tol / 1e-3) ** 0.5)
+        # Of 200 look-arounds with eight products (d = 3,000) all find an eigenvalue 0.5 above ten others, 95 % one 0.2
+        # above them.
+        return EigenTracker(CriticalSubspace(tol=sharp, krylov=8), survey_every=100.0, survey_soonest=25.0)
+
+    def init(self, flow: Flow, y: State) -> MacroMemory:
+        """The first step is short."""
+        return MacroMemory(self.h_start)
+
+    def horizon(self, memory: MacroMemory) -> float:
+        """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
+        return 1.001 if memory.unit else 1.7 * min(memory.h, self.h_max)
+
+    def step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+        """One accepted step of at most h unit times.
+
+        Raises:
+            StepError: if a step of h_min still leaves the finite numbers or the domain of P.
+            BudgetError: if unit steps cost more than the budget.
+        """
+        before = flow.spent()
+        result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
+        now = result.memory
+        now = replace(now, spent=now.charged(result.y.t, flow.spent() - before))
+        if flow.constrained and now.cost(result.y.t) > self.limit:
+            if memory.unit:
+                raise BudgetError(
+                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {now.cost(y.t):.0f} gradients per unit "
+                    f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
+                    "raise budget."
+                )
+            if not now.unit:
+                now = self._entered(now, result.y.t)
+        return replace(result, memory=now)
+
+    def observe(self, flow: Flow, memory: MacroMemory, y: State) -> Node:
+        """What is known at y, eigenvalues after a look if need be; X is that of the last CCP of Baumgarte type."""
+        tracker = self.tracker(self.tolerance(memory))
+        context = memory.context
+        if memory.unit:
+            context = evaluate(flow, tracker, y, memory.unit.spectrum, 1.0)
+        if context is None:
+            context = evaluate(flow, tracker, y, None, memory.h)
+        if flow.constrained and context.spectrum.t < y.t:
+            context = evaluate(flow, tracker, y, context.spectrum, memory.h, (context.loss, context.g))
+        lin = flow.linearised(y, context.g, context.frame)
+        X = multiplier(flow, lin, baumgarte(memory.h), None)
+        return node(flow, y.t, context.loss, context.g, context.spectrum, context.frame, X, y.t, lin.drift(X))
+
+    # ---- unit steps -----------------------------------------------------------------------------------
+
+    def _entered(self, memory: MacroMemory, t: float) -> MacroMemory:
+        """From here on unit steps, twice as many as the last time if that was just before."""
+        left, stretch = memory.left
+        stretch = 2 * stretch if t - left < CONSTANTS.unit_steps else CONSTANTS.unit_steps
+        context = memory.context
+        assert context is not None
+        X = np.zeros((context.frame.k, context.frame.k))
+        unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
+        return replace(memory, context=None, reversals=0, unit=unit, spent=np.zeros((0, 2)))
+
+    def _unit_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+        assert memory.unit is not None
+        tracker = self.tracker(self.tolerance(memory))
+        if self.watch is None:
+            tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
+        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h)
+        rate = seen.rate
+        assert rate is not None
+        now = replace(memory, unit=unit, amplitude=memory.amplitude_with(amplitude(seen.X, unit.frame)))
+        if end.t >= unit.until - 1e-9 or not seen.k:
+            context = evaluate(flow, tracker, end, unit.spectrum, 1.0)
+            now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.stretch))
+        return StepResult(end, now, seen, lambda t: y.moved(rate, t - y.t), unit=True)
+
+    # ---- macro steps ----------------------------------------------------------------------------------
+
+    def _macro_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+        tol = self.tolerance(memory)
+        tracker = self.tracker(tol)
+        context = memory.context or evaluate(flow, tracker, y, None, memory.h)
+        size, landing = memory.h, True
+        for attempt in range(self.max_rejections):
+            size = min(size, self.h_max)
+            length = size
+            if landing and flow.constrained:
+                room = context.until - y.t
+                if not context.frame.k:  # with nothing held a step is long, and nothing else would make it look around
+                    room = min(room, max(tracker.due(context.spectrum) - y.t, self.h_start))
+                length = landing_at(context.spectrum, y.t, min(size, room), self.h_start, context.approach)
+            length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
+            final = length <= self.h_min * 1.01 or h <= self.h_min
+            closing = length >= h * (1 - 1e-9) or not landing
+            try:
+                tried = self._attempt(flow, tracker, tol, context, y, length, final, closing)
+            except DomainError as error:
+                if final:
+                    raise StepError(
+                        f"MacroStep at t = {y.t:g}: a step of {length:g} still fails: {error} "
+                        "Lower lr, warm-start with real optimizer steps, or lower h_min."
+                    ) from error
+                tried = length / 2
+            if isinstance(tried, float):
+                if self.tol is None and attempt >= 2 and memory.amplitude and context.frame.k:
+                    return self._unit_step(flow, self._entered(replace(memory, context=context), y.t), y, h)
+                size, landing = max(self.h_min, tried), False
+                # What was taken on trust may be why: look.  With directions held, the step's own error comes first.
+                if flow.constrained and context.spectrum.t < y.t and (not context.frame.k or attempt):
+                    known = context.loss, context.g
+                    context = evaluate(flow, tracker, y, context.spectrum, size, known)
+                continue
+            return self._accept(flow, memory, context, tol, y, length, size, h, tried)
+        raise StepError(
+            f"MacroStep at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol, or use Euler(0.25) to "
+            "see what happens there."
+        )
+
+    def _attempt(
+        self,
+        flow: Flow,
+        tracker: EigenTracker,
+        tol: float,
+        context: StepContext,
+        y: State,
+        h: float,
+        final: bool,
+        closing: bool,
+    ) -> _Accepted | float:
+        """One try of a step: what was reached, or (a float) the length to try instead.
+
+        Args:
+            final: as short as allowed: accept whatever is finite.
+            closing: update the model at its end, needed or not.
+        """
+        k, since = context.frame.k, y.t - context.spectrum.t
+        step = run_stages(flow, tracker, context, y, h)
+        error = step.error / tol
+        if not np.isfinite(error) or (error > CONSTANTS.allowed and not final):
+            return _shorter(h, error, final)
+        end, known = step.y, (step.loss, step.g)
+        if not flow.constrained:
+            after = evaluate(flow, tracker, end, context.spectrum, h, known)
+            return _Accepted(end, after, step.mean, after.frame, step.first, step.last, error)
+
+        moments = (context.moments or Moments.none(k)).after(step.mean, since, h)
+        until = end.t
+        if not (closing and k):
+            until = kept_until(flow, tracker, context, step, moments, h * growth(error))
+        if until > end.t:
+            after = carried(flow, context, step, moments, h, until)
+            shown = context.shown(flow, y, context.ahead(since + h / 2))
+            return _Accepted(end, after, step.mean, shown, step.first, step.last, error, updated=False)
+
+        now = tracker.update(flow, end, context.spectrum, h, context.vectors_ahead(end.t))
+        above = float(now.eigenvalues[0]) - 2
+        on_trust = silent(context, h) if k else since > 0  # nothing was constrained because none was near 2
+        if above > (10 * CONSTANTS.at_edge if on_trust else CONSTANTS.overshoot) and not final:
+            return 0.5 * h
+        new = critical_frame(flow, end, now, tracker.critical(now, h, k), third=False)
+        R = transport(flow, end, new, context.frame)
+        new, taken = with_thirds(flow, end, new, now, context, R, step.X)
+        corrected = correct(flow, context, step, moments, new, R)
+        bend = corrected.bend / tol
+        if not np.isfinite(bend) or (bend > CONSTANTS.allowed and not since and not final):
+            return _shorter(h, bend, final)
+        after = refreshed(flow, context, step, now, new, R, taken, corrected, tol)
+        return _Accepted(
+            corrected.y,
+            after,
+            corrected.X,
+            replace(new, T=after.frame.T),
+            step.first,
+            step.last,
+            error if since else max(error, bend),
+            bend if since else 0.0,
+            above + 2 if above > CONSTANTS.overshoot else 0.0,
+        )
+
+    def _accept(
+        self,
+        flow: Flow,
+        memory: MacroMemory,
+        context: StepContext,
+        tol: float,
+        y: State,
+        length: float,
+        tried: float,
+        available: float,
+        new: _Accepted,
+    ) -> StepResult:
+        grown = length * growth(new.error)
+        # A step that was cut to land says little about the next one; if that is too long, it costs its stages only.
+        h = max(0.9 * tried, grown) if length < 0.7 * tried else grown
+        h = float(np.clip(h, self.h_min, self.h_max))
+        size = amplitude(new.X, new.frame)
+        now = replace(
+            memory,
+            h=h,
+            context=new.context,
+            amplitude=memory.amplitude_with(size),
+            reversals=self._reversals(memory, context, y, max(length, h), available, new),
+        )
+        if now.reversals >= 2 and self.tol is None:
+            now = self._entered(now, new.y.t)
+        largest = max(new.error, new.late)
+        begin = node(
+            flow,
+            y.t,
+            context.loss,
+            context.g,
+            context.spectrum,
+            new.frame,
+            new.X,
+            y.t + 0.5 * length,
+            new.first,
+            context.approach,
+        )
+        inside = hermite(y, new.y, new.first, new.last)
+        strain = largest if largest > CONSTANTS.allowed else 0.0
+        return StepResult(new.y, now, begin, inside, strain, new.missed)
+
+    def _reversals(
+        self, memory: MacroMemory, context: StepContext, y: State, longest: float, available: float, new: _Accepted
+    ) -> int:
+        """How many updates in a row have had defects that reverse one another, after steps shorter than one unit that
+        move w by less than the oscillation resolves: there the force is stiff, not fast.
+        """
+        if not new.updated:
+            return memory.reversals
+        old, now = context.defect, new.context.defect
+        if old is None or now is None or longest >= 1 or available < 2:
+            return 0
+        if float((new.y.w - y.w).norm()) > CONSTANTS.resolved * memory.amplitude:
+            return 0
+        cosine = float(old @ now) / max(float(old.norm() * now.norm()), 1e-300)
+        return memory.reversals + 1 if cosine < CONSTANTS.reverses else 0
+
+
+def _shorter(h: float, error: float, final: bool) -> float:
+    """The length to try instead of h, after an error (over the tolerance) that is too large."""
+    if np.isfinite(error):
+        return h * growth(error)
+    if final:
+        raise DomainError("the state is not finite.")
+    return 0.5 * h

@@ -1,0 +1,85 @@
+"""Unit steps: where the force of the oscillation is too stiff to follow, one explicit step per step of the optimizer.
+
+There what a finer step resolves is a feature many times finer than the oscillation itself, which the optimizer does
+not see.  One step takes X from the constraint at its end, as Euler's does, with averaged third derivatives,
+
+    T̄ ← ½ (T + R T̄),    X ⪰ 0  ⟂  gap/dt + β[X] − α ⪰ 0,    dt = 1,
+
+R the transport from the last frame (new directions take T itself).  The mean damps what would alternate: Euler's limit
+on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots, and dt is halved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dvi.solvers import ccp
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.eigen.block_method import CRITICAL
+from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
+from dvi.solvers.errors import StepError
+from dvi.solvers.macro.model import third_derivatives, transport
+from dvi.solvers.nodes import node
+from dvi.solvers.protocol import Array, Flow, Frame, Node, State, like
+from dvi.solvers.repair import Repair
+from dvi.solvers.svec import skron
+
+
+@dataclass(frozen=True)
+class UnitMemory:
+    """What unit steps want to be given back.
+
+    Attributes:
+        spectrum: the eigenpairs as last seen.
+        frame, X: the last frame, with the averaged T, and the oscillation in it [k, k].
+        until: when a longer step is to be tried again.
+        stretch: for how many unit steps this has been planned.
+        dt: the next step, at most one unit.
+        partial: how many steps it has been since all third derivatives were taken.
+    """
+
+    spectrum: SpectrumEstimate
+    frame: Frame
+    X: Array
+    until: float
+    stretch: float
+    dt: float = 1.0
+    partial: int = 0
+
+
+def unit_step(
+    flow: Flow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float
+) -> tuple[State, UnitMemory, Node]:
+    """One step of at most one unit: its end, the memory there, and what was seen at its beginning.
+
+    Raises:
+        StepError: if it leaves the finite numbers.
+    """
+    loss, g = flow.value_and_grad(y)
+    # Overshooting makes the eigenvalues' rates noisy: they are believed for a part of the step only.
+    soon = CONSTANTS.unit_ahead * memory.dt
+    now = tracker.update(flow, y, memory.spectrum, soon)
+    above, dt = now.eigenvalues[0] - CRITICAL, memory.dt
+    dt = 0.5 * dt if above > CONSTANTS.overshoot else min(1.0, 2 * dt) if above < CONSTANTS.band else dt
+    h = h if h <= dt * (1 + 1e-9) else dt
+    k = tracker.critical(now, soon)
+    frame = now.frame(flow, y, k, third=False)
+    R = transport(flow, y, frame, memory.frame)
+    X, before = R @ memory.X @ R.T, like(skron(R), frame.U) @ memory.frame.T
+    same = k == memory.frame.k and np.trace(R @ R.T) > k - 0.5
+    partial = memory.partial + 1 if k > 1 and same and X.any() and memory.partial < CONSTANTS.whole * k else 0
+    T = third_derivatives(flow, y, frame, before, np.linalg.eigh(X)[1] if partial else None)
+    frame = replace(frame, T=T + 0.5 * (before - like(skron(R @ R.T), T) @ T))
+    lin = flow.linearised(y, g, frame)
+    X = np.zeros((k, k))
+    if k:
+        X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
+        flow.count_ccp()
+    rate = lin.drift(X)
+    end = Repair(flow, y)(y.moved(rate, h))
+    if not bool(end.w.isfinite().all()):
+        raise StepError(f"At t = {y.t:g} a step of one unit left the finite numbers, and shorter ones cost too much.")
+    seen = node(flow, y.t, float(loss), g, now, frame, X, y.t, rate)
+    return end, replace(memory, spectrum=now, frame=frame, X=X, dt=dt, partial=partial), seen

@@ -1,0 +1,1 @@
+"""The integrator of flows with momentum as a state, and of the central map."""
