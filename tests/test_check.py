@@ -317,7 +317,8 @@ def test_a_cached_value():
 
 def test_the_check_is_cheap(monkeypatch):
     """At most 100 gradients: a twentieth of 500 steps of the cheapest central flow of the demo (4.3 a step)."""
-    from dvi.problems import check, digits, kinks
+    from dvi.problems import digits
+    from dvi.problems.derivatives import check, kinks
 
     counted = 0
     original = check.value_and_gradient

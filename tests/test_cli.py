@@ -142,13 +142,13 @@ def test_every_method_runs_with_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "integrator"),
     [
-        ([], "MacroStep(tol=0.001"),
+        ([], "MacroStep(tol=None"),
         (["--tol", "1e-4"], "MacroStep(tol=0.0001"),
         (["--method", "adam", "--tol", "1e-4"], "SemiImplicit(dt=0.5, tol=0.0001"),
         (["--method", "adam", "--accuracy", "paper", "--tol", "1e-4"], "MacroStep(tol=0.0001"),
         (["--accuracy", "second-order", "--integrator", "semi-implicit", "--dt", "0.25"], "SemiImplicit(dt=0.25"),
         (["--integrator", "euler", "--dt", "0.5"], "Euler(dt=0.5"),
-        (["--integrator", "macro-step", "--h-max", "4"], "MacroStep(tol=0.001, h_min=0.00390625, h_max=4.0"),
+        (["--integrator", "macro-step", "--h-max", "4"], "MacroStep(tol=None, h_min=0.00390625, h_max=4.0"),
         (["--integrator", "rk", "--integrator.order", "2", "--tol", "1e-4"], "RungeKutta(order=2, tol=0.0001"),
         (["--integrator", "torchdiffeq", "--integrator.method", "midpoint"], "TorchDiffEq(method='midpoint'"),
     ],

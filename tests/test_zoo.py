@@ -465,7 +465,8 @@ def test_the_stable_flow_follows_the_optimizer_where_nothing_oscillates(kind):
 def test_the_central_flow_goes_through_the_edge(kind):
     problem = network()
     method = kind.make(kind.edge, problem.shapes)
-    race = dvi.compare(problem, method, 12, eigen_every=0, progress=False)
+    integrator = dvi.MacroStep(1e-3) if method.Q().trivial else None
+    race = dvi.compare(problem, method, 12, integrator=integrator, eigen_every=0, progress=False)
     central, warm = race.central, race.about["warm_start"]
     assert central.breakpoints[0][1] == "enter"
     assert central.breakpoints[0][0] < 4

@@ -24,6 +24,7 @@ from dvi.runs.observables import Observation, Observer
 from dvi.runs.unit_stretches import joined, unit_step_notes
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.errors import BudgetError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.protocol import Array, State, StepResult
 
@@ -120,15 +121,8 @@ class FlowProcess(Process):
     """A flow driven by an integrator."""
 
     _own_state: tuple[str, ...] = (
-        "memory",
-        "bound",
-        "strained",
-        "missed",
-        "unit_steps",
-        "fresh",
-        "base",
-        "anchor",
-        "looked",
+        *("memory", "bound", "strained", "missed", "unit_steps"),
+        *("fresh", "base", "anchor", "looked"),
     )
 
     def __init__(
@@ -174,7 +168,7 @@ class FlowProcess(Process):
         except Exception as error:
             if self.fresh and self.flow.constrained:
                 self._require_feasible(float(EigenTracker().update_leading(self.flow, start, None).eigenvalues[0]))
-            if isinstance(error, CCPError) and self._kinks_since_anchor():
+            if isinstance(error, (CCPError, BudgetError)) and self._kinks_since_anchor():
                 raise RunError(Status.KINKS, str(error)) from error
             raise
         node, base = result.node, self.base
