@@ -171,21 +171,21 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if unit steps cost more than the budget.
+            BudgetError: if unit steps cost more than the budget, on average over their first ``WINDOW`` units or later.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
         now = result.memory
         now = replace(now, spent=now.charged(result.y.t, flow.spent() - before))
         if flow.constrained and now.cost(result.y.t) > self.limit:
-            if memory.unit:
+            if not memory.unit:
+                now = now if now.unit else self._entered(now, result.y.t)
+            elif result.y.t >= memory.unit.begin + WINDOW:
                 raise BudgetError(
                     f"MacroStep at t = {y.t:g}: even steps of one unit cost {now.cost(y.t):.0f} gradients per unit "
                     f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
                     "raise budget."
                 )
-            if not now.unit:
-                now = self._entered(now, result.y.t)
         return replace(result, memory=now)
 
     def observe(self, flow: Flow, memory: MacroMemory, y: State) -> Node:

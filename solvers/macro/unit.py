@@ -48,6 +48,11 @@ class UnitMemory:
     dt: float = 1.0
     partial: int = 0
 
+    @property
+    def begin(self) -> float:
+        """When unit steps were begun."""
+        return self.until - self.stretch
+
 
 def unit_step(
     flow: Flow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float
