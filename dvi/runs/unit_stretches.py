@@ -8,9 +8,9 @@ def joined(steps: list[tuple[float, float]]) -> list[list[float]]:
     stretches: list[list[float]] = []
     for start, end in steps:
         if stretches and start - stretches[-1][1] < 1e-9:
-            stretches[-1][1] = end
+            stretches[-1][1] = float(end)
         else:
-            stretches.append([start, end])
+            stretches.append([float(start), float(end)])
     return stretches
 
 
