@@ -257,9 +257,10 @@ def test_the_amplitude_is_the_root_of_the_trace():
 def test_what_exceeds_the_budget_goes_to_unit_steps_and_then_ends_in_words():
     problem = MatrixSweep([1.0, 1.3], [0.3, 0.4], lr=0.5, seed=4)
     flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
-    free = run(flow, dvi.MacroStep(budget=np.inf), 60)
+    # with tol given only the budget leads to unit steps
+    free = run(flow, dvi.MacroStep(1e-3, budget=np.inf), 60)
     assert not any("steps of one unit" in note for note in free.notes)
-    few = run(flow, dvi.MacroStep(budget=1.0), 60, throw=False)  # 20 gradients are not enough for the first look
+    few = run(flow, dvi.MacroStep(1e-3, budget=1.0), 60, throw=False)  # 20 gradients: not enough for the first look
     assert few.status is dvi.Status.OVER_BUDGET
     assert any("budget=1 are allowed" in note for note in few.notes)
     assert 20 <= few.t[-1] < 60  # unit steps are given the time over which their cost is averaged
