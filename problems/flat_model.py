@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -101,13 +101,11 @@ class FlatModel:
             found[path] = value
         return found
 
-    def install(self, w: Tensor) -> dict[str, Tensor]:
-        """Let the copy compute with w [d] from now on; its parameters by name."""
-        parameters = self.parameters(w)
-        for path, value in parameters.items():
+    def install(self, w: Tensor) -> None:
+        """Let the copy compute with w [d] from now on."""
+        for path, value in self.parameters(w).items():
             for owner, key in self._places[path]:
                 owner[key] = value
-        return parameters
 
     def fixed(self) -> dict[str, Tensor]:
         """The buffers and the parameters that are not trained, by name."""
@@ -126,57 +124,52 @@ class FlatModel:
         torch leaves the row out of the embedding's gradient but not out of the other module's: what it gives back is
         then the gradient of no loss.
         """
-        hooks = []
-        for path, module in self.module.named_modules():
-            if path not in self._shared_padding:
-                continue
+        with ExitStack() as hooks:
+            for path, padding in self._shared_padding.items():
 
-            def look(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                tokens = pytree.tree_leaves((args, kwargs))[0]
-                if bool((tokens == self._shared_padding[path]).any()):
-                    raise ProblemError(
-                        f"module {path} (Embedding) has padding_idx={self._shared_padding[path]}, shares its weight "
-                        "with another module, and padding occurs in the inputs: torch's gradient of that row is the "
-                        "gradient of no loss. Set padding_idx=None, or do not tie the weights, or leave padding out"
-                    )
+                def look(_: nn.Module, args: Any, kwargs: Any, path: str = path, padding: int = padding) -> None:
+                    tokens = pytree.tree_leaves((args, kwargs))[0]
+                    if bool((tokens == padding).any()):
+                        raise ProblemError(
+                            f"module {path} (Embedding) has padding_idx={padding}, shares its weight "
+                            "with another module, and padding occurs in the inputs: torch's gradient of that row is "
+                            "the gradient of no loss. Set padding_idx=None, or do not tie the weights, or leave "
+                            "padding out"
+                        )
 
-            hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-        try:
+                module = self.module.get_submodule(path)
+                hooks.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def attribute_of(self, leaf: Tensor) -> str | None:
         """Where a module keeps this tensor without having registered it, in words."""
-        for path, module in self.module.named_modules():
-            for name, value in vars(module).items():
-                if name not in _INTERNAL and any(leaf is x for x in pytree.tree_leaves(value)):
-                    return (
-                        f"{name} of {path or 'the model'} ({type(module).__name__}), which is not registered "
-                        "(nn.ParameterList and nn.ParameterDict register what a list and a dict do not)"
-                    )
+        for path, name, x in _unregistered(self.module):
+            if x is leaf:
+                kind = type(self.module.get_submodule(path)).__name__
+                return (
+                    f"{name} of {path or 'the model'} ({kind}), which is not registered "
+                    "(nn.ParameterList and nn.ParameterDict register what a list and a dict do not)"
+                )
         return None
 
     @contextmanager
     def traced(self, stack: list[str]) -> Iterator[None]:
         """Inside, ``stack`` holds the modules whose forward passes are under way, outermost first, in words."""
-        hooks = []
-        for path, module in self.module.named_modules():
 
-            def enter(*_: Any, words: str = f"module {path or '(the model itself)'} ({type(module).__name__})") -> None:
-                stack.append(words)
+        def leave(*_: Any) -> None:
+            stack.pop()
 
-            def leave(*_: Any) -> None:
-                stack.pop()
+        with ExitStack() as hooks:
+            hooks.callback(stack.clear)
+            for path, module in self.module.named_modules():
+                words = f"module {path or '(the model itself)'} ({type(module).__name__})"
 
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-        try:
+                def enter(*_: Any, words: str = words) -> None:
+                    stack.append(words)
+
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            stack.clear()
 
     def find_random_module(self, run: Callable[[], object]) -> str | None:
         """The innermost module that gives two answers to one question, in words; None if there is none.
@@ -188,22 +181,18 @@ class FlatModel:
         passes: list[list[tuple[str, Any, Any]]] = []
         for _ in range(2):
             calls: list[tuple[str, Any, Any]] = []
-            hooks = []
-            for path, module in self.module.named_modules():
+            with ExitStack() as hooks:
+                for path, module in self.module.named_modules():
 
-                def record(
-                    module: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path, calls: Any = calls
-                ) -> None:
-                    mode = ", in training mode" if module.training else ""
-                    words = f"{path or 'the model itself'} ({type(module).__name__}{mode})"
-                    calls.append((words, *pytree.tree_map(_snapshot, ((args, kwargs), out))))
+                    def record(
+                        module: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path, calls: Any = calls
+                    ) -> None:
+                        mode = ", in training mode" if module.training else ""
+                        words = f"{path or 'the model itself'} ({type(module).__name__}{mode})"
+                        calls.append((words, *pytree.tree_map(_snapshot, ((args, kwargs), out))))
 
-                hooks.append(module.register_forward_hook(record, with_kwargs=True))
-            try:
+                    hooks.enter_context(module.register_forward_hook(record, with_kwargs=True))
                 run()
-            finally:
-                for hook in hooks:
-                    hook.remove()
             passes.append(calls)
         for (words, given, out), (_, given_again, out_again) in zip(*passes, strict=False):
             if _all_same(given, given_again) and not _all_same(out, out_again):
@@ -230,33 +219,33 @@ class FlatModel:
 
 def kept_tensors(model: nn.Module) -> dict[int, str]:
     """Tensors that modules keep without having registered them, by identity, in words."""
-    return {
-        id(x): f"the tensor {name} that {path or 'the model'} keeps"
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if name not in _INTERNAL
-        for x in pytree.tree_leaves(value)
-        if isinstance(x, Tensor)
-    }
+    return {id(x): f"the tensor {name} that {path or 'the model'} keeps" for path, name, x in _unregistered(model)}
 
 
 #: What every module has.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
+def _unregistered(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(path of the module, name of the attribute, tensor) of all tensors that are no parameters and no buffers."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _INTERNAL:
+                yield from ((path, name, x) for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
+
+
 def _private_copy(model: nn.Module, stale: dict[int, tuple[Tensor, str]]) -> nn.Module:
     # A tensor that a hook keeps on its module (the old weight_norm) has a history, which deepcopy refuses to copy.
     memo: dict[int, Any] = {}
+    for path, name, x in _unregistered(model):
+        if not x.is_leaf:
+            memo[id(x)] = x.detach().clone()
+            stale[id(memo[id(x)])] = memo[id(x)], f"the tensor {name} of {path or 'the model'}"
     own = {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
+    for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if id(getattr(hook, "__self__", None)) not in own:  # what a recorder sees is for the user to read
                 memo[id(hook)] = hook
-        for name, value in vars(module).items():
-            for x in [] if name in _INTERNAL else pytree.tree_leaves(value):
-                if isinstance(x, Tensor) and not x.is_leaf:
-                    memo[id(x)] = x.detach().clone()
-                    stale[id(memo[id(x)])] = memo[id(x)], f"the tensor {name} of {path or 'the model'}"
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the user's classes raise
