@@ -95,6 +95,7 @@ def sorting(
     n: int = 1000,
     length: int = 8,
     alphabet: int = 4,
+    size: Size = "small",
     width: int | None = None,
     depth: int | None = None,
     heads: int | None = None,
@@ -104,7 +105,6 @@ def sorting(
     device: torch.device | str = "cpu",
     chunk_size: int | None = None,
     derivatives: Backend = "autodiff",
-    size: Size = "full",
 ) -> ModuleProblem:
     """Sort sequences, the paper's task: having read a sequence, write it down in order.
 
@@ -114,6 +114,7 @@ def sorting(
         n: how many sequences.
         length: how long.
         alphabet: how many letters.
+        size: "small" (some thousand weights, for a CPU) or "full" (the paper's).
         width: of the embedding; of the RNN's layer.  Default: that of the size.
         depth: how many blocks or layers there are; the RNN has one.  Default: that of the size.
         heads: how many attention heads each block of the transformer has.  Default: that of the size.
@@ -123,7 +124,6 @@ def sorting(
         device: of everything.
         chunk_size: how many examples to take at a time, as in :class:`ModuleProblem`.
         derivatives: "autodiff", "mixed" or "finite-difference", as in :class:`Problem`.
-        size: "full" (the paper's) or "small" (some thousand weights, for a CPU).
 
     Raises:
         ProblemError: if a name or a size is not known.

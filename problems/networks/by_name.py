@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "small": {"patches": 4, "width": 16, "depth": 2, "heads": 2, "head_width": 8, "hidden": 32},
         "full": {"patches": 8, "width": 64, "depth": 4, "heads": 8, "head_width": 64, "hidden": 256},
     },
-    "transformer": {"small": {"width": 16, "depth": 2, "heads": 2}, "full": {"width": 48, "depth": 3, "heads": 3}},
+    "transformer": {"small": {"width": 12, "depth": 2, "heads": 3}, "full": {"width": 48, "depth": 3, "heads": 3}},
     "rnn": {"small": {"width": 16}, "full": {"width": 64}},
     "lstm": {"small": {"width": 12, "depth": 2}, "full": {"width": 48, "depth": 2}},
     "mamba": {"small": {"width": 16, "depth": 2, "states": 4}, "full": {"width": 64, "depth": 2, "states": 16}},
@@ -88,9 +88,7 @@ def sequence_network(
     """
     act: str | float = "gelu" if activation is None else activation
     if activation is not None and name != "transformer":
-        raise ProblemError(
-            f'of the networks for sequences only "transformer" has an activation to choose, not {name!r}'
-        )
+        raise ProblemError(f'among networks for sequences only "transformer" takes an activation, not {name!r}')
     makers: dict[str, Callable[..., nn.Module]] = {
         "transformer": lambda **sizes: GPT(alphabet, context, outputs, **sizes, activation=act),
         "rnn": lambda **sizes: RNN(alphabet, outputs, **sizes),
