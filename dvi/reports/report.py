@@ -108,14 +108,14 @@ class Report:
         "fair": at most three quarters, and at most 10 %; otherwise "poor".  "unknown" where nothing has oscillated, or
         neither was measured.  These are rules of thumb, from runs of which it was known.
         """
-        if not self.most_directions:
-            return "unknown"
-        grades = []
-        for value, good, fair in ((self.distance_ratio, NEAR, NOT_FAR), (self.next_term, SMALL, NOT_LARGE)):
-            if value is not None:
-                grades.append(0 if value <= good else 1 if value <= fair else 2)
+        grades = [grade for grade in self._grades if grade is not None]
         scale: tuple[Verdict, ...] = ("good", "fair", "poor")
-        return scale[max(grades)] if grades else "unknown"
+        return scale[max(grades)] if self.most_directions and grades else "unknown"
+
+    @property
+    def _grades(self) -> tuple[int | None, int | None]:
+        """What distance and next term say: 0, 1 or 2, None where they are not known."""
+        return _grade(self.distance_ratio, NEAR, NOT_FAR), _grade(self.next_term, SMALL, NOT_LARGE)
 
     # ---- in words -------------------------------------------------------------------------------------
 
@@ -207,26 +207,23 @@ class Report:
         return told
 
     def _trust(self) -> list[str]:
-        told = []
-        if self.verdict == "good":
-            told.append("Yes.")
-        elif self.verdict == "fair":
-            told.append("As a rough picture.")
-        elif self.verdict == "poor":
-            told.append("No.")
+        by_distance, by_term = self._grades
+        short = {"good": "Yes.", "fair": "As a rough picture.", "poor": "No.", "unknown": ""}[self.verdict]
+        told = [short] if short else []
         if self.distance is not None:
             stable = self.distance_stable if self.most_directions else None
             beside = "" if stable is None else f", and the stable flow {stable:.3g}"
-            told.append(f"At the end, the central flow is {self.distance:.3g} away from the optimizer{beside}.")
+            hardly = " That is hardly nearer." if stable is not None and by_distance == 2 else ""
+            told.append(f"At the end, the central flow is {self.distance:.3g} away from the optimizer{beside}.{hardly}")
         if self.next_term is not None:
             times, sizes = zip(*self.next_terms, strict=True)
             worst = int(np.argmax(sizes))
-            spread = (
-                f" (median of {len(sizes)} measurements; at most {_percent(sizes[worst])}, at step {times[worst]:.3g})"
-            )
+            most = f"at most {_percent(sizes[worst])}, at step {times[worst]:.3g}"
+            spread = f" (median of {len(sizes)} measurements; {most})" if len(sizes) > 1 else ""
+            large = " That is too much: the oscillation is too large for this flow." if by_term == 2 else ""
             told.append(
-                f"The first term that the flow leaves out is {_percent(self.next_term)} of the force of the oscillation"
-                f"{spread if len(sizes) > 1 else ''}."
+                "The first term that the flow leaves out is "
+                f"{_percent(self.next_term)} of the force of the oscillation{spread}.{large}"
             )
         if self.strain:
             told.append(
@@ -235,10 +232,14 @@ class Report:
         return told
 
 
+def _grade(value: float | None, good: float, fair: float) -> int | None:
+    return None if value is None else 0 if value <= good else 1 if value <= fair else 2
+
+
 def _percent(part: float) -> str:
-    """A part as a percentage of two digits, more where it is near a hundred."""
+    """A part as a percentage of two digits, or three."""
     if not np.isfinite(part):
-        return "an infinite part"
+        return "not a finite part (the loss is not finite as far away as the oscillation goes)"
     return f"{100 * part:.0f} %" if abs(part) >= 0.095 else f"{100 * part:.2g} %"
 
 

@@ -105,13 +105,13 @@ class Observer:
             return float("nan")
         V = node.U @ like(axes[:, kept] * np.sqrt(variances[kept]), node.U)
         force = 0.5 * flow.third_derivatives(y, V, squares=True).sum(dim=0)
-        average, size = torch.zeros_like(node.g), node.g.new_zeros(())
+        average, largest = torch.zeros_like(node.g), node.g.new_zeros(())
         for v in V.unbind(dim=1):
             for w in (y.w + v, y.w - v):
                 _, g = flow.problem.value_and_grad(w, checked=False)
                 average += 0.5 * (g - node.g)
-                size = torch.maximum(size, torch.linalg.vector_norm(g))
-        size, missing, known = (float(x) for x in host(size, (average - force).norm(), force.norm()))
+                largest = torch.maximum(largest, torch.linalg.vector_norm(g))
+        size, missing, known = (float(x) for x in host(largest, (average - force).norm(), force.norm()))
         if not np.isfinite(missing):
             return float("inf")
         rounding = 10 * torch.finfo(y.w.dtype).eps * size  # of a difference of gradients: some units in the last place
