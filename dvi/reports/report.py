@@ -152,8 +152,6 @@ class Report:
     def _edge(self) -> list[str]:
         if self.at_edge is None:
             return []
-        at = "" if self.sharpness is None else f"The largest effective eigenvalue is {self.sharpness:.3g}"
-        end = f"{at}; the edge is at 2." if at else ""
         if self.at_edge:
             told = [f"Yes, since step {self.since:.3g}."]
         elif self.edge_share:
@@ -164,7 +162,11 @@ class Report:
             noun = "direction oscillates" if self.directions == 1 else "directions oscillate"
             most = "" if self.directions == self.most_directions else f", and at most {self.most_directions} did before"
             told.append(f"{self.directions or 'No'} {noun} at the end{most}.")
-        return [*told, *filter(None, [end])]
+        if self.sharpness is not None and self.at_edge:
+            told.append(f"The largest effective eigenvalue stays at {self.sharpness:.3g}; above 2, steps are unstable.")
+        elif self.sharpness is not None:
+            told.append(f"The largest effective eigenvalue is {self.sharpness:.3g}; the edge is at 2.")
+        return told
 
     def _learning_rate(self) -> list[str]:
         if self.effective_lr is None:
@@ -178,7 +180,7 @@ class Report:
     def _loss(self) -> list[str]:
         told = []
         if self.optimizer_loss is not None:
-            told.append(f"Over the last {self.window:g} steps, the optimizer's loss is {self.optimizer_loss:.4g}.")
+            told.append(f"Over the last {self.window:g} steps, the optimizer's loss averages {self.optimizer_loss:.4g}.")
         if self.loss is not None and self.oscillation_loss is not None:
             total = self.loss + self.oscillation_loss
             if self.oscillation_loss and total > 0:
