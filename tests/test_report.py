@@ -186,6 +186,16 @@ def test_the_optimizer_alone(sweep):
     assert '"central"' in str(report)
 
 
+def test_the_central_map_is_called_by_its_name():
+    problem = MatrixSweep([0.5], [0.4], LR).problem
+    race = dvi.compare(problem, GradientDescent(LR), 20, runs=("discrete", "map"), check=False, progress=False)
+    report = race.report()
+    assert report.flow == "map"
+    assert report.directions == 1
+    assert "the central map is" in str(report)
+    assert "central flow" not in str(report)
+
+
 def test_the_stable_flow_alone_says_nothing_of_the_edge(sweep):
     report = sweep[1].stable.report()
     assert report.at_edge is None
@@ -211,7 +221,8 @@ def test_nothing_recorded(sweep):
         (0.9, 1.0, 0.001, "poor"),
         (0.1, 1.0, 0.5, "poor"),
         (0.1, 1.0, None, "good"),
-        (None, None, 0.001, "good"),
+        (None, None, 0.001, "unknown"),  # a small next term is needed, but it is not enough
+        (None, None, 0.2, "poor"),
         (None, None, None, "unknown"),
         (0.1, 0.0, None, "unknown"),
     ],

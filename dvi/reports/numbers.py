@@ -62,6 +62,7 @@ def report_of(
         start=start,
         end=end,
         window=window,
+        flow=flow.name if flow is not None else None,
         **_edge(flow, optimizer),
         sharpness=sharpness,
         effective_lr=effective_lr,
@@ -144,11 +145,14 @@ def _missing(runs: Mapping[str, Solution], flow: Solution | None, stateless: boo
     if not flow.breakpoints:
         return []
     told = []
-    if "discrete" not in runs:
-        told.append('how far the flow is from the optimizer; add "discrete" to the runs of dvi.compare.')
-    without_push = "stable" if stateless else "ablated"
-    if without_push not in runs:
-        told.append(f'what the curvature is without the oscillation; add "{without_push}" to the runs of dvi.compare.')
+    needed = {
+        "discrete": "how far the flow is from the optimizer",
+        "stable": "what would be without the oscillation",
+        "ablated": "what the curvature would be without the push of the oscillation on the weights",
+    }
+    if stateless:  # the stable flow is the ablated one
+        del needed["ablated"]
+    told += [f'{what}; add "{name}" to the runs of dvi.compare.' for name, what in needed.items() if name not in runs]
     if not _next_terms(flow):
         told.append(
             "how large the first term is that the flow leaves out; the oscillation was too small to measure it, or an "

@@ -30,6 +30,7 @@ class Report:
         title: method and problem.
         start, end: the first and the last recorded time.
         window: over which averages at the end are taken, unit times.
+        flow: the flow of which the report speaks: "central", "map", …; None if there is none among the runs.
         at_edge: is the run at the edge of stability at its end?
         since: when it came to the edge for this last time; None if it is not there.
         edge_share: part of the recorded times at the edge.
@@ -59,6 +60,7 @@ class Report:
     start: float
     end: float
     window: float
+    flow: str | None = None
     at_edge: bool | None = None
     since: float | None = None
     edge_share: float | None = None
@@ -105,12 +107,15 @@ class Report:
         """Does the central flow describe this run?  The worse of what distance and next Taylor term say.
 
         "good": it is at most a third as far from the optimizer as the stable flow, and the next term is at most 3 %;
-        "fair": at most three quarters, and at most 10 %; otherwise "poor".  "unknown" where nothing has oscillated, or
-        neither was measured.  These are rules of thumb, from runs of which it was known.
+        "fair": at most three quarters, and at most 10 %; otherwise "poor".  "unknown" where nothing has oscillated, and
+        where the distances are not known, unless the next term alone is "poor".  These are rules of thumb, from runs of
+        which it was known.
         """
-        grades = [grade for grade in self._grades if grade is not None]
+        distance, term = self._grades
+        if not self.most_directions or (distance is None and term != 2):
+            return "unknown"
         scale: tuple[Verdict, ...] = ("good", "fair", "poor")
-        return scale[max(grades)] if self.most_directions and grades else "unknown"
+        return scale[max(distance or 0, term or 0)]
 
     @property
     def _grades(self) -> tuple[int | None, int | None]:
@@ -149,6 +154,11 @@ class Report:
     def _headline(self) -> str:
         return f"{self.title}, steps {self.start:g} to {self.end:g}"
 
+    @property
+    def _called(self) -> str:
+        """The flow, in words."""
+        return "the central map" if self.flow == "map" else f"the {self.flow} flow"
+
     def _edge(self) -> list[str]:
         if self.at_edge is None:
             return []
@@ -178,18 +188,20 @@ class Report:
         return [f"{told}, which is {part} of the largest stable one ({self.largest_stable_lr:.3g})."]
 
     def _loss(self) -> list[str]:
-        told = []
+        told, name = [], self._called.capitalize()
         if self.optimizer_loss is not None:
-            told.append(f"Over the last {self.window:g} steps, the optimizer's loss averages {self.optimizer_loss:.4g}.")
+            told.append(
+                f"Over the last {self.window:g} steps, the optimizer's loss averages {self.optimizer_loss:.4g}."
+            )
         if self.loss is not None and self.oscillation_loss is not None:
             total = self.loss + self.oscillation_loss
             if self.oscillation_loss and total > 0:
                 told.append(
-                    f"The central flow predicts {total:.4g}: it has {self.loss:.4g} itself, and the oscillation adds "
+                    f"{name} predicts {total:.4g}: it has {self.loss:.4g} itself, and the oscillation adds "
                     f"{self.oscillation_loss:.2g} ({_percent(self.oscillation_loss / total)})."
                 )
             else:
-                told.append(f"The central flow has {self.loss:.4g}, and no oscillation adds to it.")
+                told.append(f"{name} has {self.loss:.4g}, and no oscillation adds to it.")
         if self.stable_loss is not None and self.most_directions:
             told.append(f"The stable flow, which ignores oscillations, has {self.stable_loss:.4g}.")
         return told
@@ -216,7 +228,7 @@ class Report:
             stable = self.distance_stable if self.most_directions else None
             beside = "" if stable is None else f", and the stable flow {stable:.3g}"
             hardly = " That is hardly nearer." if stable is not None and by_distance == 2 else ""
-            told.append(f"At the end, the central flow is {self.distance:.3g} away from the optimizer{beside}.{hardly}")
+            told.append(f"At the end, {self._called} is {self.distance:.3g} away from the optimizer{beside}.{hardly}")
         if self.next_term is not None:
             times, sizes = zip(*self.next_terms, strict=True)
             worst = int(np.argmax(sizes))
