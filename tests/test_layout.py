@@ -95,13 +95,14 @@ ABOVE = {
     "dvi/stationarity": ["dvi/compiler"],
     "dvi/symbolic": ["dvi/compiler"],
     "dvi/results": [],
+    "dvi/reports": ["dvi/results"],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
     "dvi/runs": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
     "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
 }
-#: The one door upwards: a result draws and saves itself when it is asked to.
-DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage")}
+#: The one door upwards: a result draws, saves and reports itself when it is asked to.
+DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage"), ("dvi/results", "dvi/reports")}
 
 
 def module_name(path):
