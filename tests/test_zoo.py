@@ -82,7 +82,7 @@ def adafactor_of_torch(parameters):
 class GradientDescentW(methods.GradientDescent):
     """Decoupled weight decay, which for gradient descent is L2 regularisation."""
 
-    weight_decay: float = 0.3
+    weight_decay: float = 0.05
 
     def decay(self):
         return self.lr * self.weight_decay
@@ -94,7 +94,7 @@ def adamw_with_groups(parameters):
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.5)
+    return torch.optim.AdamW(groups, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1)
 
 
 def with_decay(P, now):
@@ -253,18 +253,18 @@ ZOO = {
         by_torch(lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8)),
     ),
     "adamw": Kind(
-        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.5),
-        0.095,
-        by_torch(lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.5)),
+        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.1),
+        0.1,
+        by_torch(lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1)),
     ),
     "adamw, groups": Kind(
-        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.5, shapes=s),
-        0.095,
+        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.1, shapes=s),
+        0.11,
         by_torch(adamw_with_groups),
         refused="differs between weights",
     ),
     "gradient descent, decoupled decay": Kind(
-        lambda lr, s: GradientDescentW(lr), 0.8, by_torch(lambda p: torch.optim.SGD(p, lr=0.02, weight_decay=0.3))
+        lambda lr, s: GradientDescentW(lr), 1.65, by_torch(lambda p: torch.optim.SGD(p, lr=0.02, weight_decay=0.05))
     ),
     "nadam": Kind(lambda lr, s: methods.NAdam(lr, 0.5, 0.9, 1e-8), 0.05, by_torch(nadam_of_torch)),
 }
