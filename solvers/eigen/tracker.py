@@ -260,7 +260,7 @@ def landing_at(now: SpectrumEstimate, t: float, h: float, shortest: float, appro
     for arrival in arrivals:
         if arrival < h:
             h = max(min(h, shortest), arrival)
-        elif arrival < 1.7 * h:
+        elif arrival < 2 * h:
             h = max(min(h, shortest), arrival / 2)
     return min(h, now.until - t) if now.t < t < now.until else h
 

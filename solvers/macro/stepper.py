@@ -164,7 +164,7 @@ class MacroStep(IntegratorBase):
 
     def horizon(self, memory: MacroMemory) -> float:
         """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
-        return 1.001 if memory.unit else 1.7 * min(memory.h, self.h_max)
+        return 1.001 if memory.unit else 2.0 * min(memory.h, self.h_max)
 
     def step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
         """One accepted step of at most h unit times.
@@ -243,7 +243,7 @@ class MacroStep(IntegratorBase):
                 if not context.frame.k:  # with nothing held a step is long, and nothing else would make it look around
                     room = min(room, max(tracker.due(context.spectrum) - y.t, self.h_start))
                 length = landing_at(context.spectrum, y.t, min(size, room), self.h_start, context.approach)
-            length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
+            length = h if length >= h * (1 - 1e-9) else (h / 2 if 2 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing
             try:
@@ -343,9 +343,8 @@ class MacroStep(IntegratorBase):
         available: float,
         new: _Accepted,
     ) -> StepResult:
-        grown = length * growth(new.error)
-        # A step that was cut to land says little about the next one; if that is too long, it costs its stages only.
-        h = max(0.9 * tried, grown) if length < 0.7 * tried else grown
+        # a step that was cut to land may be followed by one as long as was tried before
+        h = length * growth(new.error, max(CONSTANTS.change[1], tried / length))
         h = float(np.clip(h, self.h_min, self.h_max))
         size = amplitude(new.X, new.frame)
         now = replace(
