@@ -44,9 +44,6 @@ from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
 
-#: Unit times over which the budget is averaged.
-WINDOW = 20.0
-
 
 @dataclass(frozen=True)
 class MacroMemory:
@@ -71,12 +68,12 @@ class MacroMemory:
     spent: Array = field(default_factory=lambda: np.zeros((0, 2)))
 
     def cost(self, t: float) -> float:
-        """Gradient equivalents per unit time, over the last ``WINDOW`` units before t."""
-        return float(self.spent[self.spent[:, 0] > t - WINDOW, 1].sum()) / WINDOW
+        """Gradient equivalents per unit time, over the last ``window`` units before t."""
+        return float(self.spent[self.spent[:, 0] > t - CONSTANTS.window, 1].sum()) / CONSTANTS.window
 
     def charged(self, t: float, cost: float) -> Array:
         """The entries of the window before t, and one more."""
-        return np.vstack([self.spent[self.spent[:, 0] > t - WINDOW], [[t, cost]]])
+        return np.vstack([self.spent[self.spent[:, 0] > t - CONSTANTS.window], [[t, cost]]])
 
     def amplitude_with(self, now: float) -> float:
         """The amplitude after a step with this one: smoothed where there is one, halved where nothing oscillates."""
@@ -141,7 +138,7 @@ class MacroStep(IntegratorBase):
         """The budget, in gradient equivalents per unit time."""
         if self.budget is not None:
             return self.budget
-        return 100.0 if self.tol is None else np.inf
+        return CONSTANTS.budget if self.tol is None else np.inf
 
     def tolerance(self, memory: MacroMemory) -> float:
         """The tolerance of the next step."""
@@ -171,7 +168,7 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if unit steps cost more than the budget, on average over their first ``WINDOW`` units or later.
+            BudgetError: if unit steps cost more than the budget, on average over their first ``window`` units or later.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
@@ -180,7 +177,7 @@ class MacroStep(IntegratorBase):
         if flow.constrained and now.cost(result.y.t) > self.limit:
             if not memory.unit:
                 now = now if now.unit else self._entered(now, result.y.t)
-            elif result.y.t >= memory.unit.begin + WINDOW:
+            elif result.y.t >= memory.unit.begin + CONSTANTS.window:
                 raise BudgetError(
                     f"MacroStep at t = {y.t:g}: even steps of one unit cost {now.cost(y.t):.0f} gradients per unit "
                     f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
