@@ -26,7 +26,8 @@ class Constants:
         margin: by how much the spectral radius that sets the number of stages may be underestimated, as a factor.
         safety, change: of the step controller, the usual ones; change: least and most from step to step.
         resolved: tolerance over the amplitude √tr Σ of the oscillation.  0.1, 0.3 and 1 take 64, 35 and 39 gradients a
-            unit on a small transformer, with errors in w of .0055 at 0.3 and .021 at 1 on digits (chosen on a small transformer, digits).
+            unit on a small transformer, with errors in w of .0055 at 0.3 and .021 at 1 on digits (chosen on a small
+            transformer, digits).
         tolerances: bounds on that tolerance.
         sharp: residual of critical eigenvectors at a tolerance of 1e-3; it follows its root (chosen on digits).
         rest: a direction with less than this part of the largest variance is as good as at rest.

@@ -15,6 +15,7 @@ import dvi
 from dvi.methods import GradientDescent
 from dvi.problems.exact.edge import MatrixSweep
 from dvi.runs.sampling import breakpoints
+from dvi.solvers.budget import Spending
 from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.macro import MacroMemory
@@ -271,12 +272,12 @@ def test_what_exceeds_the_budget_goes_to_unit_steps_and_then_ends_in_words():
 
 
 def test_the_cost_is_that_of_the_last_twenty_units():
-    memory = MacroMemory(1.0)
+    spent = Spending()
     for t in range(1, 41):
-        memory = replace(memory, spent=memory.charged(float(t), 3.0 if t <= 20 else 5.0))
-    assert memory.cost(40.0) == pytest.approx(5.0)
-    assert memory.cost(50.0) == pytest.approx(2.5)
-    assert len(memory.spent) <= 21
+        spent = spent.after(float(t), 3.0 if t <= 20 else 5.0)
+    assert spent.per_unit_time(40.0) == pytest.approx(5.0)
+    assert spent.per_unit_time(50.0) == pytest.approx(2.5)
+    assert len(spent.steps) <= 21
 
 
 # ---- error estimates that cannot be met ---------------------------------------------------------------------

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dvi.solvers.budget import Spending
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, landing_at
@@ -56,7 +57,7 @@ class MacroMemory:
         reversals: short steps in a row whose defects have reversed one another.
         unit: of the unit steps that are being taken (None: none are).
         left: when the last unit steps ended, and how many they were planned for.
-        spent: (t, gradient equivalents) of the last steps, [n, 2].
+        spent: what the last steps have cost.
     """
 
     h: float
@@ -65,15 +66,7 @@ class MacroMemory:
     reversals: int = 0
     unit: UnitMemory | None = None
     left: tuple[float, float] = (-np.inf, 0.0)
-    spent: Array = field(default_factory=lambda: np.zeros((0, 2)))
-
-    def cost(self, t: float) -> float:
-        """Gradient equivalents per unit time, over the last ``window`` units before t."""
-        return float(self.spent[self.spent[:, 0] > t - CONSTANTS.window, 1].sum()) / CONSTANTS.window
-
-    def charged(self, t: float, cost: float) -> Array:
-        """The entries of the window before t, and one more."""
-        return np.vstack([self.spent[self.spent[:, 0] > t - CONSTANTS.window], [[t, cost]]])
+    spent: Spending = field(default_factory=Spending)
 
     def amplitude_with(self, now: float) -> float:
         """The amplitude after a step with this one: smoothed where there is one, halved where nothing oscillates."""
@@ -173,13 +166,14 @@ class MacroStep(IntegratorBase):
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
         now = result.memory
-        now = replace(now, spent=now.charged(result.y.t, flow.spent() - before))
-        if flow.constrained and now.cost(result.y.t) > self.limit:
+        now = replace(now, spent=now.spent.after(result.y.t, flow.spent() - before))
+        cost = now.spent.per_unit_time(result.y.t)
+        if flow.constrained and cost > self.limit:
             if not memory.unit:
                 now = now if now.unit else self._entered(now, result.y.t)
             elif result.y.t >= memory.unit.begin + CONSTANTS.window:
                 raise BudgetError(
-                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {now.cost(y.t):.0f} gradients per unit "
+                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {cost:.0f} gradients per unit "
                     f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
                     "raise budget."
                 )
@@ -209,7 +203,7 @@ class MacroStep(IntegratorBase):
         assert context is not None
         X = np.zeros((context.frame.k, context.frame.k))
         unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
-        return replace(memory, context=None, reversals=0, unit=unit, spent=np.zeros((0, 2)))
+        return replace(memory, context=None, reversals=0, unit=unit, spent=Spending())
 
     def _unit_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
         assert memory.unit is not None
