@@ -59,7 +59,7 @@ def measure(name: str) -> dict[str, Any]:
         weights[run] = solution.series["w"]
         if solution.breakpoints:
             edge = min(edge, solution.breakpoints[0][0])
-    optimizer = dvi.solve(dvi.discrete(make(), method, check=False), steps, eigen_every=0, **options)
+    optimizer = dvi.solve(dvi.discrete(make(), method), steps, eigen_every=0, **options)
     weights["optimizer"] = optimizer.series["w"]
     count = min(len(w) for w in weights.values())
     since = np.arange(count) >= edge

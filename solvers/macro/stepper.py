@@ -210,7 +210,9 @@ class MacroStep(IntegratorBase):
         tracker = self.tracker(self.tolerance(memory))
         if self.watch is None:
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
-        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h)
+        # half the budget may go into steps that shrink where the sharpness overshoots
+        shortest = 0.5 if memory.spent.per_unit_time(y.t) > 0.5 * self.limit else 0.0
+        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         rate = seen.rate
         assert rate is not None
         now = replace(memory, unit=unit, amplitude=memory.amplitude_with(amplitude(seen.X, unit.frame)))
