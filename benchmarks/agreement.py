@@ -42,40 +42,41 @@ from dvi.plotting import time_average
 from dvi.problems import digits, sorting
 
 ADAM_LIKE = {"eps": 1e-8, "bias_correction": True}
-Case = tuple[Callable[[], dvi.Problem], dvi.Method, int]
+#: A problem of options such as derivatives=, a method, and how many steps.
+Case = tuple[Callable[..., dvi.Problem], dvi.Method, int]
 
 CASES: dict[str, Case] = {
-    "digits MLP, MSE, GD 0.2": (lambda: digits("mlp", "mse", n=300, width=32), GradientDescent(0.2), 1000),
+    "digits MLP, MSE, GD 0.2": (lambda **o: digits("mlp", "mse", n=300, width=32, **o), GradientDescent(0.2), 1000),
     "digits MLP, MSE, RMSProp-Norm 0.1": (
-        lambda: digits("mlp", "mse", n=300, width=32), RMSPropNorm(0.1, 0.99, **ADAM_LIKE), 600,
+        lambda **o: digits("mlp", "mse", n=300, width=32, **o), RMSPropNorm(0.1, 0.99, **ADAM_LIKE), 600,
     ),
     "digits MLP, MSE, RMSProp 1e-3": (
-        lambda: digits("mlp", "mse", n=300, width=32), RMSProp(1e-3, 0.99, **ADAM_LIKE), 600,
+        lambda **o: digits("mlp", "mse", n=300, width=32, **o), RMSProp(1e-3, 0.99, **ADAM_LIKE), 600,
     ),
-    "digits MLP, CE, GD 0.7": (lambda: digits("mlp", "ce", n=300, width=32), GradientDescent(0.7), 1000),
-    "digits MLP, CE, GD 1.5": (lambda: digits("mlp", "ce", n=300, width=32), GradientDescent(1.5), 600),
+    "digits MLP, CE, GD 0.7": (lambda **o: digits("mlp", "ce", n=300, width=32, **o), GradientDescent(0.7), 1000),
+    "digits MLP, CE, GD 1.5": (lambda **o: digits("mlp", "ce", n=300, width=32, **o), GradientDescent(1.5), 600),
     "digits MLP, CE, RMSProp 1e-3": (
-        lambda: digits("mlp", "ce", n=300, width=32), RMSProp(1e-3, 0.99, **ADAM_LIKE), 400,
+        lambda **o: digits("mlp", "ce", n=300, width=32, **o), RMSProp(1e-3, 0.99, **ADAM_LIKE), 400,
     ),
     "digits (4 classes) MLP, MSE, GD 0.3": (
-        lambda: digits("mlp", "mse", n=300, width=32, classes=4), GradientDescent(0.3), 1000,
+        lambda **o: digits("mlp", "mse", n=300, width=32, classes=4, **o), GradientDescent(0.3), 1000,
     ),
-    "digits CNN, MSE, GD 0.5": (lambda: digits("cnn", "mse", n=100, width=6), GradientDescent(0.5), 300),
+    "digits CNN, MSE, GD 0.5": (lambda **o: digits("cnn", "mse", n=100, width=6, **o), GradientDescent(0.5), 300),
     "digits CNN, MSE, RMSProp 5e-4": (
-        lambda: digits("cnn", "mse", n=100, width=6), RMSProp(5e-4, 0.99, **ADAM_LIKE), 300,
+        lambda **o: digits("cnn", "mse", n=100, width=6, **o), RMSProp(5e-4, 0.99, **ADAM_LIKE), 300,
     ),
     "sorting transformer, MSE, GD 0.02": (
-        lambda: sorting("transformer", "mse", n=100, width=12, depth=2), GradientDescent(0.02), 400,
+        lambda **o: sorting("transformer", "mse", n=100, width=12, depth=2, **o), GradientDescent(0.02), 400,
     ),
     "sorting transformer, CE, RMSProp 5e-4": (
-        lambda: sorting("transformer", "ce", n=100, width=12, depth=2), RMSProp(5e-4, 0.99, **ADAM_LIKE), 150,
+        lambda **o: sorting("transformer", "ce", n=100, width=12, depth=2, **o), RMSProp(5e-4, 0.99, **ADAM_LIKE), 150,
     ),
 }  # fmt: skip
 
 
-def digits_mlp(seed: int = 0) -> dvi.Problem:
+def digits_mlp(seed: int = 0, **options: Any) -> dvi.Problem:
     """The problem on which every method is tried."""
-    return digits("mlp", "mse", n=300, width=32, seed=seed)
+    return digits("mlp", "mse", n=300, width=32, seed=seed, **options)
 
 
 class GradientDescentW(GradientDescent):
@@ -127,11 +128,11 @@ SEEDS: dict[str, Case] = {
 ALL = CASES | METHODS | SEEDS
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, derivatives: str = "autodiff") -> dict[str, Any]:
     """One row: distances in weight space and errors of the loss, from the first breakpoint on."""
     torch.set_num_threads(1)
     make, method, steps = ALL[name]
-    problem, started = make(), time.perf_counter()
+    problem, started = make(derivatives=derivatives), time.perf_counter()
     row: dict[str, Any] = {"case": name, "d": len(problem.w0)}
     every = 0 if name in CASES else 2
     race = dvi.compare(problem, method, steps, eigen_every=every, progress=False, throw=False)
@@ -190,12 +191,13 @@ def main() -> None:
     parser.add_argument("--methods", action="store_true", help="every method on one problem, in place of the problems")
     parser.add_argument("--seeds", action="store_true", help="methods with momentum from other starts")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--derivatives", default="autodiff", help="autodiff, mixed or finite-difference")
     chosen = parser.parse_args()
     cases = METHODS if chosen.methods else SEEDS if chosen.seeds else CASES
     names = [name for name in cases if not chosen.only or any(part in name for part in chosen.only)]
     rows = []
     with ProcessPoolExecutor(max_workers=2) as pool:
-        for row in pool.map(measure, names):
+        for row in pool.map(partial(measure, derivatives=chosen.derivatives), names):
             print(f"{row['case']}: {row['seconds']:.0f} s", file=sys.stderr)
             rows.append(row)
             if chosen.out:  # case by case: a later one may take long

@@ -45,6 +45,11 @@ class Status(Enum):
         "dvi.problems.smoothed(model, beta=20) is a copy of the model with β-GELU for ReLU; a larger beta is closer to "
         "ReLU, and costs more."
     )
+    CHATTERS = (
+        "Directions start and stop to oscillate again and again at one place, so the flow does not get on. The "
+        "optimizer resolves nothing so fine: loosen tol, which follows the oscillation by default, or raise h_min; or "
+        "lower lr."
+    )
     SCHEDULE = "A schedule of the method failed along the way; the message says of which hyperparameter, when and why."
     LOSS_CHANGED = (
         "The loss at the starting weights is not what it was when the problem was made: it depends on something beside "

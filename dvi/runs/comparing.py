@@ -191,7 +191,7 @@ def compare(
         if throw:
             raise RunError(status, detail(failure), race) from failure
         return race
-    at_work, why = "", ""
+    at_work, why = names[0], ""  # of the loss, before any is at work, each knows as much
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
@@ -206,6 +206,8 @@ def compare(
                 for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled
                     distance[pair][done:] = [value]
                 done += 1
+                costs = [f"{name} {p.cost:.3g}" for name, p in processes.items() if name != "discrete"]
+                bar.set_postfix_str(f"gradients per unit: {', '.join(costs)}", refresh=False)
                 bar.update(1)
                 keeper.maybe(lambda: (result(Status.RUNNING), checkpoint()))
             problem.check_unchanged()

@@ -227,10 +227,13 @@ class FlowProcess(Process):
         return result if at_jump else None
 
     def _refuse_to_chatter(self, reached: float) -> None:
-        """End the run if it costs too much and kinks are the cause."""
+        """End the run if directions come and go at one place, or if it costs too much and kinks are the cause."""
+        if self.integrator.fixed_steps:
+            return
+        self._refuse_to_come_and_go(reached)
         weights = self.flow.problem.ledger.weights
         cost, earlier = recent_cost([node["t"] for node in self.nodes], self.counts, weights, reached)
-        if self.integrator.fixed_steps or cost - max(earlier, self.looked) < chatter.KINK_COST:
+        if cost - max(earlier, self.looked) < chatter.KINK_COST:
             return
         self.looked = cost
         if self._kinks_since_anchor():
@@ -239,6 +242,21 @@ class FlowProcess(Process):
                 f"{self.flow.name} flow: {cost - earlier:.0f} gradient equivalents since t = "
                 f"{max(reached - chatter.KINK_TIME, 0):.4g}, and kinks were crossed on the way to t = {reached:.4g}.",
             )
+
+    def _refuse_to_come_and_go(self, reached: float) -> None:
+        if self.y.t < self.anchor.t + 0.5:  # from there w may have moved too little to say that it is at one place
+            return
+        count, amplitude = chatter.exits(self.nodes, reached)
+        if count < chatter.EXITS:
+            return
+        moved = float((self.y.w - self.anchor.w).norm())
+        if moved > amplitude:
+            return
+        raise RunError(
+            Status.KINKS if self._kinks_since_anchor() else Status.CHATTERS,
+            f"{self.flow.name} flow: in the last unit of time before t = {reached:.4g} directions have stopped to "
+            f"oscillate {count} times, while w moved by {moved:.2g}; the oscillation itself is {amplitude:.2g} wide.",
+        )
 
     def _kinks_since_anchor(self) -> bool:
         with self.flow.problem.ledger.paused():

@@ -77,9 +77,6 @@ class Slope:
             change = torch.zeros_like(new.T)
         else:
             change = like(skron(both), new.T) @ new.T - like(skron(R), new.T) @ old.T
-            # Where directions come and go while T turns over, what those that stay had is no guide to what they will.
-            if old.k != new.k and float(change.norm()) > 0.1 * float(new.T.norm()):
-                change, both = torch.zeros_like(new.T), np.zeros_like(both)
         return cls(change / span, (V - V_old @ turned) * like(known / span, V), span, both)
 
     def covers(self, X: Array) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError
 from dvi.solvers.macro.model import Change, StepContext, baumgarte, multiplier
@@ -78,7 +80,7 @@ def run_stages(flow: Flow, tracker: EigenTracker, context: StepContext, y: State
 
     start = {"w": y.w, "nu": y.nu, "t": y.t, "z": np.zeros(frame.k * (frame.k + 1) // 2)}
     first, _, _ = rate(start, context.g)
-    radius = max(_sharpness(flow, tracker, context, y.t + h), 1.1 * decay)
+    radius = max(_sharpness(flow, tracker, context, y.t + h), CONSTANTS.margin * decay)
     raw = rkc(lambda at: rate(at)[0], start, h, stages(h, radius), first)
     end = repaired(State(raw["w"], raw["nu"], y.t + h))
     raw["nu"] = end.nu
@@ -117,9 +119,7 @@ def _sharpness(flow: Flow, tracker: EigenTracker, context: StepContext, end: flo
     """The largest effective eigenvalue in a step, at most: the spectral radius of the flow's Jacobian in w."""
     now = context.spectrum
     top = float(now.eigenvalues[0])
-    if not flow.constrained:  # it rises as it likes, and is known to a few percent, up to a unit ago
-        return max(2.1, 1.2 * top)
-    if context.frame.k or end > now.until:
-        return max(2.1, 1.05 * top)
+    if not flow.constrained or context.frame.k or end > now.until:
+        return CONSTANTS.margin * max(CRITICAL, top)
     # far from 2 until then; a Ritz value is below the eigenvalue by its residual at most
-    return min(2.1, 1.1 * (top + float(now.block.residuals[0]) + tracker.rise(now, end)) + 0.1)
+    return CONSTANTS.margin * min(CRITICAL, top + float(now.block.residuals[0]) + tracker.rise(now, end))

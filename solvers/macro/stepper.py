@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dvi.solvers.budget import Spending
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, landing_at
@@ -44,9 +45,6 @@ from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
 
-#: Unit times over which the budget is averaged.
-WINDOW = 20.0
-
 
 @dataclass(frozen=True)
 class MacroMemory:
@@ -59,7 +57,7 @@ class MacroMemory:
         reversals: short steps in a row whose defects have reversed one another.
         unit: of the unit steps that are being taken (None: none are).
         left: when the last unit steps ended, and how many they were planned for.
-        spent: (t, gradient equivalents) of the last steps, [n, 2].
+        spent: what the last steps have cost.
     """
 
     h: float
@@ -68,15 +66,7 @@ class MacroMemory:
     reversals: int = 0
     unit: UnitMemory | None = None
     left: tuple[float, float] = (-np.inf, 0.0)
-    spent: Array = field(default_factory=lambda: np.zeros((0, 2)))
-
-    def cost(self, t: float) -> float:
-        """Gradient equivalents per unit time, over the last ``WINDOW`` units before t."""
-        return float(self.spent[self.spent[:, 0] > t - WINDOW, 1].sum()) / WINDOW
-
-    def charged(self, t: float, cost: float) -> Array:
-        """The entries of the window before t, and one more."""
-        return np.vstack([self.spent[self.spent[:, 0] > t - WINDOW], [[t, cost]]])
+    spent: Spending = field(default_factory=Spending)
 
     def amplitude_with(self, now: float) -> float:
         """The amplitude after a step with this one: smoothed where there is one, halved where nothing oscillates."""
@@ -141,7 +131,7 @@ class MacroStep(IntegratorBase):
         """The budget, in gradient equivalents per unit time."""
         if self.budget is not None:
             return self.budget
-        return 100.0 if self.tol is None else np.inf
+        return CONSTANTS.budget if self.tol is None else np.inf
 
     def tolerance(self, memory: MacroMemory) -> float:
         """The tolerance of the next step."""
@@ -164,25 +154,26 @@ class MacroStep(IntegratorBase):
 
     def horizon(self, memory: MacroMemory) -> float:
         """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
-        return 1.001 if memory.unit else 1.7 * min(memory.h, self.h_max)
+        return 1.001 if memory.unit else 2.0 * min(memory.h, self.h_max)
 
     def step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
         """One accepted step of at most h unit times.
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if unit steps cost more than the budget, on average over their first ``WINDOW`` units or later.
+            BudgetError: if unit steps cost more than the budget, on average over their first ``window`` units or later.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
         now = result.memory
-        now = replace(now, spent=now.charged(result.y.t, flow.spent() - before))
-        if flow.constrained and now.cost(result.y.t) > self.limit:
+        now = replace(now, spent=now.spent.after(result.y.t, flow.spent() - before))
+        cost = now.spent.per_unit_time(result.y.t)
+        if flow.constrained and cost > self.limit:
             if not memory.unit:
                 now = now if now.unit else self._entered(now, result.y.t)
-            elif result.y.t >= memory.unit.begin + WINDOW:
+            elif result.y.t >= memory.unit.begin + CONSTANTS.window:
                 raise BudgetError(
-                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {now.cost(y.t):.0f} gradients per unit "
+                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {cost:.0f} gradients per unit "
                     f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
                     "raise budget."
                 )
@@ -212,14 +203,16 @@ class MacroStep(IntegratorBase):
         assert context is not None
         X = np.zeros((context.frame.k, context.frame.k))
         unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
-        return replace(memory, context=None, reversals=0, unit=unit, spent=np.zeros((0, 2)))
+        return replace(memory, context=None, reversals=0, unit=unit, spent=Spending())
 
     def _unit_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
         assert memory.unit is not None
         tracker = self.tracker(self.tolerance(memory))
         if self.watch is None:
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
-        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h)
+        # half the budget may go into steps that shrink where the sharpness overshoots
+        shortest = 0.5 if memory.spent.per_unit_time(y.t) > 0.5 * self.limit else 0.0
+        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         rate = seen.rate
         assert rate is not None
         now = replace(memory, unit=unit, amplitude=memory.amplitude_with(amplitude(seen.X, unit.frame)))
@@ -243,7 +236,7 @@ class MacroStep(IntegratorBase):
                 if not context.frame.k:  # with nothing held a step is long, and nothing else would make it look around
                     room = min(room, max(tracker.due(context.spectrum) - y.t, self.h_start))
                 length = landing_at(context.spectrum, y.t, min(size, room), self.h_start, context.approach)
-            length = h if length >= h * (1 - 1e-9) else (h / 2 if 1.6 * length > h else length)
+            length = h if length >= h * (1 - 1e-9) else (h / 2 if 2 * length > h else length)
             final = length <= self.h_min * 1.01 or h <= self.h_min
             closing = length >= h * (1 - 1e-9) or not landing
             try:
@@ -343,9 +336,8 @@ class MacroStep(IntegratorBase):
         available: float,
         new: _Accepted,
     ) -> StepResult:
-        grown = length * growth(new.error)
-        # A step that was cut to land says little about the next one; if that is too long, it costs its stages only.
-        h = max(0.9 * tried, grown) if length < 0.7 * tried else grown
+        # a step that was cut to land may be followed by one as long as was tried before
+        h = length * growth(new.error, max(CONSTANTS.change[1], tried / length))
         h = float(np.clip(h, self.h_min, self.h_max))
         size = amplitude(new.X, new.frame)
         now = replace(

@@ -6,7 +6,8 @@ not see.  One step takes X from the constraint at its end, as Euler's does, with
     T̄ ← ½ (T + R T̄),    X ⪰ 0  ⟂  gap/dt + β[X] − α ⪰ 0,    dt = 1,
 
 R the transport from the last frame (new directions take T itself).  The mean damps what would alternate: Euler's limit
-on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots, and dt is halved.
+on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots, and dt is halved, as
+long as the budget allows.
 """
 
 from __future__ import annotations
@@ -55,9 +56,14 @@ class UnitMemory:
 
 
 def unit_step(
-    flow: Flow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float
+    flow: Flow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float, shortest: float = 0.0
 ) -> tuple[State, UnitMemory, Node]:
     """One step of at most one unit: its end, the memory there, and what was seen at its beginning.
+
+    Args:
+        flow, tracker, memory, y: as everywhere.
+        h: the longest that is asked for.
+        shortest: no step is halved to less.
 
     Raises:
         StepError: if it leaves the finite numbers.
@@ -67,7 +73,7 @@ def unit_step(
     soon = CONSTANTS.unit_ahead * memory.dt
     now = tracker.update(flow, y, memory.spectrum, soon)
     above, dt = now.eigenvalues[0] - CRITICAL, memory.dt
-    dt = 0.5 * dt if above > CONSTANTS.overshoot else min(1.0, 2 * dt) if above < CONSTANTS.band else dt
+    dt = max(0.5 * dt, shortest) if above > CONSTANTS.overshoot else min(1.0, 2 * dt) if above < CONSTANTS.band else dt
     h = h if h <= dt * (1 + 1e-9) else dt
     k = tracker.critical(now, soon)
     frame = now.frame(flow, y, k, third=False)

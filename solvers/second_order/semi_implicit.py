@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 from dvi.solvers import ccp
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate, landing_at
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.model import Slope, StepContext, critical_frame, evaluate, settled, transport
+from dvi.solvers.macro.refresh import growth
+from dvi.solvers.macro.stage import SHARE, displacement
 from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
-
-_OVERSHOOT = 2.05  # an effective sharpness above this after a block: the constraint's model failed, reject
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class SemiImplicit(IntegratorBase):
 
     Args:
         dt: unit times per step, at most 1 (where the flow becomes the optimizer's own map plus the force of Σ).
-        tol: error allowed per block from what is kept over it, in the norm of w; 0: blocks of one step.
+        tol: error allowed in a block of one unit time from what is kept over it, in the norm of w (tol·√h in a block of
+            h); 0: blocks of one step.
         h_max: longest block, unit times.
         watch: how the critical eigenpairs are followed.
         max_rejections: in a row, before giving up.
@@ -169,10 +172,8 @@ class SemiImplicit(IntegratorBase):
         self, flow: Flow, context: StepContext, y: State, wanted: float, step: float, count: int, new: _Taken
     ) -> StepResult:
         length = step * count
-        factor = 0.85 * (self.tol / max(new.bend, 1e-300)) ** (1 / 3) if self.tol else 0.0
-        h = length * float(np.clip(factor, 0.3, 2.0))
-        if length < 0.7 * wanted and new.bend <= 0.2 * self.tol:  # cut to land: says little about the next one
-            h = max(0.9 * wanted, length)
+        # a block that was cut to land may be followed by one as long as was tried before
+        h = length * growth(new.error, max(CONSTANTS.change[1], wanted / length)) if self.tol else self.dt
         following = new.context
         if flow.constrained:
             following = replace(
@@ -194,7 +195,7 @@ class _Taken:
     X: Array
     X_frame: Frame
     rate: Rate
-    bend: float
+    error: float
     path: list[tuple[float, Tensor]]
 
 
@@ -236,7 +237,7 @@ class _Block:
             after = evaluate(flow, self.watch, s.state, context.spectrum, length, (float(loss), g))
             return _Taken(s, after, np.zeros((0, 0)), after.frame, rate, 0.0, path)
         seen = self.watch.update(flow, s.state, context.spectrum, length, context.vectors_ahead(s.t))
-        if seen.eigenvalues[0] > _OVERSHOOT and not single:
+        if seen.eigenvalues[0] > CRITICAL + CONSTANTS.band and not single:
             return 0.5 * length
         new = critical_frame(flow, s.state, seen, self.watch.critical(seen, length))
         if single or not new.k:
@@ -260,7 +261,7 @@ class _Block:
         flow, old, length = self.flow, self.context.frame, self.dt * self.count
         lin = flow.linearised(s.state, g, new)
         Z = last = np.zeros((new.k, new.k))
-        moved, bend = s, 0.0
+        moved, error = s, 0.0
         if old.k:
             R = transport(flow, s.state, new, old)
 
@@ -283,9 +284,9 @@ class _Block:
                 dm = 0.5 * (
                     like(i.m - i.m_late, g) @ old.T + like(svec(turn(i.m_late)), g) @ new.T - like(i.m, g) @ middle.T
                 )
-                bend = float(torch.linalg.vector_norm(dw))
-                if bend > 4 * self.tol:
-                    return float(length * np.clip(0.8 * (self.tol / bend) ** (1 / 3), 0.2, 0.6))
+                error = displacement(flow, s.state, g, (dw, dnu), length) / (self.tol * length**SHARE)
+                if error > CONSTANTS.allowed:
+                    return length * growth(error)
                 moved = self._displaced(s, dw, dm, dnu)
                 lin = flow.linearised(moved.state, g, new)
         Y = _solve(flow, smat(lin.beta @ svec(last)) - lin.gap, lin.beta)
@@ -300,7 +301,7 @@ class _Block:
         gap = flow.linearised(moved.state, g, new).gap
         frame, seen = settled(flow, moved.state, new, gap, seen, length)
         path[-1] = (moved.t, moved.w)
-        return _Taken(moved, StepContext(loss, g, seen, frame), (Z + y) / length, new, rate, bend, path)
+        return _Taken(moved, StepContext(loss, g, seen, frame), (Z + y) / length, new, rate, error, path)
 
     def _displaced(self, s: Staggered, dw: Tensor, dm: Tensor, dnu: Any) -> Staggered:
         def shifted(nu: Any, before: Any) -> Any:
