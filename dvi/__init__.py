@@ -30,6 +30,7 @@ from dvi.methods import (
     Preconditioner,
     Scalar,
     SpecError,
+    from_torch,
 )
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.results.comparison import Comparison
@@ -110,6 +111,7 @@ __all__ = [
     "derive",
     "discrete",
     "duality",
+    "from_torch",
     "load",
     "methods",
     "problems",

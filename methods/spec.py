@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import ScheduleError, SpecError
-from dvi.methods.filter import Filter
+from dvi.methods.filter import Filter, Memory
 from dvi.methods.numbers import number
 from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.schedules import Schedule, as_schedule
@@ -127,6 +127,10 @@ class Method:
     def Q(self) -> Filter:
         """Momentum: the linear filter that makes the step's m_t of the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
         return Filter()
+
+    def remembered(self, w: Tensor, g: Tensor) -> Memory:
+        """The memory of the filter before the first step, given w [d] and the gradient g [d] there: empty, of zeros."""
+        return self.at(0.0).Q().initial(w)
 
     # ---- what follows from it -------------------------------------------------------------------------
 

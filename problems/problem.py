@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
 from dvi.problems.ledger import Ledger
+from dvi.problems.objective import Negated, Quadratic, strength
 from dvi.problems.timing import measure
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
@@ -76,20 +78,61 @@ class Problem:
         self.w0 = _flat_weights(w0)
         self.name = name or getattr(loss, "__name__", None) or type(self).__name__
         self.ledger = Ledger()
-        self._derivatives: Derivatives
-        if derivatives == "autodiff":
-            self._derivatives = Autodiff(self._parts, self.ledger, max_directions)
-        elif derivatives == "mixed":
-            self._derivatives = Mixed(self._parts, self.ledger, max_directions)
-        elif derivatives == "finite-difference":
-            self._derivatives = FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
-        else:
-            raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
+        self._max_directions = max_directions
+        self._derivatives = self._backend(derivatives)
         self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self.derivatives: Backend = derivatives
         self._measured = False
         self._kinks_told = False
         self._try_loss()
+
+    def _backend(self, derivatives: Backend) -> Derivatives:
+        if derivatives == "autodiff":
+            return Autodiff(self._parts, self.ledger, self._max_directions)
+        if derivatives == "mixed":
+            return Mixed(self._parts, self.ledger, self._max_directions)
+        if derivatives == "finite-difference":
+            return FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
+        raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
+
+    def penalised(self, weight_decay: float | Tensor | Mapping[str, float]) -> Self:
+        """This problem with ½Σλᵢwᵢ² added to its loss: what ``weight_decay`` of ``torch.optim.SGD`` and ``Adam`` does.
+
+        The result shares the ledger of this problem.
+
+        Args:
+            weight_decay: λ ≥ 0, one for all weights or a tensor [d]; for a problem made from a module also a mapping
+                from names of parameters to λ, 0 for those it does not name.
+
+        Raises:
+            ProblemError: if it is something else.
+        """
+        given = self._by_name(weight_decay) if isinstance(weight_decay, Mapping) else weight_decay
+        return self._changed((*self._parts, Quadratic(strength(given, self.w0))), self.w0)
+
+    def negated(self) -> Self:
+        """This problem with −L in place of L: what an optimizer with ``maximize=True`` minimises."""
+        return self._changed(tuple(Negated(part) for part in self._parts), self.w0)
+
+    def starting_at(self, w: Tensor) -> Self:
+        """This problem with the weights ``w`` [d] in place of w0.
+
+        Raises:
+            ProblemError: if w is not of the shape, dtype and device of w0.
+        """
+        self._check_weights(w)
+        return self._changed(self._parts, w.detach().clone())
+
+    def _changed(self, parts: tuple[Part, ...], w0: Tensor) -> Self:
+        other = copy.copy(self)
+        other._parts, other.w0 = parts, w0
+        other._derivatives = other._backend(self.derivatives)
+        other._try_loss()
+        return other
+
+    def _by_name(self, values: Mapping[str, float]) -> Tensor:
+        """Numbers by the names of parameters, as a vector [d]."""
+        raise ProblemError(NO_MODULE)
 
     def fingerprints(self) -> dict[str, str]:
         """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
