@@ -59,6 +59,7 @@ class FromTorch(Grouped):
     begins: str = "fresh"
     steps: int = 0
 
+    __repr__ = Grouped.__repr__
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

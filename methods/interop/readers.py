@@ -226,6 +226,9 @@ class Rise:
     direct: bool
     delay: int = 0
 
+    def __repr__(self) -> str:
+        return f"{'a' if self.direct else 'b'}(t)" + (", one step earlier" if self.delay else "")
+
     def __call__(self, t: Any) -> float:
         """Its value."""
         s = max(int(t) - self.delay, -1 if self.momenta.steps else 0)
@@ -273,6 +276,9 @@ class Rectification:
     beta2: float
     steps: int
     size: bool
+
+    def __repr__(self) -> str:
+        return "r(t)" if self.size else "0, then 1"
 
     def __call__(self, t: Any) -> float:
         """Its value; r before the first rectified step is 1, which nothing uses."""

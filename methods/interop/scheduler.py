@@ -72,6 +72,9 @@ class Reading:
                 self._seen.append(now)
         return self._seen[t]
 
+    def __repr__(self) -> str:
+        return " and ".join(type(scheduler).__name__ for scheduler in self._schedulers)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
@@ -123,6 +126,9 @@ class Option:
     factor: float = 1.0
     least: float = -float("inf")
     delay: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.reading}" + (f", {self.delay} earlier" if self.delay else "")
 
     def __call__(self, t: Any) -> float:
         """The value in the step that t lies in."""
