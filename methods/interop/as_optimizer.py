@@ -15,6 +15,7 @@ from dvi.methods.errors import SpecError
 from dvi.methods.interop.grouped import Start
 from dvi.methods.interop.scheduler import Option, Reading
 from dvi.methods.spec import Method, as_method
+from dvi.methods.validation import decay_of
 
 
 class AsOptimizer(Optimizer):
@@ -104,7 +105,9 @@ class AsOptimizer(Optimizer):
         if not Q.trivial:
             memory = tuple(state["memory"]) if state else method.remembered(w, g)
             m, memory = Q.step(g, memory)
-        w = w - P.solve(m)
+        gamma = decay_of(method, w)
+        kept = w if gamma is None else (1 - (gamma.number if gamma.uniform else gamma.vector)) * w
+        w = kept - P.solve(m)
         self.state[params[0]] = {"step": t + 1, "nu": nu, "memory": list(memory)}
         for p, new in zip(params, torch.split(w, [p.numel() for p in params]), strict=True):
             p.copy_(new.view_as(p))

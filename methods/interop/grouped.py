@@ -147,6 +147,17 @@ class Grouped(Method):
         """The filter that all methods have."""
         return self._one([method.Q() for method in self._now()])
 
+    def decay(self) -> Any:
+        """The decoupled weight decay of every method, on its own weights."""
+        given = [method.decay() for method in self._now()]
+        if all(value is None for value in given):
+            return None
+        numbers = [0.0 if value is None else value for value in given]
+        if (len(given) == 1 and self._straight) or all(x is numbers[0] or _equal(x, numbers[0]) for x in numbers):
+            return numbers[0]
+        whole = torch.cat([_expanded(x, len(where)) for x, where in zip(numbers, self.where, strict=True)])
+        return whole[torch.argsort(torch.cat(self.where).to(whole.device))]
+
     def remembered(self, w: Tensor, g: Tensor) -> Memory:
         """The memory of the filter before the next step."""
         memory = self.at(0.0).Q().initial(w)
@@ -193,6 +204,17 @@ def _coefficients(Q: Filter) -> tuple[tuple[float | None, ...], ...]:
     return tuple(
         tuple(None if isinstance(x, Tensor) else float(x) for x in part) for part in (Q.numerator, Q.denominator)
     )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, float) and isinstance(other, float) and one == other
+
+
+def _expanded(value: Any, n: int) -> Tensor:
+    """What decay() of one method gives, for each of its n weights."""
+    if isinstance(value, (list, tuple)):
+        return torch.cat([_expanded(x, k) for x, k in value])
+    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64).expand(n)
 
 
 def _with(method: Method, values: Mapping[str, Any]) -> Method:

@@ -17,6 +17,7 @@ from dvi.methods.interop.rising import RectifiedAdam, RisingNAdam, ScheduledNest
 from dvi.methods.interop.scheduler import ZERO, Option, Reading
 from dvi.methods.optimizers.adagrad import AdaGrad
 from dvi.methods.optimizers.adam import Adam
+from dvi.methods.optimizers.adamw import AdamW
 from dvi.methods.optimizers.gd import GradientDescent
 from dvi.methods.optimizers.heavy_ball import HeavyBall
 from dvi.methods.optimizers.nesterov import Nesterov
@@ -164,8 +165,9 @@ def _adam(group: Group) -> tuple[Method, Start | None]:
     o = group.options
     if o["amsgrad"]:
         raise SpecError(AMSGRAD)
-    _refuse_decoupled(group)
     method = Adam(group.lr(), group.momentum(), group.beta2, group.number_of("eps"))
+    if o.get("decoupled_weight_decay"):
+        method = AdamW(method.lr, method.beta1, method.beta2, method.eps, weight_decay=group.number_of("weight_decay"))
     return method, _averages(group, ((0.0, group.state.get("exp_avg", 0.0)),))
 
 
@@ -177,9 +179,9 @@ def _averages(group: Group, memory: tuple[tuple[float, Any], ...]) -> Start | No
     return Start({"v": v, "t": torch.tensor(float(group.steps), dtype=torch.float64)}, memory)
 
 
-def _refuse_decoupled(group: Group) -> None:
-    if group.options.get("decoupled_weight_decay") and group.options["weight_decay"]:
-        raise SpecError("decoupled weight decay is not read yet.")
+def _decoupled(group: Group) -> float:
+    """λ of a weight decay that is no penalty in the loss."""
+    return group.number_of("weight_decay") if group.options.get("decoupled_weight_decay") else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +242,6 @@ class Rise:
 
 
 def _nadam(group: Group) -> tuple[Method, Start | None]:
-    _refuse_decoupled(group)
     o, state = group.options, group.state
     kind = np.dtype(str(torch.get_default_dtype()).removeprefix("torch.")).type
     product = kind(1.0)
@@ -256,6 +257,7 @@ def _nadam(group: Group) -> tuple[Method, Start | None]:
     method = RisingNAdam(
         *(group.lr(), group.momentum(), group.beta2, group.number_of("eps")),
         *(rise(True, 0), rise(False, 0), rise(True, 1), rise(False, 1)),
+        _decoupled(group),
     )
     if not state:
         return method, None
@@ -295,12 +297,12 @@ class Rectification:
 
 
 def _radam(group: Group) -> tuple[Method, Start | None]:
-    _refuse_decoupled(group)
     rectified: Hyperparameter = Rectification(group.beta2, group.steps, size=False)
     rectified = 1.0 if rectified(0) else rectified
     method = RectifiedAdam(
         *(group.lr(), group.momentum(), group.beta2, group.number_of("eps")),
         *(rectified, Rectification(group.beta2, group.steps, size=True)),
+        _decoupled(group),
     )
     return method, _averages(group, ((0.0, group.state.get("exp_avg", 0.0)),))
 

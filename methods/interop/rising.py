@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ class RisingNAdam(Method):
         lr, beta1, beta2, eps: as in :class:`~dvi.methods.NAdam`.
         direct, average: a and b.
         direct_before, average_before: the same, one step earlier.
+        weight_decay: λ of the decoupled weight decay ηλ.
     """
 
     lr: Hyperparameter
@@ -56,6 +59,7 @@ class RisingNAdam(Method):
     average: Hyperparameter
     direct_before: Hyperparameter
     average_before: Hyperparameter
+    weight_decay: Hyperparameter = 0.0
 
     def init(self, w: Tensor) -> Nu:
         """V = 0, t = 0."""
@@ -75,6 +79,10 @@ class RisingNAdam(Method):
         kept = self.beta1 * self.average / self.average_before
         return Filter([self.direct + self.average * (1 - self.beta1), -kept * self.direct_before], [1.0, -kept])
 
+    def decay(self) -> Any:
+        """ηλ."""
+        return self.lr * self.weight_decay if self.weight_decay else None
+
 
 class RectifiedAdam(Method):
     """RAdam (Liu et al. 2020), as in ``torch.optim.RAdam``: Adam whose step is rectified by r, at first without P.
@@ -83,6 +91,7 @@ class RectifiedAdam(Method):
         lr, beta1, beta2, eps: as in :class:`~dvi.methods.Adam`.
         rectified: 0 in the first steps, which are w − ηm̂, and 1 afterwards: a schedule that jumps, or 1.
         rectification: r in (0, 1], which tends to 1, a schedule.
+        weight_decay: λ of the decoupled weight decay ηλ.
     """
 
     lr: Hyperparameter
@@ -91,6 +100,7 @@ class RectifiedAdam(Method):
     eps: Hyperparameter
     rectified: Hyperparameter
     rectification: Hyperparameter
+    weight_decay: Hyperparameter = 0.0
 
     def init(self, w: Tensor) -> Nu:
         """V = 0, t = 0."""
@@ -109,3 +119,7 @@ class RectifiedAdam(Method):
     def Q(self) -> Filter:
         """(1−β₁)/(1−β₁x)."""
         return Filter([1.0 - self.beta1], [1.0, -self.beta1])
+
+    def decay(self) -> Any:
+        """ηλ."""
+        return self.lr * self.weight_decay if self.weight_decay else None
