@@ -15,6 +15,10 @@ from dvi.methods.interop.grouped import Grouped, Start
 from dvi.methods.interop.readers import READERS, Group, Reader
 from dvi.methods.interop.refusals import refuse_class, refuse_options, refuse_state
 from dvi.methods.interop.scheduler import Reading, as_list
+from dvi.methods.interop.rising import ScheduledNesterov
+from dvi.methods.optimizers.gd import GradientDescent
+from dvi.methods.optimizers.heavy_ball import HeavyBall
+from dvi.methods.optimizers.nesterov import Nesterov
 from dvi.methods.spec import Method
 
 Begin = Literal["auto", "state", "fresh"]
@@ -69,7 +73,8 @@ class FromTorch(Grouped):
         new = torch.empty(ends[-1], dtype=torch.int64)
         for i, index in where.items():
             new[ends[i] : ends[i + 1]] = index
-        return Grouped(self.methods, tuple(new[old] for old in self.where), self.starts, self.title)
+        where = tuple(new[old] for old in self.where)
+        return Grouped(self.methods, where, self.starts, self.title, self.joint)
 
 
 def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") -> Method:
@@ -128,6 +133,7 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
         methods=tuple(part.method for part in parts),
         where=tuple(torch.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)),
         starts=tuple(part.start for part in parts),
+        joint=not ours and len(parts) > 1 and _joint(parts),
         title=f"torch.optim.{kind}{at}: " + " | ".join(_words(part) for part in parts),
         parameters=tuple(p for part in parts for p in part.parameters),
         maximises=parts[0].maximises,
@@ -145,6 +151,12 @@ class _Part:
     parameters: tuple[Parameter, ...]
     maximises: bool
     steps: int
+
+
+def _joint(parts: Sequence[_Part]) -> bool:
+    """May the methods of an optimizer of torch share one ν?  All of these act weight by weight; some have no ν."""
+    same = len({(type(part.method), part.steps, part.start is None) for part in parts}) == 1
+    return same and not isinstance(parts[0].method, (GradientDescent, HeavyBall, Nesterov, ScheduledNesterov))
 
 
 def _words(part: _Part) -> str:
@@ -178,6 +190,11 @@ def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> li
         state = {key: value for key, value in state.items() if value is not None}
         if state:
             refuse_state(kind, i, state, reader.state(group))
+        elif used and group["weight_decay"] and kind != "SGD":
+            raise SpecError(
+                f"{name or f'Parameter {j}'} of group {i} has never had a gradient, so that {kind} leaves it alone and "
+                "does not let it decay. Freeze it before the problem is made: parameter.requires_grad_(False)."
+            )
         by_steps.setdefault(_steps(kind, state), []).append((j, p, name, state))
     return [
         _part(group, reader, i, steps, members, reading) for steps, members in sorted(by_steps.items(), reverse=True)

@@ -17,7 +17,6 @@ from dvi.methods.errors import SpecError
 from dvi.methods.filter import Filter, Memory
 from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.preconditioners.blocks import Blocks
-from dvi.methods.preconditioners.diagonal import Diagonal
 from dvi.methods.spec import Method, Nu
 
 _NAME = re.compile(r"(\w+)\[(\d+)\]")
@@ -39,7 +38,9 @@ class Start:
 
 
 class Grouped(Method):
-    """Each of some methods acts on its own weights: P is block diagonal, ν a tuple with one part a method.
+    """Each of some methods acts on its own weights: P is block diagonal.
+
+    ν is a tuple with one part a method; of joint methods it is one ν for all weights, which costs less.
 
     All must have one momentum filter.  A hyperparameter of method i is called ``name[i]``.
 
@@ -48,12 +49,15 @@ class Grouped(Method):
         where: which entries of w each has, int64 tensors that together hold 0 … d − 1 once each.
         starts: what each remembers of earlier steps; None: nothing.
         title: how to write it.
+        joint: are all of one class, whose f and P act weight by weight, with as many steps behind them?  Then
+            hyperparameters in which they differ become vectors [d].
     """
 
     methods: tuple[Method, ...]
     where: tuple[Tensor, ...]
     starts: tuple[Start | None, ...]
     title: str = ""
+    joint: bool = False
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -120,10 +124,15 @@ class Grouped(Method):
             method.init(w[where.to(w.device)]) if start is None else pytree.tree_map(lambda x: x.to(w), start.nu)
             for method, where, start in zip(self._now(), self.where, self.starts, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else tuple(parts)
+        if not self.joint:
+            return parts[0] if len(parts) == 1 else tuple(parts)
+        order = torch.argsort(torch.cat(self.where)).to(w.device)
+        return pytree.tree_map(lambda *x: torch.cat(x)[order] if x[0].ndim else x[0], *parts)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """The change of every method's own ν."""
+        if self.joint:
+            return self._whole(g).f(nu, g)
         if len(self.methods) == 1:
             return self._now()[0].f(nu, g[self._order(g)])
         return tuple(
@@ -133,14 +142,13 @@ class Grouped(Method):
 
     def P(self, nu: Nu) -> Preconditioner:
         """The P of every method, on its own weights; as one diagonal where all are."""
+        if self.joint:
+            return self._whole(max(pytree.tree_leaves(nu), key=Tensor.numel)).P(nu)
         nus = (nu,) if len(self.methods) == 1 else nu
         parts = [method.P(part) for method, part in zip(self._now(), nus, strict=True)]
         if len(parts) == 1 and self._straight:
             return parts[0]
         sizes, order = [len(where) for where in self.where], torch.cat(self.where)
-        if all(type(part) is Diagonal for part in parts):
-            p = torch.cat([part.p for part in parts])  # type: ignore[attr-defined]
-            return Diagonal(p[torch.argsort(order.to(p.device))])
         return Blocks(parts, sizes, order)
 
     def Q(self) -> Filter:
@@ -149,6 +157,8 @@ class Grouped(Method):
 
     def decay(self) -> Any:
         """The decoupled weight decay of every method, on its own weights."""
+        if self.joint:
+            return self._whole(torch.zeros((), dtype=torch.float64, device=self.where[0].device)).decay()
         given = [method.decay() for method in self._now()]
         if all(value is None for value in given):
             return None
@@ -167,6 +177,18 @@ class Grouped(Method):
                 for vector, (factor, rest) in zip(memory, start.memory, strict=True):
                     vector[index] = factor * g[index] + (rest.to(w) if isinstance(rest, Tensor) else rest)
         return memory
+
+    def _whole(self, like: Tensor) -> Method:
+        """One method for all weights, of joint methods: hyperparameters in which they differ are vectors like ``like``."""
+        now = self._now()
+        order = torch.argsort(torch.cat(self.where).to(like.device))
+        values = {}
+        for name in now[0].hyperparameters():
+            given = [getattr(method, name) for method in now]
+            if any(isinstance(x, Tensor) or x != given[0] for x in given):
+                each = [torch.as_tensor(x, dtype=like.dtype, device=like.device).expand(len(where)) for x, where in zip(given, self.where, strict=True)]
+                values[name] = torch.cat(each)[order]
+        return _with(now[0], values)
 
     # ---- inside -----------------------------------------------------------------------------------------
 

@@ -63,11 +63,16 @@ class Group:
             )
         return factor * value
 
+    @property
+    def cycles(self) -> bool:
+        """Is the momentum scheduled?"""
+        return self.reading is not None and self.reading.cycles
+
     def momentum(self, delay: int = 0) -> Hyperparameter:
         """β of SGD, or β₁, a number or a schedule."""
         pair = "betas" in self.options
         name, item = ("betas", 0) if pair else ("momentum", None)
-        if self.reading is not None and self.reading.cycles:
+        if self.cycles:
             return Option(self.reading, self.number, name, item, delay=delay)
         value = self.options[name]
         return float(value[0]) if pair else float(value)
@@ -102,7 +107,7 @@ class Reader:
 
 def _sgd(group: Group) -> tuple[Method, Start | None]:
     o, buffer = group.options, group.state.get("momentum_buffer")
-    scheduled = group.reading is not None and group.reading.cycles
+    scheduled = group.cycles
     if not scheduled and float(o["momentum"]) == 0:
         return GradientDescent(group.lr()), None
     if o["nesterov"]:
@@ -171,7 +176,7 @@ def _adam(group: Group) -> tuple[Method, Start | None]:
     return method, _averages(group, ((0.0, group.state.get("exp_avg", 0.0)),))
 
 
-def _averages(group: Group, memory: tuple[tuple[float, Any], ...]) -> Start | None:
+def _averages(group: Group, memory: tuple[tuple[float, Any], ...] | None) -> Start | None:
     """The start of a method with v and t in its state."""
     if not group.state:
         return None
@@ -249,6 +254,9 @@ def _nadam(group: Group) -> tuple[Method, Start | None]:
         kept = state["mu_product"]
         product = np.dtype(str(kept.dtype).removeprefix("torch.")).type(float(kept))
 
+    if not group.cycles and not float(o["betas"][0]):  # μ = 0: there is no momentum
+        fixed = (group.lr(), 0.0, group.beta2, group.number_of("eps"), 1.0, 0.0, 1.0, 1.0)
+        return RisingNAdam(*fixed, _decoupled(group)), _averages(group, None)
     momenta = Momenta(group.momentum(), float(o["momentum_decay"]), group.steps, [product])
 
     def rise(direct: bool, delay: int) -> Rise:

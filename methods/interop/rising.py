@@ -76,12 +76,15 @@ class RisingNAdam(Method):
 
     def Q(self) -> Filter:
         """A + b(1−β₁)/(1−β₁x), with the output of the step before in place of the average."""
+        if isinstance(self.average, float) and self.average == 0:
+            return Filter()
         kept = self.beta1 * self.average / self.average_before
         return Filter([self.direct + self.average * (1 - self.beta1), -kept * self.direct_before], [1.0, -kept])
 
     def decay(self) -> Any:
-        """ηλ."""
-        return self.lr * self.weight_decay if self.weight_decay else None
+        """ηλ; None if λ is the number 0."""
+        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
+        return None if none else self.lr * self.weight_decay
 
 
 class RectifiedAdam(Method):
@@ -121,5 +124,6 @@ class RectifiedAdam(Method):
         return Filter([1.0 - self.beta1], [1.0, -self.beta1])
 
     def decay(self) -> Any:
-        """ηλ."""
-        return self.lr * self.weight_decay if self.weight_decay else None
+        """ηλ; None if λ is the number 0."""
+        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
+        return None if none else self.lr * self.weight_decay
