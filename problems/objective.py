@@ -18,6 +18,7 @@ class Quadratic:
     strength: Tensor
 
     def __call__(self, w: Tensor) -> Tensor:
+        """½Σλᵢwᵢ² []."""
         return 0.5 * (self.strength * w.square()).sum()
 
 
@@ -28,6 +29,7 @@ class Negated:
     part: Part
 
     def __call__(self, w: Tensor) -> Tensor:
+        """−L(w) []."""
         return -self.part(w)
 
     def install(self, w: Tensor) -> None:

@@ -93,7 +93,9 @@ L2 = st.sampled_from([0.0, 1e-3, 0.1])
 flags = st.booleans()
 
 OPTIONS = {
-    "SGD": dict(lr=numbers(1e-3, 0.05), momentum=st.sampled_from([0.0, 0.5, 0.9]), dampening=st.sampled_from([0.0, 0.3])),
+    "SGD": dict(
+        lr=numbers(1e-3, 0.05), momentum=st.sampled_from([0.0, 0.5, 0.9]), dampening=st.sampled_from([0.0, 0.3])
+    ),
     "RMSprop": dict(lr=lrs, alpha=numbers(0.8, 0.999), eps=st.sampled_from([1e-8, 1e-3]), centered=flags),
     "Adagrad": dict(lr=lrs, lr_decay=st.sampled_from([0, 0.01]), initial_accumulator_value=st.sampled_from([0, 0.1])),
     "Adam": dict(lr=lrs, eps=st.sampled_from([1e-8, 1e-2]), decoupled_weight_decay=flags),
@@ -276,7 +278,7 @@ def test_what_is_no_schedule_of_the_step_is_refused():
         method.at(7.0)
 
 
-# ---- the state --------------------------------------------------------------------------------------------------------
+# ---- the state -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adagrad", "AdamW", "NAdam", "RAdam"])
@@ -488,9 +490,7 @@ DECLARED = {
     "joint, decay": halves(
         dvi.methods.AdamW(0.02, 0.5, 0.9, weight_decay=0.1), dvi.methods.AdamW(0.01, 0.5, 0.9, weight_decay=0.0), True
     ),
-    "joint, scheduled": halves(
-        dvi.methods.RMSProp(falling, 0.9), dvi.methods.RMSProp(0.01, 0.9), True
-    ),
+    "joint, scheduled": halves(dvi.methods.RMSProp(falling, 0.9), dvi.methods.RMSProp(0.01, 0.9), True),
     "apart": halves(dvi.methods.RMSPropNorm(0.02, 0.9), dvi.methods.AdaGrad(0.05), False),
     "no state": halves(dvi.methods.HeavyBall(0.02, 0.5), dvi.methods.HeavyBall(0.01, 0.5), False),
     "nesterov": ScheduledNesterov(0.01, 0.5, 0.5),
@@ -542,7 +542,7 @@ def test_it_travels():
     assert "AdamW at step 3" in repr(method)
 
 
-# ---- what does not fit ------------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------------------------
 
 REFUSED = {
     "Adadelta": (lambda p: torch.optim.Adadelta(p), "Adadelta has no central flow: .* nearest that fits: RMSprop"),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dvi.compiler.ablated import AblatedFlow
 from dvi.compiler.exact_rates import Accuracy
-from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
+from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, StableFlow
 from dvi.compiler.optimizer import Discrete
-from dvi.interop.binding import bind, read
+from dvi.interop.binding import MethodLike, bind, read
 from dvi.problems import Problem
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError

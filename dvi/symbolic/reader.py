@@ -13,7 +13,7 @@ import torch
 from sympy import Expr, Symbol
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.flows import MethodLike
+from dvi.interop.binding import MethodLike
 from dvi.interop.binding import read as read_method
 from dvi.methods import Diagonal, Filter, Grouped, Method, Scalar, SpecError
 from dvi.methods.validation import leaves

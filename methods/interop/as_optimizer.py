@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import SpecError
+from dvi.methods.filter import Memory
 from dvi.methods.interop.grouped import Start
 from dvi.methods.interop.scheduler import Option, Reading
 from dvi.methods.spec import Method, as_method
@@ -72,7 +73,7 @@ class AsOptimizer(Optimizer):
         return {**super().__getstate__(), "_method": self._method}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every group; parameters without a gradient have a gradient of zero.
 
         Args:
@@ -99,9 +100,9 @@ class AsOptimizer(Optimizer):
         method = self.declared(group).at(float(t))
         nu = state["nu"] if state else method.init(w)
         nu = pytree.tree_map(torch.add, nu, method.f(nu, g))
-        P, Q, memory = method.P(nu), method.Q(), ()
+        P, Q = method.P(nu), method.Q()
         P.check(g)
-        m = g
+        m, memory = g, Memory()
         if not Q.trivial:
             memory = tuple(state["memory"]) if state else method.remembered(w, g)
             m, memory = Q.step(g, memory)

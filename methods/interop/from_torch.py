@@ -14,8 +14,8 @@ from dvi.methods.interop.as_optimizer import AsOptimizer
 from dvi.methods.interop.grouped import Grouped, Start
 from dvi.methods.interop.readers import READERS, Group, Reader
 from dvi.methods.interop.refusals import refuse_class, refuse_options, refuse_state
-from dvi.methods.interop.scheduler import Reading, as_list
 from dvi.methods.interop.rising import ScheduledNesterov
+from dvi.methods.interop.scheduler import Reading, as_list
 from dvi.methods.optimizers.gd import GradientDescent
 from dvi.methods.optimizers.heavy_ball import HeavyBall
 from dvi.methods.optimizers.nesterov import Nesterov
@@ -73,8 +73,8 @@ class FromTorch(Grouped):
         new = torch.empty(ends[-1], dtype=torch.int64)
         for i, index in where.items():
             new[ends[i] : ends[i + 1]] = index
-        where = tuple(new[old] for old in self.where)
-        return Grouped(self.methods, where, self.starts, self.title, self.joint)
+        placed = tuple(new[old] for old in self.where)
+        return Grouped(self.methods, placed, self.starts, self.title, self.joint)
 
 
 def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") -> Method:
@@ -174,9 +174,7 @@ def _keeps_state(optimizer: Any) -> bool:
 def _moved(group: Mapping[str, Any]) -> list[tuple[int, Tensor, str | None]]:
     """The parameters of a group that move: (place in the group, tensor, name)."""
     names = group.get("param_names") or [None] * len(group["params"])
-    return [
-        (j, p, name) for j, (p, name) in enumerate(zip(group["params"], names, strict=True)) if p.requires_grad
-    ]
+    return [(j, p, name) for j, (p, name) in enumerate(zip(group["params"], names, strict=True)) if p.requires_grad]
 
 
 def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> list[_Part]:

@@ -186,7 +186,10 @@ class Grouped(Method):
         for name in now[0].hyperparameters():
             given = [getattr(method, name) for method in now]
             if any(isinstance(x, Tensor) or x != given[0] for x in given):
-                each = [torch.as_tensor(x, dtype=like.dtype, device=like.device).expand(len(where)) for x, where in zip(given, self.where, strict=True)]
+                each = [
+                    torch.as_tensor(x, dtype=like.dtype, device=like.device).expand(len(where))
+                    for x, where in zip(given, self.where, strict=True)
+                ]
                 values[name] = torch.cat(each)[order]
         return _with(now[0], values)
 

@@ -72,7 +72,7 @@ class Group:
         """β of SGD, or β₁, a number or a schedule."""
         pair = "betas" in self.options
         name, item = ("betas", 0) if pair else ("momentum", None)
-        if self.cycles:
+        if self.reading is not None and self.reading.cycles:
             return Option(self.reading, self.number, name, item, delay=delay)
         value = self.options[name]
         return float(value[0]) if pair else float(value)
@@ -299,9 +299,7 @@ class Rectification:
             return float(length > 5)
         if not length > 5:
             return 1.0
-        return float(
-            ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
-        )
+        return float(((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5)
 
 
 def _radam(group: Group) -> tuple[Method, Start | None]:
@@ -334,7 +332,9 @@ READERS: Mapping[str, Reader] = {
         _rmsprop,
     ),
     "Adagrad": Reader(
-        _names("lr lr_decay eps weight_decay initial_accumulator_value maximize"), lambda o: _names("step sum"), _adagrad
+        _names("lr lr_decay eps weight_decay initial_accumulator_value maximize"),
+        lambda o: _names("step sum"),
+        _adagrad,
     ),
     "Adam": Reader(_ADAM, lambda o: _AVERAGES, _adam),
     "AdamW": Reader(_ADAM, lambda o: _AVERAGES, _adam),
@@ -343,7 +343,5 @@ READERS: Mapping[str, Reader] = {
         lambda o: _AVERAGES | {"mu_product"},
         _nadam,
     ),
-    "RAdam": Reader(
-        _names("lr betas eps weight_decay maximize decoupled_weight_decay"), lambda o: _AVERAGES, _radam
-    ),
+    "RAdam": Reader(_names("lr betas eps weight_decay maximize decoupled_weight_decay"), lambda o: _AVERAGES, _radam),
 }

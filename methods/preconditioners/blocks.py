@@ -25,9 +25,7 @@ class Blocks(Preconditioner):
         NotPositiveDefiniteError: if there are not as many sizes as parts, or none.
     """
 
-    def __init__(
-        self, parts: Sequence[Preconditioner], sizes: Sequence[int], order: Tensor | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[Preconditioner], sizes: Sequence[int], order: Tensor | None = None) -> None:
         self.parts, self.sizes = tuple(parts), tuple(sizes)
         self.order = order
         if not self.parts or len(self.parts) != len(self.sizes):
