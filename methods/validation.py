@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError, SpecError
 from dvi.methods.filter import Filter
 from dvi.methods.per_weight import PerWeight
 from dvi.methods.preconditioners.base import Preconditioner
@@ -78,11 +78,11 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     return after
 
 
-def decay_of(method: Method, w: Tensor) -> PerWeight | None:
-    """The decoupled weight decay γ of a method whose schedules were replaced by their values; None: it has none.
+def decay_of(method: Method, w: Tensor, t: float | None = None) -> PerWeight | None:
+    """The decoupled weight decay γ of a method whose schedules were replaced by their values (those at t); or None.
 
     Raises:
-        SpecError: if it is no γ in [0, 1) for each of the weights w [d].
+        SpecError: if it is no γ in [0, 1) for each of the weights w [d]; along a run (with a t) a ScheduleError.
     """
     declared = method.decay()
     if declared is None:
@@ -91,7 +91,8 @@ def decay_of(method: Method, w: Tensor) -> PerWeight | None:
     gamma = PerWeight.of(declared, w, name)
     low, high = gamma.range()
     if not (low >= 0 and high < 1):  # also false for NaN
-        raise SpecError(f"{name} reaches from {low:g} to {high:g}; γ (lr·weight_decay) must lie in [0, 1).")
+        where, kind = ("", SpecError) if t is None else (f" at t = {t:g}", ScheduleError)
+        raise kind(f"{name}{where} reaches from {low:g} to {high:g}; γ (lr·weight_decay) must lie in [0, 1).")
     return gamma
 
 

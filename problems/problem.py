@@ -20,8 +20,9 @@ from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradi
 from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
+from dvi.problems.l2 import Penalised
 from dvi.problems.ledger import Ledger
-from dvi.problems.objective import Negated, Quadratic, strength
+from dvi.problems.negated import Negated
 from dvi.problems.timing import measure
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
@@ -78,57 +79,70 @@ class Problem:
         self.w0 = _flat_weights(w0)
         self.name = name or getattr(loss, "__name__", None) or type(self).__name__
         self.ledger = Ledger()
-        self._max_directions = max_directions
-        self._derivatives = self._backend(derivatives)
-        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self.derivatives: Backend = derivatives
+        self._max_directions = max_directions
+        self._derivatives: Derivatives = self._backend()
+        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self._measured = False
         self._kinks_told = False
         self._try_loss()
 
-    def _backend(self, derivatives: Backend) -> Derivatives:
-        if derivatives == "autodiff":
+    def _backend(self) -> Derivatives:
+        if self.derivatives == "autodiff":
             return Autodiff(self._parts, self.ledger, self._max_directions)
-        if derivatives == "mixed":
+        if self.derivatives == "mixed":
             return Mixed(self._parts, self.ledger, self._max_directions)
-        if derivatives == "finite-difference":
+        if self.derivatives == "finite-difference":
             return FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
-        raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
+        raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {self.derivatives!r}')
 
     def penalised(self, weight_decay: float | Tensor | Mapping[str, float]) -> Self:
-        """This problem with ½Σλᵢwᵢ² added to its loss: what ``weight_decay`` of ``torch.optim.SGD`` and ``Adam`` does.
+        """This problem with ½ Σᵢ λᵢwᵢ² added to its loss, and a ledger of its own: L2 regularisation.
 
-        The result shares the ledger of this problem.
+        It is what ``weight_decay`` means in ``torch.optim.SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``.  The decay of
+        ``AdamW`` is another: it leaves the loss alone (:class:`dvi.methods.AdamW`).
 
         Args:
-            weight_decay: λ ≥ 0, one for all weights or a tensor [d]; for a problem made from a module also a mapping
-                from names of parameters to λ, 0 for those it does not name.
+            weight_decay: λ ≥ 0, a number, or a tensor [d] with one for each weight; for a problem made from a module
+                also a mapping from names of parameters to λ, 0 for those that it does not name.
 
         Raises:
-            ProblemError: if it is something else.
+            ProblemError: if λ is of another shape, negative or not finite, or names no parameter.
+
         """
-        given = self._by_name(weight_decay) if isinstance(weight_decay, Mapping) else weight_decay
-        return self._changed((*self._parts, Quadratic(strength(given, self.w0))), self.w0)
+        if isinstance(weight_decay, Mapping):
+            weight_decay = self._by_name(weight_decay)
+        given = torch.as_tensor(weight_decay, dtype=self.dtype, device=self.device)
+        if given.shape not in ((), (self.dim,)):
+            raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
+        if not bool(((given >= 0) & torch.isfinite(given)).all()):
+            raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
+        parts = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
+        return self._changed(parts, self.w0, f"{self.name} + L2")
 
     def negated(self) -> Self:
-        """This problem with −L in place of L: what an optimizer with ``maximize=True`` minimises."""
-        return self._changed(tuple(Negated(part) for part in self._parts), self.w0)
+        """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""
+        return self._changed(tuple(Negated(part) for part in self._parts), self.w0, f"−{self.name}")
 
     def starting_at(self, w: Tensor) -> Self:
-        """This problem with the weights ``w`` [d] in place of w0.
+        """This problem with the weights ``w`` [d] in place of w0, and a ledger of its own.
 
         Raises:
-            ProblemError: if w is not of the shape, dtype and device of w0.
+            ProblemError: if w is not of the shape, dtype and device of w0, or the loss is not finite there.
+
         """
         self._check_weights(w)
-        return self._changed(self._parts, w.detach().clone())
+        return self._changed(self._parts, w.detach().clone(), self.name)
 
-    def _changed(self, parts: tuple[Part, ...], w0: Tensor) -> Self:
-        other = copy.copy(self)
-        other._parts, other.w0 = parts, w0
-        other._derivatives = other._backend(self.derivatives)
-        other._try_loss()
-        return other
+    def _changed(self, parts: tuple[Part, ...], w0: Tensor, name: str) -> Self:
+        new = copy.copy(self)
+        new._parts, new.w0, new.name = parts, w0, name
+        new.ledger = Ledger()
+        new._derivatives = new._backend()
+        new.ledger.weights = {**new.ledger.weights, **new._derivatives.weights}
+        new._measured = False
+        new._try_loss()
+        return new
 
     def _by_name(self, values: Mapping[str, float]) -> Tensor:
         """Numbers by the names of parameters, as a vector [d]."""

@@ -463,7 +463,6 @@ def test_changed_problems():
         torch.testing.assert_close(up.hvp(w, V), -torch.diag(12 * w**2), rtol=rough, atol=rough)
         penalised.check()
     assert quartic.starting_at(w).w0.equal(w)
-    assert quartic.penalised(0.5).ledger is quartic.ledger
     for wrong in (-1.0, float("nan"), torch.ones(2)):
         with pytest.raises(dvi.ProblemError):
             quartic.penalised(wrong)

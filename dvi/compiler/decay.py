@@ -1,7 +1,7 @@
 """Decoupled weight decay: w_{t+1} = (1 − γ)w_t − P⁻¹m_t, weight by weight.
 
-The weights are then a state that forgets, w_{t+1} = w_t + f with f = −γw_t − P⁻¹m_t and ∂f/∂w = −γ, and how far they
-move in a time h while m is held follows as for ν (:mod:`dvi.compiler.exact_rates`):
+The weights are then a state that forgets: w_{t+1} = w_t + f with f = −γw_t − P⁻¹m_t, ∂f/∂w = −γ.  How far they move in
+a time h while m is held follows as for ν (:mod:`dvi.compiler.exact_rates`):
 
     w(t+h) = w(t) − ((1 − (1−γ)ʰ)/γ) (γw(t) + P⁻¹m),        dw/dt = (log(1−γ)/γ) (γw + P⁻¹m),
 

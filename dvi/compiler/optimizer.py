@@ -47,7 +47,7 @@ class Discrete(CompiledFlow):
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
-        kept = _kept(y.w, decay_of(now, y.w))
+        kept = _kept(y.w, decay_of(now, y.w, y.t))
         w, t = kept - P.solve(m), y.t + 1
         if not _finite(w):  # before the loss sees them, which may fail in its own way
             raise _diverged(now, t, "weights are not finite")

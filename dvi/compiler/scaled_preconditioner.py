@@ -57,9 +57,9 @@ class Metric:
         """γ at t, or None.
 
         Raises:
-            SpecError: if it has left [0, 1).
+            ScheduleError: if it has left [0, 1).
         """
-        return decay_of(self.at(t), self.w)
+        return decay_of(self.at(t), self.w, t)
 
     def rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
         """The upper triangles of Uᵀ ∂P̃[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""

@@ -226,8 +226,8 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     """The state after a few steps of the real optimizer, and what to tell the user about it.
 
     With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and where
-    the buffers of momentum are empty, at least four times its lag τ′, since a flow cannot know what an empty buffer does
-    to the first steps.
+    the buffers of momentum are empty, at least four times its lag τ′, since a flow cannot know what an empty buffer
+    does to the first steps.
 
     Raises:
         RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).

@@ -90,8 +90,8 @@ def duality(flow: CompiledFlow, point: StationaryPoint) -> Bounds:
 def _program(method: Method, t: float) -> float:
     """The learning rate of a method that eq. (12) is about."""
     now = method.at(t)
-    plain = isinstance(now, RMSProp) and now.Q().trivial and now.decay() is None
-    if not plain or now.bias_correction or now.eps != 0:
+    plain = now.Q().trivial and now.decay() is None
+    if not isinstance(now, RMSProp) or now.bias_correction or now.eps != 0 or not plain:
         raise SpecError(
             f"{method}: the convex program (eq. 12) belongs to RMSProp with eps=0 and bias_correction=False, without "
             'weight decay; for others take by="fixed point".'

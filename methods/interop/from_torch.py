@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -131,7 +132,7 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
     at = f" at step {steps}" if used and steps else ""
     return FromTorch(
         methods=tuple(part.method for part in parts),
-        where=tuple(torch.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)),
+        where=tuple(torch.arange(a, b) for a, b in pairwise(ends)),
         starts=tuple(part.start for part in parts),
         joint=not ours and len(parts) > 1 and _joint(parts),
         title=f"torch.optim.{kind}{at}: " + " | ".join(_words(part) for part in parts),

@@ -179,7 +179,7 @@ class Grouped(Method):
         return memory
 
     def _whole(self, like: Tensor) -> Method:
-        """One method for all weights, of joint methods: hyperparameters in which they differ are vectors like ``like``."""
+        """One method for all weights, of joint methods; where hyperparameters differ they are vectors like ``like``."""
         now = self._now()
         order = torch.argsort(torch.cat(self.where).to(like.device))
         values = {}
