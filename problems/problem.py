@@ -117,7 +117,7 @@ class Problem:
             raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
         if not bool(((given >= 0) & torch.isfinite(given)).all()):
             raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
-        parts = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
+        parts: tuple[Part, ...] = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
         return self._changed(parts, self.w0, f"{self.name} + L2")
 
     def negated(self) -> Self:

@@ -93,12 +93,12 @@ ABOVE = {
     "solvers/second_order": ["solvers/ccp", "solvers/eigen", "solvers/macro"],
     "dvi/interop": [],
     "dvi/compiler": ["dvi/interop"],
-    "dvi/stationarity": ["dvi/compiler"],
+    "dvi/stationarity": ["dvi/compiler", "dvi/interop"],
     "dvi/symbolic": ["dvi/compiler", "dvi/interop"],
     "dvi/results": [],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
-    "dvi/runs": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
+    "dvi/runs": ["dvi/interop", "dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
     "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
 }
 #: The one door upwards: a result draws and saves itself when it is asked to.

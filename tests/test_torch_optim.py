@@ -331,7 +331,7 @@ def test_compare_takes_the_optimizer_and_goes_on_from_its_state():
     race = dvi.compare(problem, optimizer, 20, start="state", progress=False)
     assert not race.notes  # the buffer is full: no warm start
     assert race.about["warm_start"] == 0
-    assert "L2 penalty 0.01" in race.about["method"]
+    assert "L2 penalty=0.01" in race.about["method"]
     assert race.discrete.loss[0] > float(problem.value(problem.w0))  # with the penalty
     theirs = train(model, optimizer, 20)
     np.testing.assert_allclose(race.discrete.w, theirs[19], rtol=0, atol=1e-12)
@@ -538,7 +538,8 @@ def test_it_travels():
     method, other = pickle.loads(pickle.dumps((dvi.from_torch(optimizer), problem)))
     np.testing.assert_array_equal(steps_of(other, method, 5), steps_of(problem, optimizer, 5))
     assert repr(method) == repr(dvi.from_torch(optimizer))
-    assert "AdamW at step 3" in repr(method)
+    assert repr(method).startswith("AdamW(lr=0.01, ")
+    assert "steps_before=3" in repr(method)
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------

@@ -129,13 +129,12 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
         raise SpecError("Some groups have maximize=True and others not: no loss falls along such steps.")
     ends = torch.tensor([0, *(sum(len(p.values) for p in part.parameters) for part in parts)]).cumsum(0).tolist()
     steps = max(part.steps for part in parts)
-    at = f" at step {steps}" if used and steps else ""
     return FromTorch(
         methods=tuple(part.method for part in parts),
         where=tuple(torch.arange(a, b) for a, b in pairwise(ends)),
         starts=tuple(part.start for part in parts),
         joint=not ours and len(parts) > 1 and _joint(parts),
-        title=f"torch.optim.{kind}{at}: " + " | ".join(_words(part) for part in parts),
+        title=_words(parts, steps),
         parameters=tuple(p for part in parts for p in part.parameters),
         maximises=parts[0].maximises,
         begins="fresh" if start == "fresh" else "state",
@@ -160,10 +159,24 @@ def _joint(parts: Sequence[_Part]) -> bool:
     return same and not isinstance(parts[0].method, (GradientDescent, HeavyBall, Nesterov, ScheduledNesterov))
 
 
-def _words(part: _Part) -> str:
-    decays = {p.weight_decay for p in part.parameters if p.weight_decay}
-    penalty = f" with an L2 penalty {decays.pop():g}" if decays else ""
-    return f"{part.method!r} of {len(part.parameters)} parameters{penalty}"
+def _words(parts: Sequence[_Part], steps: int) -> str:
+    """The methods on one line; where they differ in their numbers only, as one with "|" between the numbers."""
+    penalties = [f"{p.weight_decay:g}" for part in parts for p in part.parameters[:1]]
+    more = [f"L2 penalty={_either(penalties)}"] if set(penalties) != {"0"} else []
+    more += [f"steps_before={steps}"] if steps else []
+    if len({type(part.method) for part in parts}) > 1:
+        return " | ".join([*(repr(part.method) for part in parts), *more])
+    numbers = [part.method.hyperparameters() for part in parts]
+    told = [
+        f"{name}={_either([repr(given[name]) for given in numbers])}"
+        for name in numbers[0]
+        if name in parts[0].method.ranges
+    ]
+    return f"{type(parts[0].method).__name__}({', '.join([*told, *more])})"
+
+
+def _either(values: Sequence[str]) -> str:
+    return " | ".join(values) if len(set(values)) > 1 else values[0]
 
 
 def _keeps_state(optimizer: Any) -> bool:

@@ -128,7 +128,7 @@ class Option:
     delay: int = 0
 
     def __repr__(self) -> str:
-        return f"{self.reading}" + (f", {self.delay} earlier" if self.delay else "")
+        return f"<{self.reading}>" + (f", {self.delay} earlier" if self.delay else "")
 
     def __call__(self, t: Any) -> float:
         """The value in the step that t lies in."""
