@@ -144,7 +144,7 @@ schedules = st.sampled_from(
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @given(data=st.data(), before=st.sampled_from([0, 1, 7]), seed=st.integers(0, 1000))
-@examples(4)
+@examples(3)
 def test_200_steps_are_torchs_own(kind, data, before, seed):
     agree(data.draw(optimizers(kind)), data.draw(schedules), before, seed=seed)
 
@@ -522,6 +522,80 @@ def test_joint_groups_have_the_flow_of_groups_apart():
     assert not torch.allclose(one.alpha, uniform.linearise(problem.w0, uniform.initial.nu, U).alpha)
 
 
+STABLE = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.8, dampening=0.2),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.8, nesterov=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=2e-3, alpha=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02, lr_decay=0.05),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=2e-3, betas=(0.8, 0.95), weight_decay=1.0),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=2e-3, betas=(0.8, 0.95)),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=2e-3, betas=(0.8, 0.95)),
+}
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_where_nothing_oscillates_a_flow_from_the_state_is_the_optimizer(name):
+    """The momentum that a flow starts with, and its schedules, are right: it stays close from the first step on.
+
+    A flow of second order is off by O(η²); that of a filter with a direct part (Nesterov) by more.  A start with an
+    empty buffer is off by a tenth of the path or more.
+    """
+    model = network()
+    optimizer = STABLE[name](model.parameters())
+    train(model, optimizer, 12)
+    problem = dvi.Problem.from_module(model, mse, X, Y)
+    race = dvi.compare(problem, optimizer, 30, accuracy="second-order", warm_start=0, progress=False)
+    path = (race.discrete.w - problem.w0).norm()
+    assert race.central.eigenvalues[:, 0].max() < 2
+    assert path > 0.02
+    # measured: 2e-4 to 3e-3, and 9e-3 for Nesterov
+    assert race.distance["discrete", "central"].max() < 0.02 * path
+
+
+def test_a_run_from_a_state_is_resumed(tmp_path):
+    model = network()
+    optimizer = torch.optim.AdamW(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 2e-2}], lr=1e-2, betas=(0.5, 0.9)
+    )
+    scheduler = lr_scheduler.StepLR(optimizer, 8, 0.5)
+    train(model, optimizer, 5, scheduler)
+    problem = dvi.Problem.from_module(model, mse, X, Y)
+    arguments = dict(scheduler=scheduler, progress=False, path=tmp_path / "race.h5")
+    dvi.compare(problem, optimizer, 3, **arguments)
+    longer = dvi.compare(problem, optimizer, 6, resume=True, **arguments)
+    whole = dvi.compare(problem, optimizer, 6, scheduler=scheduler, progress=False)
+    np.testing.assert_array_equal(longer.distance["discrete", "central"], whole.distance["discrete", "central"])
+    optimizer.state[model[0].weight]["exp_avg"].mul_(2.0)
+    with pytest.raises(dvi.StoreError, match="momentum at the start"):
+        dvi.compare(problem, optimizer, 6, resume=True, **arguments)
+
+
+def test_complex_parameters_are_pairs():
+    w = nn.Parameter(torch.tensor([1 + 2j, -0.5 + 0.3j], dtype=torch.complex128))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = w
+
+        def forward(self, x):
+            return (self.w * x).abs().square().sum() + self.w.real.sum()
+
+    model, x = Model(), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    optimizer = torch.optim.Adam([w], lr=0.01, weight_decay=0.1)
+
+    def go(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+
+    go(3)
+    ours = steps_of(dvi.Problem.from_module(model, None, x), optimizer, 5)
+    go(5)
+    np.testing.assert_allclose(ours[-1], torch.view_as_real(w.detach()).reshape(-1), rtol=0, atol=ROUNDING)
+
+
 def test_formulas_are_derived_of_an_optimizer():
     model = network()
     optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}])
@@ -682,3 +756,12 @@ def test_methods_may_differ_between_groups_and_options_are_checked():
         AsOptimizer(dvi.methods.GradientDescent(0.1), [torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
     with pytest.raises(SpecError, match="not a str"):
         AsOptimizer("sgd", model.parameters())
+
+
+def test_a_warm_up_from_zero_of_a_method():
+    model = network()
+    optimizer = AsOptimizer(dvi.methods.HeavyBall(0.05, 0.9), model.parameters())
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 5))
+    problem = dvi.Problem.from_module(model, mse, X, Y)
+    ours = steps_of(problem, dvi.from_torch(optimizer, scheduler), 10)
+    np.testing.assert_array_equal(ours, train(model, optimizer, 10, scheduler))

@@ -85,7 +85,7 @@ def _places(problem: Problem, method: FromTorch) -> dict[int, Tensor]:
             f"The optimizer does not move {', '.join(missing)}, which the problem takes for weights. Hold them fixed "
             "before you make the problem: parameter.requires_grad_(False); or add them to the optimizer."
         )
-    index = torch.arange(problem.dim)
+    index = torch.arange(problem.dim, device=problem.device)
     return {i: index[problem.parameter_slices[name]] for name, i in found.items()}
 
 
@@ -98,7 +98,7 @@ def _single(problem: Problem, method: FromTorch) -> dict[int, Tensor]:
             f"{', '.join(map(str, sizes))}: which is which cannot be known. Make the problem from the model, "
             "dvi.Problem.from_module(model, …), or let the optimizer move one flat tensor."
         )
-    return {0: torch.arange(problem.dim)}
+    return {0: torch.arange(problem.dim, device=problem.device)}
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -110,7 +110,7 @@ def _scattered(problem: Problem, values: Mapping[int, Any], places: Mapping[int,
     whole = torch.zeros_like(problem.w0)
     for i, index in places.items():
         value = values[i]
-        whole[index.to(whole.device)] = value.to(whole) if isinstance(value, Tensor) else whole.new_tensor(value)
+        whole[index] = value.to(whole) if isinstance(value, Tensor) else whole.new_tensor(value)
     return whole
 
 

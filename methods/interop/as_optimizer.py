@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dvi.methods.errors import SpecError
 from dvi.methods.filter import Memory
 from dvi.methods.interop.grouped import Start
-from dvi.methods.interop.scheduler import Option, Reading
+from dvi.methods.interop.scheduler import ZERO, Option, Reading
 from dvi.methods.spec import Method, as_method
 from dvi.methods.validation import decay_of
 
@@ -65,6 +65,7 @@ class AsOptimizer(Optimizer):
         now = copy.copy(method)
         for name, value in changed.items():
             value = value.item() if isinstance(value, Tensor) else value
+            value = _least(group, method) if name == "lr" and value == 0 else value
             now.check_range(name, value)
             object.__setattr__(now, name, value)
         return now
@@ -122,7 +123,7 @@ class AsOptimizer(Optimizer):
         if method.scheduled and steps:
             method = _later(method, steps)
         if reading is not None:
-            method = _scheduled(method, reading, i)
+            method = _scheduled(method, reading, i, _least(group, method))
         if not state:
             return method, None, 0
         nu = pytree.tree_map(torch.clone, state["nu"])
@@ -156,12 +157,17 @@ def _later(method: Method, steps: int) -> Method:
     return now
 
 
-def _scheduled(method: Method, reading: Reading, i: int) -> Method:
+def _least(group: dict[str, Any], method: Method) -> float:
+    """What stands for a learning rate of zero."""
+    return ZERO * abs(float(group.get("initial_lr", getattr(method, "lr", 0.0))))
+
+
+def _scheduled(method: Method, reading: Reading, i: int, least: float) -> Method:
     """The method with its learning rate as schedulers change it."""
     if "lr" not in _numbers(method):
         return method
     now = copy.copy(method)
-    object.__setattr__(now, "lr", Option(reading, i, "lr"))
+    object.__setattr__(now, "lr", Option(reading, i, "lr", least=least))
     return now
 
 

@@ -71,10 +71,11 @@ class FromTorch(Grouped):
     def placed(self, where: Mapping[int, Tensor]) -> Grouped:
         """The same with parameter i at the entries where[i] of w, and nothing else that ties it to the optimizer."""
         ends = torch.tensor([0, *(len(p.values) for p in self.parameters)]).cumsum(0).tolist()
-        new = torch.empty(ends[-1], dtype=torch.int64)
+        device = next(iter(where.values())).device
+        new = torch.empty(ends[-1], dtype=torch.int64, device=device)
         for i, index in where.items():
             new[ends[i] : ends[i + 1]] = index
-        placed = tuple(new[old] for old in self.where)
+        placed = tuple(new[old.to(device)] for old in self.where)
         return Grouped(self.methods, placed, self.starts, self.title, self.joint)
 
 

@@ -58,13 +58,19 @@ class Grouped(Method):
     starts: tuple[Start | None, ...]
     title: str = ""
     joint: bool = False
+    #: Where the weights of all methods, one after the other, stand in w; and the inverse of that.  None: as they are.
+    order: Tensor | None = dataclasses.field(init=False, default=None)
+    inverse: Tensor | None = dataclasses.field(init=False, default=None)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
-        filters = [method.at(0.0).Q() for method in self.methods]
-        self._one(filters)
+        self._one([method.at(0.0).Q() for method in self.methods])
+        order = torch.cat(self.where)
+        if not bool((torch.diff(order) == 1).all()):
+            object.__setattr__(self, "order", order)
+            object.__setattr__(self, "inverse", torch.argsort(order))
 
     def __repr__(self) -> str:
         return self.title or " | ".join(
@@ -126,15 +132,14 @@ class Grouped(Method):
         ]
         if not self.joint:
             return parts[0] if len(parts) == 1 else tuple(parts)
-        order = torch.argsort(torch.cat(self.where)).to(w.device)
-        return pytree.tree_map(lambda *x: torch.cat(x)[order] if x[0].ndim else x[0], *parts)
+        return pytree.tree_map(lambda *x: self._in_place(torch.cat(x)) if x[0].ndim else x[0], *parts)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """The change of every method's own ν."""
         if self.joint:
             return self._whole(g).f(nu, g)
         if len(self.methods) == 1:
-            return self._now()[0].f(nu, g[self._order(g)])
+            return self._now()[0].f(nu, g if self.order is None else g[self.order.to(g.device)])
         return tuple(
             method.f(part, g[where.to(g.device)])
             for method, part, where in zip(self._now(), nu, self.where, strict=True)
@@ -146,10 +151,9 @@ class Grouped(Method):
             return self._whole(max(pytree.tree_leaves(nu), key=Tensor.numel)).P(nu)
         nus = (nu,) if len(self.methods) == 1 else nu
         parts = [method.P(part) for method, part in zip(self._now(), nus, strict=True)]
-        if len(parts) == 1 and self._straight:
+        if len(parts) == 1 and self.order is None:
             return parts[0]
-        sizes, order = [len(where) for where in self.where], torch.cat(self.where)
-        return Blocks(parts, sizes, order)
+        return Blocks(parts, [len(where) for where in self.where], self.order)
 
     def Q(self) -> Filter:
         """The filter that all methods have."""
@@ -163,10 +167,11 @@ class Grouped(Method):
         if all(value is None for value in given):
             return None
         numbers = [0.0 if value is None else value for value in given]
-        if (len(given) == 1 and self._straight) or all(x is numbers[0] or _equal(x, numbers[0]) for x in numbers):
+        if (len(given) == 1 and self.order is None) or all(x is numbers[0] or _equal(x, numbers[0]) for x in numbers):
             return numbers[0]
-        whole = torch.cat([_expanded(x, len(where)) for x, where in zip(numbers, self.where, strict=True)])
-        return whole[torch.argsort(torch.cat(self.where).to(whole.device))]
+        return self._in_place(
+            torch.cat([_expanded(x, len(where)) for x, where in zip(numbers, self.where, strict=True)])
+        )
 
     def remembered(self, w: Tensor, g: Tensor) -> Memory:
         """The memory of the filter before the next step."""
@@ -181,7 +186,6 @@ class Grouped(Method):
     def _whole(self, like: Tensor) -> Method:
         """One method for all weights, of joint methods; where hyperparameters differ they are vectors like ``like``."""
         now = self._now()
-        order = torch.argsort(torch.cat(self.where).to(like.device))
         values = {}
         for name in now[0].hyperparameters():
             given = [getattr(method, name) for method in now]
@@ -190,18 +194,14 @@ class Grouped(Method):
                     torch.as_tensor(x, dtype=like.dtype, device=like.device).expand(len(where))
                     for x, where in zip(given, self.where, strict=True)
                 ]
-                values[name] = torch.cat(each)[order]
+                values[name] = self._in_place(torch.cat(each))
         return _with(now[0], values)
 
     # ---- inside -----------------------------------------------------------------------------------------
 
-    @property
-    def _straight(self) -> bool:
-        """Does a single method have all weights in their order?"""
-        return bool((torch.diff(self.where[0]) == 1).all())
-
-    def _order(self, g: Tensor) -> Any:
-        return slice(None) if self._straight else self.where[0].to(g.device)
+    def _in_place(self, values: Tensor) -> Tensor:
+        """One number for each weight of all methods, one method after the other, where the weights stand in w."""
+        return values if self.inverse is None else values[self.inverse.to(values.device)]
 
     def _check(self, w: Tensor) -> None:
         known = sum(len(where) for where in self.where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,6 @@ class Reading:
         self.cycles = cycles_momentum(schedulers)
         self._moving = (*MOVING, *CYCLED) if self.cycles else MOVING
         self._seen = [self._groups()]
-        self._lock = threading.Lock()
 
     def groups(self, t: int) -> list[dict[str, Any]]:
         """The options of every group at the t-th step from now.
@@ -61,25 +59,18 @@ class Reading:
         Raises:
             SpecError: if a scheduler changes an option that no schedule can follow.
         """
-        with self._lock:
-            while len(self._seen) <= t:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that no step of the optimizer was made in between
-                    for scheduler in self._schedulers:
-                        scheduler.step()
-                now = self._groups()
-                self._refuse_others(now)
-                self._seen.append(now)
+        while len(self._seen) <= t:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no step of the optimizer was made in between
+                for scheduler in self._schedulers:
+                    scheduler.step()
+            now = self._groups()
+            self._refuse_others(now)
+            self._seen.append(now)
         return self._seen[t]
 
     def __repr__(self) -> str:
         return " and ".join(type(scheduler).__name__ for scheduler in self._schedulers)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def _groups(self) -> list[dict[str, Any]]:
         return [
