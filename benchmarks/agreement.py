@@ -105,7 +105,6 @@ METHODS: dict[str, Case] = {
     "Adam 3e-3, β₁ = 0.5": (digits_mlp, Adam(3e-3, 0.5, 0.99), 300),
     "Adam 1e-2, β₁ = 0.9": (digits_mlp, Adam(1e-2, 0.9, 0.99), 300),
     "GD 0.2, weight decay 1e-3": (digits_mlp, GradientDescentW(0.2, 1e-3), 600),
-    "GD 0.2, weight decay 1.6e-2": (digits_mlp, GradientDescentW(0.2, 1.6e-2), 600),
     "AdamW 3e-3, β₁ = 0.5, weight decay 0.1": (digits_mlp, AdamW(3e-3, 0.5, 0.99, weight_decay=0.1), 300),
     "AdamW 3e-3, β₁ = 0.5, weight decay 0.1, none on biases": (
         digits_mlp, AdamW(3e-3, 0.5, 0.99, weight_decay=0.1, shapes=digits_mlp().shapes), 300,

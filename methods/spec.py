@@ -4,8 +4,9 @@ An optimizer is declared as a state spec (paper, Appendix C.7)
 
     ν_t = ν_{t−1} + f(ν_{t−1}, ∇L(w_t)),        w_{t+1} = w_t − P(ν_t)⁻¹ ∇L(w_t),
 
-with a filter Q before ∇L(w_t) and (1 − γ)w_t in place of w_t where they are declared, and everything else — the discrete optimizer, its stable flow, its central flow with α, β and the cone
-complementarity problem — is derived from that declaration.
+with a filter Q before ∇L(w_t) and (1 − γ)w_t in place of w_t where they are declared.  Everything else — the discrete
+optimizer, its stable flow, its central flow with α, β and the cone complementarity problem — is derived from that
+declaration.
 """
 
 from __future__ import annotations

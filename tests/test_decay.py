@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import eigh
 from test_methods import agree, bowl, torch_trajectory, trajectory
+from test_symbolic import the_page_says_what_the_derivation_holds
 from torch.utils import _pytree as pytree
 
 import dvi
@@ -478,6 +479,12 @@ def test_the_closed_form_is_the_compilers(name):
     np.testing.assert_allclose(second.w, np.log(1 - gamma) / gamma * step, rtol=1e-10)
     with pytest.raises(dvi.SpecError, match="w=…"):
         dvi.derive(method).evaluate(*arguments, t=t)
+
+
+@pytest.mark.parametrize("accuracy", ["paper", "second-order"])
+@pytest.mark.parametrize("name", ["gd", "rmsprop", "norm"])
+def test_latex_says_what_the_expressions_say(name, accuracy):
+    the_page_says_what_the_derivation_holds(dvi.derive(METHODS[name], accuracy=accuracy))
 
 
 def test_what_derive_prints():
