@@ -33,6 +33,7 @@ from dvi.methods import (
     from_torch,
 )
 from dvi.problems import DerivativeError, Problem, ProblemError
+from dvi.reports import Report
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
@@ -91,6 +92,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quasistatic",
+    "Report",
     "RunError",
     "RungeKutta",
     "Scalar",

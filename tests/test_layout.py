@@ -85,7 +85,8 @@ ABOVE = {
     "methods/interop": ["methods/preconditioners", "methods/optimizers"],
     "problems/derivatives": [],
     "problems/exact": ["problems/derivatives"],
-    "problems/catalogue": ["problems/derivatives"],
+    "problems/networks": [],
+    "problems/catalogue": ["problems/derivatives", "problems/networks"],
     "solvers/ccp": [],
     "solvers/eigen": [],
     "solvers/macro": ["solvers/ccp", "solvers/eigen"],
@@ -96,13 +97,14 @@ ABOVE = {
     "dvi/stationarity": ["dvi/compiler", "dvi/interop"],
     "dvi/symbolic": ["dvi/compiler", "dvi/interop"],
     "dvi/results": [],
+    "dvi/reports": ["dvi/results"],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
     "dvi/runs": ["dvi/interop", "dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
     "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
 }
-#: The one door upwards: a result draws and saves itself when it is asked to.
-DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage")}
+#: The one door upwards: a result draws, saves and reports itself when it is asked to.
+DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage"), ("dvi/results", "dvi/reports")}
 
 
 def module_name(path):
