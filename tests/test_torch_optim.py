@@ -17,6 +17,7 @@ import dvi
 import dvi.testing
 from dvi.methods import AsOptimizer, Grouped, SpecError
 from dvi.methods.interop.rising import RectifiedAdam, RisingNAdam, ScheduledNesterov
+from dvi.methods.per_weight import PerWeight
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randn(20, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -502,6 +503,18 @@ DECLARED = {
 def test_declarations_conform(name):
     """Derivatives, α and β against finite differences of the gap along the flow."""
     dvi.testing.check_method(DECLARED[name])
+
+
+def test_scattered_blocks_know_what_is_dead_and_what_decays():
+    P = dvi.Blocks(
+        [dvi.Diagonal(torch.tensor([0.0, 2.0])), dvi.Scalar(3.0)], [2, 2], torch.tensor([3, 0, 1, 2])
+    )  # p is 2, 3, 3, 0 in the order of w
+    assert P.dead().tolist() == [False, False, False, True]
+    P.check(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    with pytest.raises(dvi.NotPositiveDefiniteError, match="Block 1 of 2"):
+        P.check(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+    share = PerWeight.of(torch.tensor([0.5, 1.0, 2.0, 1.0]), torch.ones(4))
+    assert P.weighted(share).apply(torch.ones(4)).tolist() == [1.0, 3.0, 6.0, 0.0]
 
 
 def test_joint_groups_have_the_flow_of_groups_apart():
