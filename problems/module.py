@@ -68,7 +68,6 @@ class ModuleProblem(Problem):
     Attributes:
         parameter_slices: where each parameter lies in w, by name.
         parameter_shapes: its shape, by name.
-        weight_decay: the λ that was given.
 
     Raises:
         ProblemError: if the model has nothing to train, mixes dtypes or devices, is stochastic, changes its buffers or

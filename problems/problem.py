@@ -61,6 +61,9 @@ class Problem:
     #: This is :class:`~dvi.problems.ModuleProblem`, which takes this place when it is defined.
     from_module: ClassVar[Callable[..., Any]]
 
+    #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
+    weight_decay: float = 0.0
+
     def __init__(
         self,
         loss: Part | Sequence[Part],
@@ -118,7 +121,9 @@ class Problem:
         if not bool(((given >= 0) & torch.isfinite(given)).all()):
             raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
         parts: tuple[Part, ...] = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
-        return self._changed(parts, self.w0, f"{self.name} + L2")
+        new = self._changed(parts, self.w0, f"{self.name} + L2")
+        new.weight_decay = max(self.weight_decay, float(given.max()))
+        return new
 
     def negated(self) -> Self:
         """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""

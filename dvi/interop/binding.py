@@ -125,11 +125,11 @@ def _penalised(problem: Problem, method: FromTorch, places: Mapping[int, Tensor]
     strengths = [parameter.weight_decay for parameter in method.parameters]
     if not any(strengths):
         return problem
-    if getattr(problem, "weight_decay", 0.0):
+    if problem.weight_decay:
         raise SpecError(
             f"Both the optimizer (weight_decay={max(strengths):g}) and the problem "
-            f"(weight_decay={problem.weight_decay:g}) add a penalty to the loss. Leave weight_decay out of "  # type: ignore[attr-defined]
-            "from_module: that of the optimizer is added by itself."
+            f"(weight_decay={problem.weight_decay:g}) add a penalty to the loss. Leave it out of the problem "
+            "(weight_decay= of from_module, or penalised): that of the optimizer is added by itself."
         )
     held = set(getattr(problem, "held", ()))
     if held:

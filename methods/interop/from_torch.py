@@ -56,7 +56,7 @@ class FromTorch(Grouped):
         parameters: in the order in which the optimizer has them, group by group.
         maximises: does the optimizer go up (``maximize=True``)?
         begins: "fresh", or "state" where it goes on from what the optimizer remembers.
-        steps: how many steps the optimizer had made.
+        steps: how many steps the optimizer had made; 0 of SGD, which does not count.
     """
 
     parameters: tuple[Parameter, ...] = ()
@@ -129,7 +129,7 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
     if len({part.maximises for part in parts}) > 1:
         raise SpecError("Some groups have maximize=True and others not: no loss falls along such steps.")
     ends = torch.tensor([0, *(sum(len(p.values) for p in part.parameters) for part in parts)]).cumsum(0).tolist()
-    steps = max(part.steps for part in parts)
+    steps = 0 if kind == "SGD" else max(part.steps for part in parts)  # SGD does not count
     return FromTorch(
         methods=tuple(part.method for part in parts),
         where=tuple(torch.arange(a, b) for a, b in pairwise(ends)),
