@@ -415,6 +415,16 @@ def test_what_does_not_match_is_named():
         dvi.central_flow(dvi.Problem(lambda w: w.square().sum(), problem.w0), torch.optim.SGD(model.parameters(), 0.1))
 
 
+def test_a_padding_row_may_not_decay():
+    model = nn.Sequential(nn.Embedding(4, 2, padding_idx=0), nn.Flatten(), nn.Linear(6, 1)).double()
+    problem = dvi.Problem.from_module(model, mse, torch.tensor([[0, 1, 2], [3, 1, 0]]), Y[:2, :1])
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        with pytest.raises(SpecError, match=r"0\.weight has a padding row"):
+            dvi.central_flow(problem, kind(model.parameters(), lr=0.01, weight_decay=0.1))
+    groups = [{"params": model[0].parameters(), "weight_decay": 0.0}, {"params": model[2].parameters()}]
+    dvi.central_flow(problem, torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1))
+
+
 def test_one_flat_tensor_needs_no_names():
     w = torch.ones(4, dtype=torch.float64, requires_grad=True)
     problem = dvi.Problem(lambda w: (w**4).sum(), w)

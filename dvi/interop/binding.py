@@ -78,6 +78,11 @@ def _places(problem: Problem, method: FromTorch) -> dict[int, Tensor]:
         expected = tuple(problem.parameter_shapes[name])
         if expected not in (parameter.shape, (*parameter.shape, 2)) or len(parameter.values) != _size(expected):
             raise SpecError(f"{name} has shape {list(parameter.shape)} in the optimizer, {list(expected)} in w.")
+        if parameter.decays and name in problem.held:
+            raise SpecError(
+                f"{name} has a padding row, which stays as it is in the problem, while torch lets it decay. Set "
+                "weight_decay=0 for the group of this parameter, or padding_idx=None."
+            )
         found[name] = i
     missing = [name for name in problem.parameter_shapes if name not in found]
     if missing:
@@ -130,12 +135,6 @@ def _penalised(problem: Problem, method: FromTorch, places: Mapping[int, Tensor]
             f"Both the optimizer (weight_decay={max(strengths):g}) and the problem "
             f"(weight_decay={problem.weight_decay:g}) add a penalty to the loss. Leave it out of the problem "
             "(weight_decay= of from_module, or penalised): that of the optimizer is added by itself."
-        )
-    held = set(getattr(problem, "held", ()))
-    if held:
-        raise SpecError(
-            f"{', '.join(sorted(held))} has a padding row that stays as it is in the problem, but torch's weight decay "
-            "moves it. Set weight_decay=0 for this parameter's group, or padding_idx=None."
         )
     if len(set(strengths)) == 1:
         return problem.penalised(strengths[0])

@@ -36,6 +36,7 @@ class Parameter:
         values: a copy of it, flat [n], complex ones as pairs.
         shape: its shape.
         weight_decay: λ of the penalty ½λ‖p‖² that the optimizer adds to the loss.
+        decays: does it decay, by that penalty or decoupled from the loss?
     """
 
     tensor: Tensor
@@ -44,6 +45,7 @@ class Parameter:
     values: Tensor
     shape: tuple[int, ...]
     weight_decay: float
+    decays: bool
 
 
 class FromTorch(Grouped):
@@ -231,7 +233,7 @@ def _part(
 ) -> _Part:
     decoupled = bool(group.get("decoupled_weight_decay"))
     parameters = tuple(
-        _parameter(p, name, f"{name or f'parameter {j}'} of group {i}", 0.0 if decoupled else group["weight_decay"])
+        _parameter(p, name, f"{name or f'parameter {j}'} of group {i}", group["weight_decay"], decoupled)
         for j, p, name, _ in members
     )
     state: dict[str, Tensor] = {}
@@ -258,8 +260,9 @@ def _of_ours(optimizer: AsOptimizer, reading: Reading | None, used: bool) -> lis
     return parts
 
 
-def _parameter(p: Tensor, name: str | None, label: str, weight_decay: Any = 0.0) -> Parameter:
-    return Parameter(p, name, label, _flat(p), tuple(p.shape), float(weight_decay))
+def _parameter(p: Tensor, name: str | None, label: str, weight_decay: Any = 0.0, decoupled: bool = False) -> Parameter:
+    penalty = 0.0 if decoupled else float(weight_decay)
+    return Parameter(p, name, label, _flat(p), tuple(p.shape), penalty, bool(weight_decay))
 
 
 def _flat(x: Tensor) -> Tensor:
