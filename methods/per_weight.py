@@ -59,7 +59,10 @@ class PerWeight:
         tensors = [x if isinstance(x, Tensor) else self.like.new_tensor(x) for x, _ in self.stretches]
         if self.uniform:
             return tensors[0].to(self.like)
-        return torch.cat([x.to(self.like).expand(n) for x, (_, n) in zip(tensors, self.stretches, strict=True)])
+        # a product, not expand(): tangents of tensors [] may be float64 whatever the tensors are
+        return torch.cat(
+            [x.to(self.like) * self.like.new_ones(n) for x, (_, n) in zip(tensors, self.stretches, strict=True)]
+        )
 
     def map(self, function: Callable[[Any], Any]) -> PerWeight:
         """A function of each of them."""

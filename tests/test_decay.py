@@ -456,6 +456,14 @@ def test_a_decay_of_zero_changes_nothing_but_rounding():
     torch.testing.assert_close(ours.central.w, theirs.central.w, rtol=0, atol=1e-9)
 
 
+def test_in_float32_schedules_of_decay_stay_in_float32():
+    problem = dvi.problems.digits(network="mlp", loss="mse", n=40, width=4, dtype=torch.float32)
+    method = AdamW(halving, 0.5, 0.99, weight_decay=falling, shapes=problem.shapes)
+    race = dvi.compare(problem, method, 4, runs=("discrete", "central", "map"), eigen_every=0, progress=False)
+    assert {run.w.dtype for run in race.runs.values()} == {torch.float32}
+    assert race.distance["discrete", "map"][-1] < 0.1 * float((race.discrete.w - problem.w0).norm())
+
+
 # ---- in closed form -------------------------------------------------------------------------------------------------
 
 DERIVED = {name: METHODS[name] for name in ("gd", "gd, schedules", "rmsprop", "norm", "adamw")}
