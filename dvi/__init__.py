@@ -30,6 +30,7 @@ from dvi.methods import (
     Preconditioner,
     Scalar,
     SpecError,
+    from_torch,
 )
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.reports import Report
@@ -112,6 +113,7 @@ __all__ = [
     "derive",
     "discrete",
     "duality",
+    "from_torch",
     "load",
     "methods",
     "problems",

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.flows import CentralFlow, CompiledFlow, MethodLike, StableFlow
+from dvi.compiler.flows import CentralFlow, CompiledFlow, StableFlow
 from dvi.compiler.optimizer import Discrete
-from dvi.methods import GradientDescent, NotPositiveDefiniteError, Preconditioner, SpecError, as_method
+from dvi.interop.binding import MethodLike, read
+from dvi.methods import GradientDescent, NotPositiveDefiniteError, Preconditioner, SpecError
 from dvi.problems import Cubic, DerivativeError, MatrixSweep, Problem, ProblemError
 from dvi.results.run_error import RunError
 from dvi.runs.solving import solve
@@ -157,7 +158,7 @@ def check_method(method: MethodLike, problem: Problem | None = None) -> None:
     """
     problem = problem or Cubic(6, seed=3, scale=0.1).problem
     try:
-        method = as_method(method)
+        method = read(method)
         flow = CentralFlow(problem, method, check=False, accuracy="paper")
     except _REFUSALS as error:
         raise AssertionError(f"it does not compile: {error}") from error

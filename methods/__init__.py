@@ -5,6 +5,9 @@ if __name__ != "dvi.methods":  # a second copy under another name would load eve
 
 from dvi.methods.errors import NotPositiveDefiniteError, SpecError
 from dvi.methods.filter import Filter
+from dvi.methods.interop.as_optimizer import AsOptimizer
+from dvi.methods.interop.from_torch import FromTorch, from_torch
+from dvi.methods.interop.grouped import Grouped
 from dvi.methods.optimizers.adafactor import Adafactor
 from dvi.methods.optimizers.adagrad import AdaGrad
 from dvi.methods.optimizers.adagrad_norm import AdaGradNorm
@@ -36,13 +39,16 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AdamW",
+    "AsOptimizer",
     "Blocks",
     "CentredRMSProp",
     "Dense",
     "Diagonal",
     "Filter",
+    "FromTorch",
     "FunctionMethod",
     "GradientDescent",
+    "Grouped",
     "HeavyBall",
     "Hyperparameter",
     "Kronecker",
@@ -63,5 +69,6 @@ __all__ = [
     "SpecError",
     "Timetable",
     "as_method",
+    "from_torch",
     "validate",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.methods.errors import ScheduleError, SpecError
-from dvi.methods.filter import Filter
+from dvi.methods.filter import Filter, Memory
 from dvi.methods.numbers import number
 from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.schedules import Schedule, as_schedule
@@ -130,6 +130,10 @@ class Method:
     def Q(self) -> Filter:
         """Momentum: the linear filter that makes the step's m_t of the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
         return Filter()
+
+    def remembered(self, w: Tensor, g: Tensor) -> Memory:
+        """The memory of the filter before the first step, given w [d] and the gradient g [d] there: empty, of zeros."""
+        return self.at(0.0).Q().initial(w)
 
     def decay(self) -> Any:
         """Decoupled weight decay γ in [0, 1): w_{t+1} = (1 − γ)w_t − P(ν_t)⁻¹ Q g_t.

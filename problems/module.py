@@ -30,6 +30,7 @@ from dvi.problems.fingerprint import fingerprint
 from dvi.problems.flat_model import FlatModel, kept_tensors
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
+from dvi.problems.originals import Originals
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
 
@@ -97,6 +98,8 @@ class ModuleProblem(Problem):
         if not weight_decay >= 0:
             raise ProblemError(f"weight_decay is zero or positive; got {weight_decay!r}")
         self._model = FlatModel(model)
+        self._originals = Originals(model)
+        self.weight_decay = float(weight_decay)
         self.parameter_shapes = self._model.shapes
         self.parameter_slices = self._model.slices
         w0 = self._model.w0
@@ -136,6 +139,26 @@ class ModuleProblem(Problem):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the model's trainable parameters, in the order in which they lie in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
+
+    def name_of(self, parameter: Tensor) -> str | None:
+        """The name of a parameter of the model that this problem was made from, the same tensor; None of others."""
+        return self._originals.name_of(parameter)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the parameters of which some rows stay as they are (the padding row of an embedding)."""
+        return tuple(self._model._held)
+
+    def _by_name(self, values: Mapping[str, float]) -> Tensor:
+        unknown = sorted(set(values) - set(self.parameter_slices))
+        if unknown:
+            raise ProblemError(
+                f"no trainable parameter is called {', '.join(unknown)}; there are {', '.join(self.parameter_slices)}"
+            )
+        vector = torch.zeros_like(self.w0)
+        for name, value in values.items():
+            vector[self.parameter_slices[name]] = value
+        return vector
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""

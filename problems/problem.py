@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,6 +22,7 @@ from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteErro
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
 from dvi.problems.l2 import Penalised
 from dvi.problems.ledger import Ledger
+from dvi.problems.negated import Negated
 from dvi.problems.timing import measure
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
@@ -60,6 +61,9 @@ class Problem:
     #: This is :class:`~dvi.problems.ModuleProblem`, which takes this place when it is defined.
     from_module: ClassVar[Callable[..., Any]]
 
+    #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
+    weight_decay: float = 0.0
+
     def __init__(
         self,
         loss: Part | Sequence[Part],
@@ -95,33 +99,59 @@ class Problem:
             return FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
         raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {self.derivatives!r}')
 
-    def penalised(self, weight_decay: float | Tensor) -> Self:
+    def penalised(self, weight_decay: float | Tensor | Mapping[str, float]) -> Self:
         """This problem with ½ Σᵢ λᵢwᵢ² added to its loss, and a ledger of its own: L2 regularisation.
 
         It is what ``weight_decay`` means in ``torch.optim.SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``.  The decay of
         ``AdamW`` is another: it leaves the loss alone (:class:`dvi.methods.AdamW`).
 
         Args:
-            weight_decay: λ ≥ 0, a number, or a tensor [d] with one for each weight.
+            weight_decay: λ ≥ 0, a number, or a tensor [d] with one for each weight; for a problem made from a module
+                also a mapping from names of parameters to λ, 0 for those that it does not name.
 
         Raises:
-            ProblemError: if λ is of another shape, negative or not finite.
+            ProblemError: if λ is of another shape, negative or not finite, or names no parameter.
 
         """
+        if isinstance(weight_decay, Mapping):
+            weight_decay = self._by_name(weight_decay)
         given = torch.as_tensor(weight_decay, dtype=self.dtype, device=self.device)
         if given.shape not in ((), (self.dim,)):
             raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
         if not bool(((given >= 0) & torch.isfinite(given)).all()):
             raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
+        parts: tuple[Part, ...] = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
+        new = self._changed(parts, self.w0, f"{self.name} + L2")
+        new.weight_decay = max(self.weight_decay, float(given.max()))
+        return new
+
+    def negated(self) -> Self:
+        """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""
+        return self._changed(tuple(Negated(part) for part in self._parts), self.w0, f"−{self.name}")
+
+    def starting_at(self, w: Tensor) -> Self:
+        """This problem with the weights ``w`` [d] in place of w0, and a ledger of its own.
+
+        Raises:
+            ProblemError: if w is not of the shape, dtype and device of w0, or the loss is not finite there.
+
+        """
+        self._check_weights(w)
+        return self._changed(self._parts, w.detach().clone(), self.name)
+
+    def _changed(self, parts: tuple[Part, ...], w0: Tensor, name: str) -> Self:
         new = copy.copy(self)
-        new._parts = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
-        new.name = f"{self.name} + L2"
+        new._parts, new.w0, new.name = parts, w0, name
         new.ledger = Ledger()
         new._derivatives = new._backend()
         new.ledger.weights = {**new.ledger.weights, **new._derivatives.weights}
         new._measured = False
         new._try_loss()
         return new
+
+    def _by_name(self, values: Mapping[str, float]) -> Tensor:
+        """Numbers by the names of parameters, as a vector [d]."""
+        raise ProblemError(NO_MODULE)
 
     def fingerprints(self) -> dict[str, str]:
         """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.

@@ -82,6 +82,7 @@ def test_the_check_of_imports_can_fail(tmp_path):
 ABOVE = {
     "methods/preconditioners": [],
     "methods/optimizers": ["methods/preconditioners"],
+    "methods/interop": ["methods/preconditioners", "methods/optimizers"],
     "problems/derivatives": [],
     "problems/exact": ["problems/derivatives"],
     "problems/networks": [],
@@ -91,14 +92,15 @@ ABOVE = {
     "solvers/macro": ["solvers/ccp", "solvers/eigen"],
     "solvers/reference": ["solvers/ccp", "solvers/eigen"],
     "solvers/second_order": ["solvers/ccp", "solvers/eigen", "solvers/macro"],
-    "dvi/compiler": [],
-    "dvi/stationarity": ["dvi/compiler"],
-    "dvi/symbolic": ["dvi/compiler"],
+    "dvi/interop": [],
+    "dvi/compiler": ["dvi/interop"],
+    "dvi/stationarity": ["dvi/compiler", "dvi/interop"],
+    "dvi/symbolic": ["dvi/compiler", "dvi/interop"],
     "dvi/results": [],
     "dvi/reports": ["dvi/results"],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
-    "dvi/runs": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
+    "dvi/runs": ["dvi/interop", "dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
     "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
 }
 #: The one door upwards: a result draws, saves and reports itself when it is asked to.

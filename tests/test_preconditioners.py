@@ -63,6 +63,12 @@ KINDS = {
             block_diag(np.kron(power(L, 0.25), power(R, 0.25)), np.diag(p), 2 * np.eye(2), A.numpy() / 3),
         )
     )(spd(rng, 2), spd(rng, 3), torch.tensor(rng.uniform(0.1, 3, 3)), spd(rng, 4)),
+    "blocks that are scattered": lambda rng: (
+        lambda A, p, order: (
+            dvi.Blocks([dvi.Dense(A), dvi.Diagonal(p)], [4, 3], torch.tensor(order)),
+            block_diag(A.numpy(), np.diag(p))[np.ix_(np.argsort(order), np.argsort(order))],
+        )
+    )(spd(rng, 4), torch.tensor(rng.uniform(0.1, 3, 3)), rng.permutation(7)),
 }
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from dvi.compiler.exact_rates import Accuracy
-from dvi.compiler.flows import CompiledFlow, MethodLike
+from dvi.compiler.flows import CompiledFlow
 from dvi.compiler.linearised import LinearisedFlow
+from dvi.interop.binding import MethodLike
 from dvi.methods import SpecError
 from dvi.problems import Problem
 from dvi.solvers.protocol import Frame, State

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from dvi.compiler.exact_rates import Accuracy
 from dvi.compiler.linearised import Linearisation, LinearisedFlow
 from dvi.compiler.spec_check import SpecCheck
 from dvi.compiler.staggered import ImplicitStep, restagger, stagger
-from dvi.methods import Method, Nu, Preconditioner, Timetable, as_method, validate
+from dvi.interop.binding import MethodLike, bind
+from dvi.methods import Nu, Preconditioner, Timetable, validate
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import MemoryLimitError
@@ -30,8 +31,6 @@ logger = logging.getLogger("dvi")
 
 #: What is compared with differences when a flow is compiled: all derivatives, the gradient alone, or nothing.
 Check = bool | Literal["gradient"]
-
-MethodLike = Method | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 @cache
@@ -71,8 +70,8 @@ class CompiledFlow:
         if edge_hessian not in ("integrator", "computed", "edge"):
             raise ValueError(f'edge_hessian is "integrator", "computed" or "edge", not {edge_hessian!r}.')
         self.edge_hessian = edge_hessian
+        problem, self.method = bind(problem, method)
         self.problem = problem
-        self.method = as_method(method)
         self.covariance = covariance
         self.max_gib = max_gib
         self.notes: list[str] = []
@@ -84,7 +83,7 @@ class CompiledFlow:
         _, g = problem.value_and_grad(w)
         nu = validate(self.method, w, g)
         Q = self.method.at(0.0).Q()
-        self.initial = State(w, nu, 0.0, None if Q.trivial else Q.initial(w))
+        self.initial = State(w, nu, 0.0, None if Q.trivial else self.method.remembered(w, g))
         self.accuracy = self._chosen(accuracy, momentum=not Q.trivial)
         self.calculus = self._compiled(nu, g)
         self._note_dead_weights(self.calculus.P(nu, 0.0))
@@ -362,7 +361,8 @@ def central_flow(
 
     Args:
         problem: a :class:`dvi.Problem`.
-        method: a :class:`dvi.Method`, or a triple of functions ``(init, f, P)``.
+        method: a :class:`dvi.Method`, a triple of functions ``(init, f, P)``, or a ``torch.optim.Optimizer``, which is
+            read by :func:`dvi.from_torch`.
         check: compare the loss's second and third derivatives with finite differences once (``problem.check()``).
         covariance: how the paper's ½∇²_w f[Σ] is read: ``"gradient-covariance"`` (C.4, C.5) keeps f's curvature in g,
             ``"full"`` also the bend of g itself.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.flows import CompiledFlow, MethodLike
+from dvi.compiler.flows import CompiledFlow
+from dvi.interop.binding import MethodLike
 from dvi.methods import Method
 from dvi.methods.per_weight import PerWeight
 from dvi.methods.validation import decay_of

@@ -204,7 +204,8 @@ def _legend(figure: Figure, sigma: float) -> None:
 
 # ---- the title ------------------------------------------------------------------------------------------
 
-_LETTERS = {"lr": "η", "momentum": "β", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε"}
+_LETTERS = {"lr": "η", "momentum": "β", "beta1": "β$_1$", "beta2": "β$_2$", "eps": "ε", "weight_decay": "λ"}
+_LONG = 90  # characters of a title, with the $ of letters, that fit on one line
 _SPOKEN = {"bias_correction=True": "bias-corrected", "one_sided=True": "one-sided"}
 _UNTOLD = re.compile(r"(shapes|memory)=|(bias_correction|one_sided)=False|eps=0(\.0)?$")
 _NAMES = {
@@ -224,7 +225,8 @@ def _title(race: Comparison) -> str:
     about = race.about
     problem = re.sub(r"^\w+\('([^']*)', dim=(\d+).*", r"\1 (\2 weights)", str(about.get("problem", "")))
     method = _method_in_words(str(about.get("method", "")))
-    lines = [" ".join(filter(None, [method, problem and f"on {problem}"]))]
+    told = [part for part in (method, problem and f"on {problem}") if part]
+    lines = [" ".join(told)] if sum(map(len, told)) <= _LONG else told
     warm, steps = about.get("warm_start"), about.get("steps")
     if isinstance(warm, (int, float)) and warm > 0:
         lines.append(f"time 0 is after {warm:g} step{'s' if warm != 1 else ''} of warm start")
@@ -245,4 +247,5 @@ def _method_in_words(method: str) -> str:
             told.append(f"{_LETTERS.get(name, name)} scheduled")
         elif not _UNTOLD.match(setting):
             told.append(_SPOKEN.get(setting, f"{_LETTERS[name]} = {value}" if name in _LETTERS else setting))
+    told = [re.sub(r"^steps_before=(\d+)$", r"after \1 steps", setting) for setting in told]
     return f"{words} ({', '.join(told)})" if any(told) else words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dvi.compiler.ablated import AblatedFlow
 from dvi.compiler.exact_rates import Accuracy
-from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, MethodLike, StableFlow
+from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, StableFlow
 from dvi.compiler.optimizer import Discrete
+from dvi.interop.binding import MethodLike, bind, read
 from dvi.problems import Problem
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
@@ -35,7 +36,7 @@ from dvi.runs.solving import (
     verdict,
     warm_up,
 )
-from dvi.solvers.protocol import Integrator
+from dvi.solvers.protocol import Integrator, State
 from dvi.storage.checkpoint import freeze
 from dvi.storage.files import writable
 
@@ -57,6 +58,8 @@ def compare(
     integrator: Integrator | None = None,
     accuracy: Accuracy | None = None,
     warm_start: WarmStart = "auto",
+    scheduler: Any = None,
+    start: State | Literal["state", "fresh"] | None = None,
     save_every: float = 1,
     coordinates: Sequence[int] = (),
     test_inputs: Any = None,
@@ -71,13 +74,17 @@ def compare(
     """Run the optimizer, its central flow and its stable flow side by side from one start.
 
     Args:
-        problem, method: what is compared.
+        problem: what is minimised.
+        method: the optimizer: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
         steps: how long, in unit times (steps of the optimizer).
         runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated".
         integrator: for the central flow (default: :func:`dvi.runs.solving.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
+        scheduler: of a torch optimizer, see :func:`dvi.from_torch`.
+        start: of a torch optimizer: "state" goes on from what it remembers and from the present values of its
+            parameters (the default), "fresh" begins anew at the problem's w0.  Of any method: a state to start from.
         save_every: unit times between recorded moments; a whole number beside the optimizer or the map.
         coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
@@ -110,6 +117,8 @@ def compare(
     grid = time_grid(steps, save_every)
     if path is not None:
         writable(path)
+    problem, method = bind(problem, read(method, scheduler, start if isinstance(start, str) else None))
+    given = None if isinstance(start, str) else start
     compiled = {
         name: RUNS[name](
             problem, method, check=check and i == 0, accuracy="second-order" if name == "map" else accuracy
@@ -134,17 +143,18 @@ def compare(
     failure: BaseException | None = None
     if saved is None:
         try:
-            start, told = warm_up(first, warm_start)
+            begin, told = warm_up(first, warm_start, given)
         except RunError as error:
-            start, told, status, failure = first.initial, [], error.status, error
+            begin, told, status, failure = given or first.initial, [], error.status, error
     else:
-        start, told = first.initial, saved["notes"]
+        begin, told = given or first.initial, saved["notes"]
     if path is not None:
-        origin = start.t if saved is None else next(iter(saved["processes"].values()))["origin"]
+        origin = begin.t if saved is None else next(iter(saved["processes"].values()))["origin"]
         words = {name: value for name, value in (about | arguments).items() if name not in ("method", "dvi", "torch")}
-        keeper.identify(identity(first, words, {"test_inputs": test_inputs}, origin, grid), saved)
+        data = {"test_inputs": test_inputs} | _remembered(given or first.initial, started=given is not None)
+        keeper.identify(identity(first, words, data, origin, grid), saved)
     processes = {
-        name: make_process(flow, integrator if name == "central" else None, start, grid, observer, eigen_every)
+        name: make_process(flow, integrator if name == "central" else None, begin, grid, observer, eigen_every)
         for name, flow in compiled.items()
     }
     pairs = list(combinations(runs, 2))
@@ -226,6 +236,13 @@ def compare(
     if failure is not None and throw:
         raise RunError(status, why, race) from failure
     return race
+
+
+def _remembered(y: State, started: bool) -> dict[str, Any]:
+    """What of a start makes a run another one, beside w0 and the method."""
+    whole = {"start": (y.w, y.nu)} if started else {}
+    filled = isinstance(y.m, tuple) and any(bool(x.any()) for x in y.m)
+    return whole | ({"momentum at the start": y.m} if filled else {})
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -225,8 +225,9 @@ def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
 def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
     """The state after a few steps of the real optimizer, and what to tell the user about it.
 
-    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and with
-    momentum at least four times its lag τ′, since a flow cannot know what an empty buffer does to the first steps.
+    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and where
+    the buffers of momentum are empty, at least four times its lag τ′, since a flow cannot know what an empty buffer
+    does to the first steps.
 
     Raises:
         RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).
@@ -245,7 +246,8 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     limit = _AUTO_LIMIT if auto else int(warm_start)
     with flow.problem.ledger.paused():
         try:
-            burn_in = int(np.ceil(4 * flow.calculus.lag(y.t))) if auto and flow.calculus.momentum else 0
+            empty = isinstance(y.m, tuple) and not any(bool(x.any()) for x in y.m)
+            burn_in = int(np.ceil(4 * flow.calculus.lag(y.t))) if auto and empty else 0
             y, taken, sharpness = _settle(optimizer, y, limit, until_stable=auto, at_least=burn_in)
         except FAILURES as error:
             raise RunError(classify(error), f"In the warm start: {detail(error)}") from error

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.flows import CompiledFlow, MethodLike
+from dvi.compiler.flows import CompiledFlow
 from dvi.compiler.linearised import LinearisedFlow
+from dvi.interop.binding import MethodLike
 from dvi.problems import Problem
 from dvi.solvers import ccp
 from dvi.solvers.eigen.tracker import shown

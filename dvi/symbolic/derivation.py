@@ -27,7 +27,7 @@ import sympy
 from sympy import Add, Derivative, Eq, Expr, Function, Matrix
 
 from dvi.compiler.exact_rates import Accuracy
-from dvi.compiler.flows import MethodLike
+from dvi.interop.binding import MethodLike
 from dvi.methods import Method, Nu, SpecError
 from dvi.symbolic.evaluation import Point, Values, evaluate
 from dvi.symbolic.formulas import Formulas, SymbolicFlow, SymbolicSpec

@@ -13,8 +13,9 @@ import torch
 from sympy import Expr, Symbol
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.flows import MethodLike
-from dvi.methods import Diagonal, Filter, Method, Scalar, SpecError, as_method
+from dvi.interop.binding import MethodLike
+from dvi.interop.binding import read as read_method
+from dvi.methods import Diagonal, Filter, Grouped, Method, Scalar, SpecError
 from dvi.methods.validation import leaves
 from dvi.symbolic.formulas import Leaf, SymbolicSpec
 from dvi.symbolic.simplification import factored, split_roots
@@ -40,7 +41,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
         SpecError: if f, P or Q has no closed form.  If a part of ν is neither a scalar nor like w, or P is neither
             ``Scalar`` nor ``Diagonal``.  If the first instability of a method with numbers is not of period two.
     """
-    given = method_of(method)
+    given = _of_one_group(method_of(method), numeric)
     spec, hyperparameters = _with_symbols(given, numeric)
     name = type(spec).__name__
     momentum, threshold, gain, lag = _filter(given, spec)
@@ -81,10 +82,23 @@ def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
         SpecError: if it is neither.
     """
     if not isinstance(method, type):
-        return as_method(method)
+        return read_method(method)
     if not issubclass(method, Method):
         raise SpecError(f"{method.__name__} is not a class of dvi.Method.")
     return method
+
+
+def _of_one_group(method: Method | type[Method], numeric: bool) -> Method | type[Method]:
+    """The method of one parameter group, whose letters stand for those of any other."""
+    if not isinstance(method, Grouped):
+        return method
+    alike = {(type(part), part.scheduled) for part in method.methods}
+    if len(method.methods) > 1 and (numeric or len(alike) > 1):
+        raise SpecError(
+            f"{method}: its groups have formulas of their own. Take one: dvi.derive(method.methods[0], …), where "
+            "method = dvi.from_torch(optimizer)."
+        )
+    return method.methods[0]
 
 
 def _call(what: str, function: Callable[[], Any]) -> Any:

@@ -18,13 +18,16 @@ class Blocks(Preconditioner):
     Args:
         parts: the preconditioners.
         sizes: how many weights each acts on.
+        order: where the weights of the parts, one part after the other, stand in w: a permutation [d] of 0 … d − 1.
+            None: as they are.
 
     Raises:
         NotPositiveDefiniteError: if there are not as many sizes as parts, or none.
     """
 
-    def __init__(self, parts: Sequence[Preconditioner], sizes: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[Preconditioner], sizes: Sequence[int], order: Tensor | None = None) -> None:
         self.parts, self.sizes = tuple(parts), tuple(sizes)
+        self.order = order
         if not self.parts or len(self.parts) != len(self.sizes):
             raise NotPositiveDefiniteError(
                 f"Blocks takes one size for each part: {len(self.sizes)} sizes for {len(self.parts)} parts."
@@ -34,8 +37,15 @@ class Blocks(Preconditioner):
         return "Blocks(" + ", ".join(f"{n}: {P!r}" for P, n in zip(self.parts, self.sizes, strict=True)) + ")"
 
     def _each(self, operation: Callable[[Preconditioner, Tensor], Tensor], V: Tensor) -> Tensor:
-        pieces = zip(self.parts, torch.split(V, list(self.sizes)), strict=True)
-        return torch.cat([operation(P, piece) for P, piece in pieces])
+        pieces = zip(self.parts, self._split(V), strict=True)
+        return self._joined([operation(P, piece) for P, piece in pieces])
+
+    def _split(self, V: Tensor) -> Sequence[Tensor]:
+        return torch.split(V if self.order is None else V[self.order], list(self.sizes))
+
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(list(pieces))
+        return whole if self.order is None else whole[torch.argsort(self.order)]
 
     def apply(self, V: Tensor) -> Tensor:
         """P V."""
@@ -55,8 +65,10 @@ class Blocks(Preconditioner):
 
     def weighted(self, share: PerWeight) -> Blocks:
         """P·diag(share), part by part."""
+        if self.order is not None and not share.uniform:
+            share = PerWeight.of(share.vector[self.order], share.like)
         pieces = zip(self.parts, share.split(self.sizes), strict=True)
-        return Blocks([P.weighted(piece) for P, piece in pieces], self.sizes)
+        return Blocks([P.weighted(piece) for P, piece in pieces], self.sizes, self.order)
 
     def effective_lr(self) -> Tensor:
         """The harmonic mean over all weights that move."""
@@ -74,7 +86,7 @@ class Blocks(Preconditioner):
         known = [mask for _, mask in found if mask is not None]
         if not known:
             return None
-        return torch.cat([known[0].new_zeros(n) if mask is None else mask for n, mask in found])
+        return self._joined([known[0].new_zeros(n) if mask is None else mask for n, mask in found])
 
     def check(self, g: Tensor | None = None) -> None:
         """Raise unless every part is positive definite, naming the part.
@@ -85,7 +97,7 @@ class Blocks(Preconditioner):
             raise NotPositiveDefiniteError(
                 f"Blocks of {' + '.join(map(str, self.sizes))} = {sum(self.sizes)} weights cannot act on {len(g)}."
             )
-        pieces = [None] * len(self.parts) if g is None else list(torch.split(g, list(self.sizes)))
+        pieces = [None] * len(self.parts) if g is None else list(self._split(g))
         for i, (P, piece, (n, dead)) in enumerate(zip(self.parts, pieces, self._dead(), strict=True)):
             if dead is not None and len(dead) == n and bool(dead.all()) and (piece is None or not bool(piece.any())):
                 continue

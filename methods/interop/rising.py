@@ -1,0 +1,129 @@
+"""What ``torch.optim.NAdam`` and ``torch.optim.RAdam`` do in their first steps, as methods with schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvi.methods.filter import Filter
+from dvi.methods.preconditioners.diagonal import Diagonal, Scalar
+from dvi.methods.spec import Hyperparameter, Method, Nu
+
+
+class ScheduledNesterov(Method):
+    """Nesterov's method with a momentum β that changes from step to step, as ``torch.optim.SGD`` takes it.
+
+    The buffer is b_t = β_t b_{t−1} + g_t and the step η(g_t + β_t b_t), so that the filter on past steps is
+    Q = (1 + β_t − qx)/(1 − qx), q = β_t²/β_{t−1}.
+
+    Args:
+        lr: η > 0, or a schedule.
+        momentum: the schedule of β.
+        before: that of β one step earlier.
+    """
+
+    lr: Hyperparameter
+    momentum: Hyperparameter
+    before: Hyperparameter
+
+    def P(self, nu: Nu) -> Scalar:
+        """I/η."""
+        return Scalar(1 / self.lr)
+
+    def Q(self) -> Filter:
+        """(1 + β − qx)/(1 − qx)."""
+        q = self.momentum**2 / self.before
+        return Filter([1.0 + self.momentum, -q], [1.0, -q])
+
+
+class RisingNAdam(Method):
+    """NAdam with bias correction and with its slow rise of the momentum (Dozat 2016), as in ``torch.optim.NAdam``.
+
+    The step is P⁻¹(aₜgₜ + bₜmₜ), m an average of g, P = diag(√v̂ + ε)/η, with aₜ = (1−μₜ)/(1−Πμ) and
+    bₜ = μₜ₊₁/(1−μₜ₊₁Πμ), where Πμ = μ₁⋯μₜ.  Both depend on the number of the step alone: they are schedules.
+
+    Args:
+        lr, beta1, beta2, eps: as in :class:`~dvi.methods.NAdam`.
+        direct, average: a and b.
+        direct_before, average_before: the same, one step earlier.
+        weight_decay: λ of the decoupled weight decay ηλ.
+    """
+
+    lr: Hyperparameter
+    beta1: Hyperparameter
+    beta2: Hyperparameter
+    eps: Hyperparameter
+    direct: Hyperparameter
+    average: Hyperparameter
+    direct_before: Hyperparameter
+    average_before: Hyperparameter
+    weight_decay: Hyperparameter = 0.0
+
+    def init(self, w: Tensor) -> Nu:
+        """V = 0, t = 0."""
+        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+
+    def f(self, nu: Nu, g: Tensor) -> Nu:
+        """(1−β₂)(g⊙² − v), and one more step."""
+        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+
+    def P(self, nu: Nu) -> Diagonal:
+        """diag(√v̂ + ε)/η."""
+        v = nu["v"] / (1 - self.beta2 ** nu["t"])
+        return Diagonal((v**0.5 + self.eps) / self.lr)
+
+    def Q(self) -> Filter:
+        """A + b(1−β₁)/(1−β₁x), with the output of the step before in place of the average."""
+        if isinstance(self.average, float) and self.average == 0:
+            return Filter()
+        kept = self.beta1 * self.average / self.average_before
+        return Filter([self.direct + self.average * (1 - self.beta1), -kept * self.direct_before], [1.0, -kept])
+
+    def decay(self) -> Any:
+        """ηλ; None if λ is the number 0."""
+        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
+        return None if none else self.lr * self.weight_decay
+
+
+class RectifiedAdam(Method):
+    """RAdam (Liu et al. 2020), as in ``torch.optim.RAdam``: Adam whose step is rectified by r, at first without P.
+
+    Args:
+        lr, beta1, beta2, eps: as in :class:`~dvi.methods.Adam`.
+        rectified: 0 in the first steps, which are w − ηm̂, and 1 afterwards: a schedule that jumps, or 1.
+        rectification: r in (0, 1], which tends to 1, a schedule.
+        weight_decay: λ of the decoupled weight decay ηλ.
+    """
+
+    lr: Hyperparameter
+    beta1: Hyperparameter
+    beta2: Hyperparameter
+    eps: Hyperparameter
+    rectified: Hyperparameter
+    rectification: Hyperparameter
+    weight_decay: Hyperparameter = 0.0
+
+    def init(self, w: Tensor) -> Nu:
+        """V = 0, t = 0."""
+        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+
+    def f(self, nu: Nu, g: Tensor) -> Nu:
+        """(1−β₂)(g⊙² − v), and one more step."""
+        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+
+    def P(self, nu: Nu) -> Diagonal:
+        """diag(√v + ε)/(ηr√(1−β₂ᵗ)) once rectified, I/η before, times 1 − β₁ᵗ."""
+        adaptive = (nu["v"] ** 0.5 + self.eps) / (self.rectification * (1 - self.beta2 ** nu["t"]) ** 0.5)
+        P = self.rectified * adaptive + (1 - self.rectified)
+        return Diagonal((1 - self.beta1 ** nu["t"]) * P / self.lr)
+
+    def Q(self) -> Filter:
+        """(1−β₁)/(1−β₁x)."""
+        return Filter([1.0 - self.beta1], [1.0, -self.beta1])
+
+    def decay(self) -> Any:
+        """ηλ; None if λ is the number 0."""
+        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
+        return None if none else self.lr * self.weight_decay
