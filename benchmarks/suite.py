@@ -32,7 +32,7 @@ import dvi
 from dvi.methods import GradientDescent, Method, RMSProp, RMSPropNorm
 from dvi.problems import digits, sorting
 from dvi.problems.catalogue.data import load_digits, make_sorting
-from dvi.problems.catalogue.networks import MLP
+from dvi.problems.networks.mlp import MLP
 from dvi.problems.catalogue.tasks import cross_entropy, squared_error
 from dvi.problems.problem import Backend
 

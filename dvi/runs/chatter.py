@@ -9,8 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from dvi.problems import Ledger
-from dvi.runs.observables import Observation
-from dvi.runs.sampling import OSCILLATES
+from dvi.runs.observables import OSCILLATES, Observation
 
 #: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.
 #: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
