@@ -65,7 +65,7 @@ def test_a_failed_run_neither_stops_nor_hides_the_others(tmp_path):
     assert "SIGKILL" in found["killed"].message
     assert found["diverges"].status in ("DIVERGED", "INFEASIBLE_START")
     assert found["diverges"].message
-    assert found["a"].measures["reached"] == 40
+    assert found["a"].summary["reached"] == 40
     assert found["a"].cpu_seconds > 0
     assert dvi.load(result_path(tmp_path, "a")).about["method"] == "GradientDescent(lr=0.15)"
     manifest = json.loads((tmp_path / MANIFEST).read_text())

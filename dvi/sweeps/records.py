@@ -52,7 +52,7 @@ class Record:
         state: one of STATES.
         status: how it ended, the name of a :class:`dvi.Status`; "" before.
         message: what it said in the end.
-        measures: numbers of the result, see :func:`dvi.results.measures.measure`.
+        summary: the result in numbers the result, see :func:`dvi.results.summary.summarise`.
         cpu_seconds, wall_seconds: what it has taken until now, all sessions together.
         peak_mib: the largest memory of its process, or of the card where it ran on one.
         sessions: how many times it was started or gone on with.
@@ -66,7 +66,7 @@ class Record:
     state: str = "new"
     status: str = ""
     message: str = ""
-    measures: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_mib: float = 0.0

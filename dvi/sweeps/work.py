@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 
 from dvi.results.comparison import Comparison
-from dvi.results.measures import measure
+from dvi.results.summary import summarise
 from dvi.results.status import Status
 from dvi.storage.files import StoreError
 from dvi.storage.hdf5 import load
@@ -115,7 +115,7 @@ def _ended(record: Record, result: Comparison) -> None:
         stopped = [note for note in result.notes if note.startswith("Stopped: ")]
         record.message = stopped[-1].removeprefix("Stopped: ") if stopped else str(result.status)
     record.device = str(result.about.get("device", ""))
-    record.measures = measure(result)
+    record.summary = summarise(result)
 
 
 @contextmanager

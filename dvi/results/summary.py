@@ -19,7 +19,7 @@ def width(t: Array) -> float:
     return min(SIGMA, PART * float(t[-1])) if len(t) and t[-1] > 0 else 1.0
 
 
-def measure(race: Comparison) -> dict[str, Any]:
+def summarise(race: Comparison) -> dict[str, Any]:
     """A comparison in numbers; what cannot be told is None.
 
     Returns:
@@ -81,4 +81,4 @@ def _error(race: Comparison, name: str, of: str, since: float) -> float | None:
     return float(np.mean(np.abs(told[inner] / average[inner] - 1)))
 
 
-__all__ = ["measure", "width"]
+__all__ = ["summarise", "width"]
