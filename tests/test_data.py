@@ -22,8 +22,8 @@ from dvi.problems import (
     sorting,
 )
 from dvi.problems.catalogue.data import load_digits, make_sorting
-from dvi.problems.catalogue.networks import initialise
 from dvi.problems.catalogue.tasks import cross_entropy, squared_error
+from dvi.problems.networks.initial import initialise
 
 F64 = torch.float64
 SMALL = {
@@ -128,7 +128,7 @@ def test_catalogue(name, loss):
 def test_catalogue_refuses_unknown_names():
     for call, message in (
         (lambda: digits("rnn"), "digits are for"),
-        (lambda: sorting("mlp"), "sorting is for"),
+        (lambda: sorting("mlp"), "no network 'mlp' for sequences"),
         (lambda: digits(loss="hinge"), 'loss is "mse" or "ce"'),
     ):
         with pytest.raises(ProblemError, match=message):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dvi.problems.catalogue.networks import beta_gelu
 from dvi.problems.errors import ProblemError
+from dvi.problems.networks.activations import beta_gelu
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvi.problems.catalogue.cifar import load_cifar10
 from dvi.problems.catalogue.data import load_digits, make_sorting
-from dvi.problems.catalogue.networks import CNN, GPT, MLP, RNN, initialise
+from dvi.problems.catalogue.fashion import load_fashion
+from dvi.problems.catalogue.pictures import Pictures
 from dvi.problems.errors import ProblemError
 from dvi.problems.module import Criterion, ModuleProblem
+from dvi.problems.networks.by_name import (
+    ImageNetwork,
+    SequenceNetwork,
+    Size,
+    construction,
+    image_network,
+    sequence_network,
+)
+from dvi.problems.networks.cnn import CNN
+from dvi.problems.networks.initial import initialise
+from dvi.problems.networks.mlp import MLP
 from dvi.problems.problem import Backend
 
 
@@ -66,26 +78,28 @@ def digits(
     _check_sizes(width, depth)
     images, labels = load_digits(n, classes, seed, dtype, device)
     model: nn.Module
-    with _construction():
+    with construction():
         if network == "mlp":
             model = MLP([64, *[width or 32] * depth, classes], "tanh" if activation is None else activation)
         elif network == "cnn":
             model = CNN(1, classes, width or 8, "gelu" if activation is None else activation)
         else:
             raise ProblemError(f'digits are for network="mlp" or "cnn", not {network!r}')
-    return _assemble("digits", network, model, loss, images, labels, classes, seed, dtype, chunk_size, derivatives)
+    initialise(model.to(torch.float64), seed)
+    return _assemble("digits", network, model, loss, images, labels, classes, dtype, chunk_size, derivatives)
 
 
 def sorting(
-    network: str = "transformer",
+    network: SequenceNetwork = "transformer",
     loss: str = "ce",
     n: int = 1000,
     length: int = 8,
     alphabet: int = 4,
+    size: Size = "small",
     width: int | None = None,
-    depth: int = 3,
-    heads: int = 3,
-    activation: str | float = "gelu",
+    depth: int | None = None,
+    heads: int | None = None,
+    activation: str | float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -95,15 +109,16 @@ def sorting(
     """Sort sequences, the paper's task: having read a sequence, write it down in order.
 
     Args:
-        network: "transformer" (GPT-style) or "rnn" (one tanh layer).
+        network: "transformer" (GPT-style, causal), "rnn" (one tanh layer), "lstm" or "mamba".
         loss: "ce", or "mse" (½ squared distance to one-hot targets); mean over sequences and sorted positions.
         n: how many sequences.
         length: how long.
         alphabet: how many letters.
-        width: of the transformer's embedding (default 48); of the RNN's layer (default 64).
-        depth: how many blocks the transformer has.
-        heads: how many attention heads each block has.
-        activation: of the transformer, as in :func:`digits`.
+        size: "small" (some thousand weights, for a CPU) or "full" (the paper's).
+        width: of the embedding; of the RNN's layer.  Default: that of the size.
+        depth: how many blocks or layers there are; the RNN has one.  Default: that of the size.
+        heads: how many attention heads each block of the transformer has.  Default: that of the size.
+        activation: of the transformer, as in :func:`digits`; default GELU.
         seed: of both the sequences and the initial weights.
         dtype: of the weights and whatever meets them.
         device: of everything.
@@ -114,30 +129,131 @@ def sorting(
         ProblemError: if a name or a size is not known.
 
     """
-    _check_sizes(width, depth)
+    _check_sizes(width, depth or 0)
     tokens, solved = make_sorting(n, length, alphabet, seed, device)
-    model: nn.Module
-    with _construction():
-        if network == "transformer":
-            model = GPT(alphabet, tokens.shape[1], length, width or 48, depth, heads, activation)
-        elif network == "rnn":
-            model = RNN(alphabet, length, width or 64)
-        else:
-            raise ProblemError(f'sorting is for network="transformer" or "rnn", not {network!r}')
-    return _assemble("sorting", network, model, loss, tokens, solved, alphabet, seed, dtype, chunk_size, derivatives)
+    model = sequence_network(
+        network,
+        size,
+        alphabet,
+        tokens.shape[1],
+        length,
+        seed,
+        activation,
+        width=width,
+        depth=depth,
+        heads=heads,
+    )
+    return _assemble("sorting", network, model, loss, tokens, solved, alphabet, dtype, chunk_size, derivatives)
+
+
+def fashion(
+    network: ImageNetwork = "mlp",
+    loss: str = "mse",
+    n: int = 1000,
+    classes: int = 10,
+    size: Size = "small",
+    pixels: int | None = None,
+    folder: str | Path | None = None,
+    activation: str | float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    chunk_size: int | None = None,
+    derivatives: Backend = "autodiff",
+) -> ModuleProblem:
+    """Classify pictures of clothes (Fashion-MNIST, 28×28 pixels, grey); 1,000 of them ship with the library.
+
+    Args:
+        network: "mlp", "cnn" (four convolutions), "cnn-pool" (two, and a dense layer), "resnet" (without norms),
+            "resnet-groupnorm" or "vit".
+        loss: "mse" (½ squared distance to one-hot targets, summed over classes, mean over examples) or "ce".
+        n: how many examples: the first n/classes of each class.
+        classes: the classes below this, 2 to 10.
+        size: "small" (some thousand weights, for a CPU) or "full" (the paper's).
+        pixels: a side is averaged down to this many: 14, 7, 4, 2 or 1; cheaper.  Default: 28.
+        folder: with the four original files, packed or not.  Default: the 1,000 + 200 pictures that are shipped.
+        activation: gelu, tanh, silu, softplus, relu, or a number β for the β-GELU; default GELU.
+        seed: of both the order of the pictures and the initial weights.
+        dtype: of the weights and whatever meets them.
+        device: of everything.
+        chunk_size: how many examples to take at a time, as in :class:`ModuleProblem`.
+        derivatives: "autodiff", "mixed" or "finite-difference", as in :class:`Problem`.
+
+    Raises:
+        ProblemError: if a name or a size is not known, or files are missing, cut short or altered.
+
+    """
+    pictures = load_fashion(n, classes, pixels, folder, seed, dtype, device)
+    return _classify(
+        "fashion", pictures, network, size, loss, classes, activation, seed, dtype, chunk_size, derivatives
+    )
+
+
+def cifar10(
+    folder: str | Path,
+    network: ImageNetwork = "cnn",
+    loss: str = "mse",
+    n: int = 1000,
+    classes: int = 10,
+    size: Size = "small",
+    pixels: int | None = None,
+    activation: str | float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    chunk_size: int | None = None,
+    derivatives: Backend = "autodiff",
+) -> ModuleProblem:
+    """Classify small photographs (CIFAR-10, 32×32 pixels, colour), the paper's task.
+
+    Args:
+        folder: with the official ``cifar-10-binary.tar.gz``, or with its six .bin files.
+        network: as in :func:`fashion`.
+        loss: "mse" (½ squared distance to one-hot targets, summed over classes, mean over examples) or "ce".
+        n: how many examples: the first n/classes of each class.
+        classes: the classes below this; the paper has 4 and 10.
+        size: "small" (some thousand weights, for a CPU) or "full" (the paper's).
+        pixels: a side is averaged down to this many: 16, 8, 4, 2 or 1; cheaper.  Default: 32.
+        activation: gelu, tanh, silu, softplus, relu, or a number β for the β-GELU; default GELU.
+        seed: of both the order of the pictures and the initial weights.
+        dtype: of the weights and whatever meets them.
+        device: of everything.
+        chunk_size: how many examples to take at a time, as in :class:`ModuleProblem`.
+        derivatives: "autodiff", "mixed" or "finite-difference", as in :class:`Problem`.
+
+    Raises:
+        ProblemError: if a name or a size is not known, or files are missing, cut short or altered.
+
+    """
+    pictures = load_cifar10(folder, n, classes, pixels, seed, dtype, device)
+    return _classify(
+        "cifar10", pictures, network, size, loss, classes, activation, seed, dtype, chunk_size, derivatives
+    )
+
+
+def _classify(
+    task: str,
+    pictures: Pictures,
+    network: ImageNetwork,
+    size: Size,
+    loss: str,
+    classes: int,
+    activation: str | float | None,
+    seed: int,
+    dtype: torch.dtype,
+    chunk_size: int | None,
+    derivatives: Backend,
+) -> ModuleProblem:
+    _, channels, pixels, _ = pictures.inputs.shape
+    model = image_network(network, size, channels, pixels, classes, seed, activation)
+    data = (pictures.inputs, pictures.labels)
+    return _assemble(task, network, model, loss, *data, classes, dtype, chunk_size, derivatives)
 
 
 def _check_sizes(width: int | None, depth: int) -> None:
     """A width of 0 would be taken for none given, and a depth below 0 for 0."""
     if (width is not None and width < 1) or depth < 0:
         raise ProblemError(f"width={width} must be 1 or more, and depth={depth} not negative")
-
-
-@contextmanager
-def _construction() -> Iterator[None]:
-    """Build layers on the CPU, whatever the default device, and without drawing from the global generator."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        yield
 
 
 def _assemble(
@@ -148,7 +264,6 @@ def _assemble(
     inputs: Tensor,
     labels: Tensor,
     classes: int,
-    seed: int,
     dtype: torch.dtype,
     chunk_size: int | None,
     derivatives: Backend,
@@ -160,8 +275,6 @@ def _assemble(
         criterion, targets = cross_entropy, labels
     else:
         raise ProblemError(f'loss is "mse" or "ce", not {loss!r}')
-    model = model.to(dtype)
-    initialise(model, seed)
-    model = model.to(inputs.device)
+    model = model.to(inputs.device, dtype)
     name = f"{task}-{network}-{loss}"
     return ModuleProblem(model, criterion, inputs, targets, chunk_size, derivatives=derivatives, name=name)
