@@ -81,8 +81,14 @@ def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
         corner.spines[side].set_visible(True)
 
 
-def with_edges(race: Comparison, panel: Panel) -> Panel:
-    """The panel with the moments at which one direction, and then several, begin to oscillate, dotted red."""
+def with_edges(race: Comparison, panel: Panel, timed: bool = True) -> Panel:
+    """The panel with the moments at which one direction, and then several, begin to oscillate, dotted red.
+
+    Args:
+        race: the runs; the moments are the central flow's.
+        panel: the panel.
+        timed: whether the legend tells the moments, which then are those of all its panels.
+    """
     entered = (
         [(t, k) for t, kind, k in race.runs["central"].breakpoints if kind == "enter"] if "central" in race.runs else []
     )
@@ -92,22 +98,34 @@ def with_edges(race: Comparison, panel: Panel) -> Panel:
         panel.draw(axes)
         for t, what in zip(times, ("edge of stability", "several directions"), strict=True):
             if t is not None:
-                axes.axvline(t, label=f"{what}, from step {t:.3g}", **EDGES)
+                axes.axvline(
+                    t,
+                    label=f"{what}, from step {t:.3g}" if timed else "edge of stability: one direction, several",
+                    **EDGES,
+                )
 
     return replace(panel, draw=draw, until=duration(race) or 1)
 
 
-def output(race: Comparison, sigma: float) -> Panel | None:
-    """A network output on a test example: of the outputs that were observed, the one that moves most.
-
-    The central flow's prediction of its time average is drawn, too.
-    """
+def most_moving(race: Comparison) -> tuple[int, ...] | None:
+    """Of the network outputs that were observed, the one that moves most, as its index behind that of time."""
     values = next((run.series["outputs"] for run in race.runs.values() if "outputs" in run.series), None)
     if values is None or not len(values):
         return None
-    which = np.unravel_index(int(np.argmax(np.ptp(values, axis=0))), values.shape[1:])
-    name = f"output {which[-1]} on a test example"
-    return averaged(race, sigma, "outputs", "network output", name, component=tuple(map(int, which)))
+    return tuple(map(int, np.unravel_index(int(np.argmax(np.ptp(values, axis=0))), values.shape[1:])))
+
+
+def output(race: Comparison, sigma: float) -> Panel | None:
+    """The most moving network output on a test example, and its time average as the central flow predicts it."""
+    which = most_moving(race)
+    if which is None:
+        return None
+    return averaged(race, sigma, "outputs", "network output", "an output on a test example", component=which)
+
+
+def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
+    """One of the weights that were observed."""
+    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", component=(index,))
 
 
 def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
@@ -123,7 +141,7 @@ def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
 def coordinate_gradient(race: Comparison, sigma: float, index: int = 0) -> Panel | None:
     """The squared gradient of one of the coordinates that were observed."""
     label = "(∂ᵢL)² (units of loss²/w²)"
-    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient of one weight", label, component=(index,))
+    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, component=(index,))
 
 
 def learning_rate_and_limit(race: Comparison) -> Panel | None:
