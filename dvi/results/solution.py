@@ -78,8 +78,8 @@ class Solution:
         ledger: what it cost, see :class:`Cost`.
         series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
             ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖), and, where
-            asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``, ``w``, and what
-            :mod:`dvi.runs.measures` measures.
+            asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
+            ``coordinate_w``, ``w``, and what :mod:`dvi.runs.measures` measures.
         notes: what the user should know about this run.
         about: method, problem, integrator, versions, in words.
     """

@@ -86,10 +86,10 @@ def compare(
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
-            "stationary": no steps, but ν at its stationary value (:func:`dvi.stationary`), from which runs of different
-            learning rates start at the same weights and at the same edge.
+            "stationary": no steps, but ν at its stationary value (:func:`dvi.stationary`), so that runs of different
+            learning rates start at the same weights.
         save_every: unit times between recorded moments; a whole number beside the optimizer or the map.
-        coordinates: indices of weights whose (∂ᵢL)² is observed and predicted, and whose νᵢ is observed.
+        coordinates: indices of weights that are observed, with their νᵢ, and whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
         measures: what is measured along the flows now and then, of "sharpness" (of H itself) and "stationarity" (how ν
             stands to its stationary value, and the rates of the loss), see :mod:`dvi.runs.measures`.  It is not

@@ -34,7 +34,7 @@ class Observer:
     """What to watch along a run.
 
     Args:
-        coordinates: indices of weights whose squared gradient (∂ᵢL)² is predicted, and whose νᵢ is observed.
+        coordinates: indices of weights that are observed with their νᵢ, and whose squared gradient is predicted.
         test_inputs: inputs of the network whose outputs are predicted.
         measures: what is measured along the flows now and then, see :mod:`dvi.runs.measures`.
         measure_every: unit times between measurements, at least.
@@ -85,15 +85,16 @@ class Observer:
         }
         if len(self.coordinates):
             seen["coordinate_grad_sq"], seen["osc_coordinate_grad_sq"] = square, added
-        return seen | self._observe_nu(y, g)
+        return seen | self._observe_coordinates(y)
 
-    def _observe_nu(self, y: State, g: Tensor) -> dict[str, Array]:
-        """ν at the coordinates, of a method whose ν has one value a weight; else {}."""
-        leaves = [leaf for leaf in pytree.tree_leaves(y.nu) if leaf.shape == g.shape]
-        if not len(self.coordinates) or len(leaves) != 1:
+    def _observe_coordinates(self, y: State) -> dict[str, Array]:
+        """The weights at the coordinates, and ν there of a method whose ν has one value a weight."""
+        if not len(self.coordinates):
             return {}
-        (values,) = host(leaves[0][torch.as_tensor(list(self.coordinates), dtype=torch.long, device=g.device)])
-        return {"coordinate_nu": values}
+        index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=y.w.device)
+        leaves = [leaf[index] for leaf in pytree.tree_leaves(y.nu) if leaf.shape == y.w.shape]
+        names = ("coordinate_w", "coordinate_nu") if len(leaves) == 1 else ("coordinate_w",)
+        return dict(zip(names, host(y.w[index], *leaves), strict=False))
 
     def observe_outputs(self, flow: CompiledFlow, y: State, node: Node) -> Observation:
         """Network outputs on the test inputs and what oscillations add to them; {} without test inputs."""
@@ -109,7 +110,7 @@ class Observer:
 
     def observe_iterate(self, flow: CompiledFlow, y: State, g: Tensor) -> dict[str, Array]:
         """The same quantities at an iterate of the optimizer, as they are."""
-        seen = self._observe_nu(y, g)
+        seen = self._observe_coordinates(y)
         if len(self.coordinates):
             index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=g.device)
             (seen["coordinate_grad_sq"],) = host(g[index] ** 2)

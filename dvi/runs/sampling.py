@@ -18,7 +18,15 @@ from dvi.solvers.hermite import basis
 from dvi.solvers.protocol import Array
 
 _AVERAGED = ("osc_loss", "osc_grad_sq", "trace", "osc_coordinate_grad_sq", "osc_outputs")  # stamped at X_time
-_POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "coordinate_nu", "outputs", "loss_rate")  # stamped at t
+_POINTWISE = (
+    "grad_sq",
+    "effective_lr",
+    "coordinate_grad_sq",
+    "coordinate_nu",
+    "coordinate_w",
+    "outputs",
+    "loss_rate",
+)  # stamped at t
 
 #: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
 OSCILLATES = 1e-7

@@ -67,8 +67,8 @@ def solve(
         steps: how long, in unit times (steps of the optimizer).
         integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
         warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
-            bring the effective sharpness below 2, and to fill the buffers of momentum.  "stationary": no steps, but ν at
-            its stationary value, see :func:`dvi.compare`.
+            bring the effective sharpness below 2, and to fill the buffers of momentum.  "stationary": no steps, but ν
+            at its stationary value, see :func:`dvi.compare`.
         save_every: unit times between recorded moments.
         save: ("w",) to record the weights at every recorded moment, too.
         coordinates, test_inputs: what else to observe, see :class:`dvi.runs.observables.Observer`.
