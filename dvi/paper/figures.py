@@ -170,7 +170,9 @@ def _measured(runs: Runs, title: str, label: str, looks: dict[str, Look], sign: 
         panel = curves(_of_problem(run.row.problem), label, lines)
         if panel:
             panels.append(replace(with_edges(run.race, panel, timed=False), until=duration(run.race) or 1))
-    return arrange(_rows(panels, min(3, max(1, len(panels)))), sigma=_sigma(runs), title=f"RMSProp: {title}")
+    columns = min(3, max(1, len(panels)))
+    width = {1: 4.2, 2: 6.4}.get(columns, 7.2)
+    return arrange(_rows(panels, columns), sigma=_sigma(runs), title=f"RMSProp: {title}", width=width, row_height=2.4)
 
 
 # ---- the grids: Figs. 12–36 -----------------------------------------------------------------------------

@@ -67,8 +67,9 @@ def curves(
 
 
 def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
-    """The beginning of all curves, in the upper right corner."""
-    corner = axes.inset_axes((0.5, 0.5, 0.48, 0.46))
+    """The beginning of all curves, in the corner that falling curves leave empty."""
+    place = (0.12, 0.1, 0.4, 0.42) if axes.get_yscale() == "log" else (0.54, 0.52, 0.44, 0.44)
+    corner = axes.inset_axes(place)
     shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
     for curve in shown:
         label, options = curve.look
