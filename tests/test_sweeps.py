@@ -135,7 +135,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
 @pytest.mark.slow
 def test_runs_killed_at_ten_random_moments_give_the_same_results(tmp_path):
     """Every other time only after a checkpoint, so that there is progress; the others may hit the start, too."""
-    options = {"steps": 400, "checkpoint_every": 0.05, "pause": 0.002}
+    options = {"steps": 1200, "checkpoint_every": 0.05, "pause": 0.005}
     whole, parts, a = tmp_path / "whole", tmp_path / "parts", task("a", **options)
     sweep([a], whole, progress=False)
     draw, reached, path = random.Random(0), [0], result_path(parts, "a")
@@ -159,7 +159,7 @@ def test_runs_killed_at_ten_random_moments_give_the_same_results(tmp_path):
         assert record.state == "unfinished"
         reached.append(len(dvi.load(path).t) if path.exists() else 0)
     assert reached == sorted(reached)  # nothing that a checkpoint held is lost
-    assert 0 < reached[-1] < 401
+    assert 0 < reached[-1] < 1201
     (record,) = sweep([a], parts, progress=False)
     assert (record.state, record.sessions) == ("done", 11)
     require_equal(result_path(whole, "a"), path)
@@ -175,7 +175,7 @@ SCRIPT = textwrap.dedent("""
 
     if __name__ == "__main__":
         tasks = [
-            Task(name, partial(gd, lr=lr, steps=400, pause=0.002), {{"lr": lr}})
+            Task(name, partial(gd, lr=lr, steps=400, checkpoint_every=0.5, pause=0.02), {{"lr": lr}})
             for name, lr in {{"a": 0.15, "b": 0.1}}.items()
         ]
         found = sweep(tasks, {folder!r}, workers=2, progress=False)
@@ -217,14 +217,12 @@ def test_a_sweep_that_is_killed_leaves_no_workers_and_loses_nothing(tmp_path, st
 
     for number in (signal.SIGKILL, signal.SIGINT):
         process = start(folder)
-        wait_until(lambda: all(at_work()))
-        time.sleep(0.5)
+        wait_until(lambda: all(at_work()) and all(result_path(folder, name).exists() for name in "ab"))
         process.send_signal(number)
         process.wait(60)
         wait_until(lambda: not any(at_work()))
         assert [record.state for record in records(folder, "ab")] == ["unfinished"] * 2
-    reached = [len(dvi.load(result_path(folder, name)).t) for name in "ab"]
-    assert min(reached) > 1  # though a checkpoint is due each ten seconds only
+        assert [dvi.load(result_path(folder, name)).status.name for name in "ab"] == ["INTERRUPTED"] * 2
     first, second = start(folder), start(folder)  # two at a time share what is left
     assert (first.wait(120), second.wait(120)) == (0, 0)
     assert [record.state for record in records(folder, "ab")] == ["done"] * 2
