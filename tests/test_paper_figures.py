@@ -16,7 +16,8 @@ pytest.importorskip("h5py")
 
 from dvi.cli import main
 from dvi.paper.drawing import draw, drawers
-from dvi.paper.stored import runs_of
+from dvi.paper.making import spec_of
+from dvi.paper.stored import missing, runs_of
 from dvi.paper.table import table
 from dvi.plotting.panels import time_average
 from dvi.sweeps.records import Record, result_path, write_record
@@ -79,7 +80,7 @@ def store(folder, row, seed, state="done"):
     distance = {pair: 0.01 * (i + 1) * T + seed for i, pair in enumerate(pairs)}
     status = dvi.Status.SUCCESS if state == "done" else dvi.Status.DIVERGED
     dvi.Comparison(T, runs, distance, status, [], {"dim": 123}).save(result_path(folder, row.name))
-    write_record(folder, Record(row.name, {}, state, status.name))
+    write_record(folder, Record(row.name, spec_of(row, "small") | {"device": "cpu"}, state, status.name))
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +303,17 @@ def test_missing_runs_are_told_with_the_command_that_makes_them(tmp_path, caplog
     assert "fig12a, fig12c" in told
     assert f"dvi paper run fig12a fig12c --size small --folder {tmp_path}" in told
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_run_with_other_numbers_than_the_table_is_not_drawn_for_it(tmp_path):
+    for seed, row in enumerate(table().of_figure(12)):
+        store(tmp_path, row, seed)
+    row = table().of_figure(12)[1]
+    spec = spec_of(row, "small")
+    spec["method"]["lr"] *= 2
+    write_record(tmp_path, Record(row.name, spec, "done", "SUCCESS"))
+    assert list(runs_of(12, folder=tmp_path)) == ["fig12a", "fig12c"]
+    assert missing(12, folder=tmp_path) == ["fig12b"]
 
 
 def test_a_run_that_failed_is_drawn_as_far_as_it_came(tmp_path):

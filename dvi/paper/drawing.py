@@ -58,7 +58,8 @@ def draw(figure: str | int, out: Path, size: Size = "small", folder: Path | None
     if absent := missing(figure, size, folder):
         where = "" if folder is None else f" --folder {folder}"
         logger.warning(
-            "Figure %s is drawn without %s, which are not made yet. Make them: dvi paper run %s --size %s%s",
+            "Figure %s is drawn without %s, which are not made yet, or with other numbers (then add --overwrite). "
+            "Make them: dvi paper run %s --size %s%s",
             *(figure, ", ".join(absent), " ".join(absent), size, where),
         )
     drawer(stored).savefig(picture(out), dpi=150)
