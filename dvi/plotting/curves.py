@@ -121,12 +121,12 @@ def output(race: Comparison, sigma: float) -> Panel | None:
     which = most_moving(race)
     if which is None:
         return None
-    return averaged(race, sigma, "outputs", "network output", "an output on a test example", component=which)
+    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which)
 
 
 def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
     """One of the weights that were observed."""
-    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", component=(index,))
+    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,))
 
 
 def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
@@ -142,7 +142,7 @@ def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
 def coordinate_gradient(race: Comparison, sigma: float, index: int = 0) -> Panel | None:
     """The squared gradient of one of the coordinates that were observed."""
     label = "(∂ᵢL)² (units of loss²/w²)"
-    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, component=(index,))
+    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, which=(index,))
 
 
 def learning_rate_and_limit(race: Comparison) -> Panel | None:

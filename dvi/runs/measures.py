@@ -7,7 +7,6 @@ run's cost, and a look that fails does not end the run: it leaves a gap.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -115,7 +114,7 @@ def without_correction(method: Method) -> Method:
     """The method behind the end of its bias correction, if it has one."""
     if not getattr(method, "bias_correction", False):
         return method
-    return dataclasses.replace(method, bias_correction=False)
+    return type(method)(**{**method.hyperparameters(), "bias_correction": False})
 
 
 def _cosine(nu: Nu, other: Nu) -> Tensor:
@@ -123,4 +122,5 @@ def _cosine(nu: Nu, other: Nu) -> Tensor:
     if isinstance(other, dict):
         nu = {name: nu[name] for name in other}
     a, b = (torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)]) for tree in (nu, other))
-    return (a @ b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    cosine: Tensor = (a @ b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return cosine
