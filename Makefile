@@ -11,6 +11,7 @@ BENCH := $(VENV)/.bench
 # The main job on real data: two optimizers, each beside its central and its stable flow, and the pictures of it.
 demo: $(INSTALLED)
 	$(BIN)/python docs/examples/plot_digits.py
+	$(BIN)/python docs/examples/plot_fashion.py
 
 # All tests, and the examples in the docstrings.
 test: $(INSTALLED)

@@ -158,9 +158,12 @@ def test_integrators_reach_the_central_flow(tmp_path, flags, integrator):
     assert dvi.load(tmp_path / "race.h5").central.about["integrator"].startswith(integrator)
 
 
-@pytest.mark.parametrize("name", KINDS["problem"].table)
+# Those with pictures, which have no --width, are in tests/test_pictures.py.
+@pytest.mark.parametrize("name", [name for name in KINDS["problem"].table if name not in ("fashion", "cifar10")])
 def test_every_problem_can_be_made(tmp_path, name):
-    about = ran(tmp_path, "--problem", name, "--n", "4", "--width", "6", "--dtype", "float32", "--lr", "1e-4")
+    flags = ["--n", "4", "--width", "6", "--dtype", "float32", "--lr", "1e-4"]
+    flags += ["--eps", "1e-8"]  # in float32 the squares of Mamba's smallest gradients are zero
+    about = ran(tmp_path, "--problem", name, *flags)
     assert f"'{name}" in about["problem"]
     assert "torch.float32" in about["problem"]
 

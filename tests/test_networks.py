@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from dvi.problems.networks.initial import initialise
 from dvi.problems.networks.mamba import causal_convolution, selective_scan
 from dvi.problems.networks.vit import StdNorm, sinusoids
 
+ROOT = Path(__file__).resolve().parents[1]
 F64 = torch.float64
 IMAGES = ["mlp", "cnn", "cnn-pool", "resnet", "resnet-groupnorm", "vit"]
 SEQUENCES = ["transformer", "rnn", "lstm", "mamba"]
@@ -59,6 +63,19 @@ def test_full_size_of_sequence_networks_has_the_weights_of_the_paper():
     block = 2 * 2 * width + 4 * width**2 + 4 * width + 8 * width**2 + 5 * width
     by_hand = (alphabet + context) * width + depth * block + 2 * width + alphabet * width
     assert weights(sequence_network("transformer", "full", alphabet, context, 8)) == by_hand
+
+
+def test_the_page_has_the_right_numbers():
+    """The table of docs/networks.md."""
+    page = (ROOT / "docs" / "networks.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert {name for name, _, _ in rows} == {*IMAGES, *SEQUENCES}
+    for name, *shown in rows:
+        if name in IMAGES:
+            models = image_network(name, "full", 3, 32, 10), image_network(name, "small", 1, 28, 10)
+        else:
+            models = tuple(sequence_network(name, size, 4, 15, 8) for size in ("full", "small"))
+        assert [f"{weights(model):,}" for model in models] == shown, name
 
 
 def test_norm_free_resnet_has_twenty_layers():

@@ -8,12 +8,14 @@ import importlib.util
 import io
 import struct
 import tarfile
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import dvi
 from dvi.problems import ProblemError, cifar10, fashion
 from dvi.problems.catalogue import cifar
 from dvi.problems.catalogue.cifar import load_cifar10
@@ -303,8 +305,30 @@ def test_the_shipped_subset():
     assert (nearest == found.test_labels).double().mean() > 0.5
 
 
+def test_the_package_has_the_pictures():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    catalogue = ROOT / setuptools["package-dir"]["dvi.problems.catalogue"]
+    listed = {
+        path for pattern in setuptools["package-data"]["dvi.problems.catalogue"] for path in catalogue.glob(pattern)
+    }
+    assert {path.name for path in listed} == {*(f"{name}.gz" for name in NAMES), "LICENSE"}
+
+
+def test_pictures_from_the_shell(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    from dvi import cli
+
+    flags = ["--problem.network", "cnn-pool", "--problem.size", "small", "--problem.loss", "ce", "--n", "4"]
+    flags += ["--classes", "2", "--pixels", "14", "--method", "gd", "--lr", "0.1", "--steps", "1", "--warm-start", "0"]
+    flags += ["--runs", "discrete", "--eigen-every", "0", "--no-plot", "--quiet"]
+    assert cli.main(["compare", "--problem", "fashion", *flags, "--out", str(tmp_path)]) == 0
+    assert dvi.load(tmp_path / "race.h5").about["problem"].startswith("ModuleProblem('fashion-cnn-pool-ce'")
+    assert cli.main(["compare", "--problem", "cifar10", "--folder", str(tmp_path), "--steps", "1"]) != 0
+    assert "www.cs.toronto.edu" in capsys.readouterr().err
+
+
 def tool():
-    spec = importlib.util.spec_from_file_location("fashion_subset", ROOT / "tools" / "fashion_subset.py")
+    spec = importlib.util.spec_from_file_location("fashion_subset", ROOT / "benchmarks" / "fashion_subset.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
