@@ -238,9 +238,9 @@ def smoothness(runs: Runs) -> Any:
 def _side_by_side(runs: Runs) -> list[Panel | None]:
     """Loss, an output and the distance of optimizer and central flow, each run in its colour."""
     losses, outputs, apart = [], [], []
+    which = most_moving(list(runs.values())[-1].race)  # one for all of them
     for colour, run in zip(_colours(len(runs)), runs.values(), strict=True):
         name, race = _settings(run), run.race
-        which = most_moving(race)
         for process in ("discrete", "central"):
             if process not in race.runs:
                 continue

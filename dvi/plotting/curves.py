@@ -68,7 +68,7 @@ def curves(
 
 def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
     """The beginning of all curves, in the corner that falling curves leave empty."""
-    place = (0.12, 0.1, 0.4, 0.42) if axes.get_yscale() == "log" else (0.54, 0.52, 0.44, 0.44)
+    place = (0.18, 0.17, 0.36, 0.36) if axes.get_yscale() == "log" else (0.54, 0.52, 0.44, 0.44)
     corner = axes.inset_axes(place)
     shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
     for curve in shown:
@@ -155,7 +155,9 @@ def learning_rate_and_limit(race: Comparison) -> Panel | None:
     def draw(axes: Axes) -> None:
         panel.draw(axes)
         line(axes, central.t, limit, LIMIT)
-        fit(axes, usable(limit, *recorded(race, "effective_lr").values()), zero=False)
+        # without the edge of stability the stable flow's learning rate grows out of all proportion
+        shown = [rate for name, rate in recorded(race, "effective_lr").items() if name != "stable"]
+        fit(axes, usable(limit, *shown), zero=True)
 
     return replace(panel, draw=draw, remark="")
 

@@ -168,7 +168,7 @@ def eigenvalues(race: Comparison, leading: int, unit: float = 1.0, of: str = "ef
                 colour, across = of_flow(name)[1]["color"], axes.get_xaxis_transform()
                 axes.vlines(times, 1 - length, 1, colors=colour, lw=0.8, transform=across, label="_" + kind)
 
-    return Panel(f"{of}s", f"{of} (critical: {critical:.4g})", draw, "; ".join(remarks))
+    return Panel(of.replace("eigenvalue", "eigenvalues"), f"{of} (critical: {critical:.4g})", draw, "; ".join(remarks))
 
 
 def _leading(run: Solution, count: int) -> tuple[Array, Array]:
