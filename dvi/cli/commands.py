@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     own = {"rest", "understood", "runner"}  # what `dvi sweep` is given here
-    commands = {
+    commands: dict[str, Make] = {
         "compare": _compare(arguments[1:] if arguments[:1] == ["compare"] else []),
         "plot": flags(plot),
         "info": flags(info),
@@ -90,7 +90,7 @@ def _group(commands: dict[str, Make]) -> Make:
     def chosen(command: Any) -> Any:
         return command
 
-    kind = tyro.conf.OmitSubcommandPrefixes[functools.reduce(operator.or_, types)]  # type: ignore[type-arg]
+    kind = cast(Any, tyro.conf.OmitSubcommandPrefixes)[functools.reduce(operator.or_, types)]
     chosen.__annotations__ = {"command": kind}
     chosen.__doc__ = "The paper's experiments: list them, run them, draw its figures, and print a table."
     return chosen
@@ -210,7 +210,9 @@ def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
     given, _ = _read(arguments)
     named = ("problem", "method", "integrator", "problem_options", "method_options", "integrator_options")
     flags_of_run = given["run"]
-    loss, optimizer, how = _ingredients(*(given[name] for name in named), flags_of_run.keywords["accuracy"])
+    loss, optimizer, how = _ingredients(
+        accuracy=flags_of_run.keywords["accuracy"], **{name: given[name] for name in named}
+    )
     keywords = flags_of_run.keywords | {"resume": True, "throw": False}
     with in_words(f"The run of {given['method']} on {given['problem']}", always=False):
         race = flags_of_run.func(loss, optimizer, **keywords, integrator=how, path=path, progress=False)

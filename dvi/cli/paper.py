@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dvi.cli.names import UsageError
+from dvi.cli.names import Make, UsageError
 from dvi.cli.sweep import Engine, ended, engine_of
 from dvi.paper.drawing import draw
 from dvi.paper.making import CIFAR10, task_of
@@ -171,4 +171,4 @@ def _rows(names: tuple[str, ...], everything: bool = False, main: bool = False) 
 
 
 #: The commands by name.
-COMMANDS = {"list": list_, "run": run, "figure": figure, "table": table_}
+COMMANDS: dict[str, Make] = {"list": list_, "run": run, "figure": figure, "table": table_}

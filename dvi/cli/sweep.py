@@ -135,7 +135,11 @@ def grid(rest: Sequence[str], understood: Callable[[list[str]], list[str]]) -> l
     for chosen in itertools.product(*choices):
         row = line(chosen)
         understood(row)
-        told = [f"{name.lstrip('-')}={values[0]}" for (name, _), values, all_ in zip(flags, chosen, choices, strict=True) if len(all_) > 1]
+        told = [
+            f"{name.lstrip('-')}={values[0]}"
+            for (name, _), values, all_ in zip(flags, chosen, choices, strict=True)
+            if len(all_) > 1
+        ]
         runs.append((re.sub(r"[^\w.=,+:-]", "-", ",".join(told)).replace(":", "-") or "run", row))
     return runs
 

@@ -12,7 +12,7 @@ import dvi
 from dvi.paper.table import Experiment, Size, table
 from dvi.problems import ModuleProblem, ProblemError
 from dvi.problems.catalogue.cifar import load_cifar10
-from dvi.problems.catalogue.data import make_sorting
+from dvi.problems.catalogue.data import make_sorting, usable
 from dvi.problems.catalogue.fashion import load_fashion
 from dvi.results.comparison import Comparison
 from dvi.sweeps.records import Task
@@ -75,8 +75,8 @@ def make_method(spec: dict[str, Any]) -> dvi.Method:
     return method
 
 
-def test_example(spec: dict[str, Any], device: str = "cpu", cifar10: Path = CIFAR10) -> torch.Tensor:
-    """One test example, whose outputs are observed: a picture [1, channels, s, s], or a sequence [1, context] (int64)."""
+def example_of(spec: dict[str, Any], device: str = "cpu", cifar10: Path = CIFAR10) -> torch.Tensor:
+    """One test example, whose outputs are observed: a picture [1, channels, s, s], or tokens [1, context] (int64)."""
     problem = spec["problem"]
     task, seed, dtype = problem["task"], problem.get("seed", 0), getattr(torch, problem["dtype"])
     if task == "sorting":
@@ -95,7 +95,7 @@ def run(
     d, record = len(problem.w0), how["record"]
     extra: dict[str, Any] = {}
     if "outputs" in record:
-        extra["test_inputs"] = test_example(spec, device, cifar10)
+        extra["test_inputs"] = example_of(spec, device, cifar10)
     if "coordinates" in record:
         extra["coordinates"] = [(2 * i + 1) * d // (2 * COORDINATES) for i in range(COORDINATES)]
     measures = [name for name in record if name not in _BY_ARGUMENT]
@@ -125,13 +125,13 @@ def task_of(row: Experiment, size: Size, device: str = "cpu", cifar10: Path = CI
     """The run of a row, for a sweep.
 
     Raises:
-        ProblemError: if it cannot be run at this size, with the reason.
+        ProblemError: if it cannot be run at this size, with the reason, or there is no such device.
     """
     if row.why_not(size):
         raise ProblemError(f"{row.name} cannot be run at size {size}: {row.why_not(size)}")
     spec = spec_of(row, size)
-    kind = torch.device(device).type
+    kind = usable(device).type
     return Task(row.name, partial(_run, spec=spec, device=device, cifar10=cifar10.resolve()), spec | {"device": kind})
 
 
-__all__ = ["CIFAR10", "make_method", "make_problem", "run", "spec_of", "task_of", "test_example"]
+__all__ = ["CIFAR10", "example_of", "make_method", "make_problem", "run", "spec_of", "task_of"]

@@ -75,7 +75,9 @@ class Table:
         """
         found = [row for row in self.experiments.values() if str(figure) in row.figures]
         if not found:
-            raise ValueError(f"There are no experiments of figure {figure}; there are some of {', '.join(self.figures)}.")
+            raise ValueError(
+                f"There are no experiments of figure {figure}; there are some of {', '.join(self.figures)}."
+            )
         return found
 
     def chosen(self, words: Sequence[str]) -> list[Experiment]:
@@ -117,10 +119,10 @@ def read(path: Path) -> Table:
     defaults = content["defaults"]
     rows: dict[str, Experiment] = {}
     for given in content["experiment"]:
-        row = {**defaults, **given}
-        sizes = {size: row.pop(size) for size in SIZES}
-        named = {key: tuple(row.pop(key)) for key in ("figures", "runs", "record")}
-        experiment = Experiment(**row, **named, options=sizes)
+        row: dict[str, Any] = {**defaults, **given}
+        options = {str(size): row.pop(size) for size in SIZES}
+        row |= {key: tuple(row[key]) for key in ("figures", "runs", "record")}
+        experiment = Experiment(**row, options=options)
         if experiment.name in rows:
             raise ValueError(f"{path}: {experiment.name} is there twice.")
         for what, known in (("problem", content["problem"]), ("method", content["method"])):

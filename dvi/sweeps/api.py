@@ -86,7 +86,9 @@ def sweep(
 
         def watched(going: list[str]) -> None:
             trouble = f"{len(failed)} not done, " if failed else ""
-            bar.set_postfix_str(trouble + ("now " + " ".join(going[:4]) + " …"[: 2 * (len(going) > 4)] if going else ""))
+            bar.set_postfix_str(
+                trouble + ("now " + " ".join(going[:4]) + " …"[: 2 * (len(going) > 4)] if going else "")
+            )
 
         try:
             if slurm is not None:

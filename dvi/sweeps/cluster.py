@@ -57,7 +57,10 @@ class Slurm:
             raise ImportError("Jobs on a cluster need submitit: pip install 'dvi-flows[cluster]'.") from error
         try:
             executor = submitit.AutoExecutor(
-                folder=folder / "jobs", cluster=self.cluster, slurm_max_num_timeout=_QUEUED, local_max_num_timeout=_QUEUED
+                folder=folder / "jobs",
+                cluster=self.cluster,
+                slurm_max_num_timeout=_QUEUED,
+                local_max_num_timeout=_QUEUED,
             )
         except RuntimeError as error:
             raise ValueError(f'{error}: run this where "sbatch" is at hand, or leave --engine out.') from error

@@ -1,7 +1,7 @@
 """What is kept of each run beside its result: what it was asked to do, how it ended, and what it cost.
 
-A run called NAME leaves these files in its folder: NAME.h5 (the result), NAME.json (its record), NAME.log (what it said)
-and NAME.lock (who works on it).  ``manifest.json`` gathers the records of a folder.
+A run called NAME leaves these files in its folder: NAME.h5 (the result), NAME.json (its record), NAME.log (what it
+said) and NAME.lock (who works on it).  ``manifest.json`` gathers the records of a folder.
 """
 
 from __future__ import annotations

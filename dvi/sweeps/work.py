@@ -20,8 +20,8 @@ from types import FrameType
 import torch
 
 from dvi.results.comparison import Comparison
-from dvi.results.summary import summarise
 from dvi.results.status import Status
+from dvi.results.summary import summarise
 from dvi.storage.files import StoreError
 from dvi.storage.hdf5 import load
 from dvi.sweeps.locks import locked
@@ -31,6 +31,9 @@ _GOING_ON = (Status.RUNNING, Status.INTERRUPTED)
 
 #: Seconds between updates of the record of a running run, so that a kill loses no more of what it has cost.
 _HEARTBEAT = 10.0
+
+#: Seconds for which a lock is tried.
+_LOOKING = 0.5
 
 
 def require_same(task: Task, record: Record | None, folder: Path) -> None:
@@ -61,7 +64,7 @@ def work(task: Task, folder: Path) -> Record | None:
         StoreError: if the folder holds another run of that name, or cannot be written to.
         KeyboardInterrupt: when the process is asked to end; what was computed is then kept.
     """
-    with locked(lock_path(folder, task.name)) as mine:
+    with _patiently_locked(lock_path(folder, task.name)) as mine:
         if not mine:
             return None
         before = read_record(folder, task.name)
@@ -88,6 +91,18 @@ def work(task: Task, folder: Path) -> Record | None:
                 traceback.print_exc()
                 record.state, record.message = "error", f"{type(error).__name__}: {error}"
         return record
+
+
+@contextmanager
+def _patiently_locked(path: Path) -> Iterator[bool]:
+    """The lock; tried for a while, since another process may just be looking whether somebody holds it."""
+    until = time.monotonic() + _LOOKING
+    while True:
+        with locked(path) as mine:
+            if mine or time.monotonic() > until:
+                yield mine
+                return
+        time.sleep(_LOOKING / 10)
 
 
 def forget(folder: Path, name: str) -> bool:
@@ -150,14 +165,15 @@ def _clock(folder: Path, record: Record) -> Iterator[None]:
 
 def _peak() -> float:
     """The largest memory until now, MiB: of the card if one is in use, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+    card = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # 0 also where it was not used
+    if card:
+        return card / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def stop_when_asked() -> None:
