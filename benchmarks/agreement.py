@@ -27,6 +27,7 @@ from dvi.methods import (
     AdaGrad,
     AdaGradNorm,
     Adam,
+    AdamW,
     CentredRMSProp,
     GradientDescent,
     HeavyBall,
@@ -77,6 +78,16 @@ def digits_mlp(seed: int = 0) -> dvi.Problem:
     return digits("mlp", "mse", n=300, width=32, seed=seed)
 
 
+class GradientDescentW(GradientDescent):
+    """SGD with weight decay; ``torch.optim.SGD`` adds λw to the gradient, which is the same without momentum."""
+
+    weight_decay: float = 0.0
+
+    def decay(self) -> float:
+        """ηλ."""
+        return float(self.lr * self.weight_decay)
+
+
 #: One method a row, learning rates such that the edge is reached early and by several eigenvalues.
 METHODS: dict[str, Case] = {
     "GD 0.2": (digits_mlp, GradientDescent(0.2), 600),
@@ -93,8 +104,14 @@ METHODS: dict[str, Case] = {
     "quasi-hyperbolic 0.3, β = 0.9, n = 0.5": (digits_mlp, QuasiHyperbolic(0.3, 0.9, 0.5), 300),
     "Adam 3e-3, β₁ = 0.5": (digits_mlp, Adam(3e-3, 0.5, 0.99), 300),
     "Adam 1e-2, β₁ = 0.9": (digits_mlp, Adam(1e-2, 0.9, 0.99), 300),
+    "GD 0.2, weight decay 1e-3": (digits_mlp, GradientDescentW(0.2, 1e-3), 600),
+    "AdamW 3e-3, β₁ = 0.5, weight decay 0.1": (digits_mlp, AdamW(3e-3, 0.5, 0.99, weight_decay=0.1), 300),
+    "AdamW 3e-3, β₁ = 0.5, weight decay 0.1, none on biases": (
+        digits_mlp, AdamW(3e-3, 0.5, 0.99, weight_decay=0.1, shapes=digits_mlp().shapes), 300,
+    ),
+    "AdamW 1e-2, β₁ = 0.9, weight decay 0.1": (digits_mlp, AdamW(1e-2, 0.9, 0.99, weight_decay=0.1), 300),
     "NAdam 4e-3, β₁ = 0.9": (digits_mlp, NAdam(4e-3, 0.9, 0.99), 300),
-}
+}  # fmt: skip
 
 _MOMENTUM = {
     "heavy ball 0.25, β = 0.5": HeavyBall(0.25, 0.5),

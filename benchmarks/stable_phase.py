@@ -10,7 +10,7 @@ import torch
 from agreement import digits_mlp
 
 import dvi
-from dvi.methods import Adam, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
+from dvi.methods import Adam, AdamW, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
 
 #: Steps of the optimizer before, and of the comparison; half of the learning rate gets twice as many of both.
 CASES: dict[str, tuple[dvi.Method, int, int]] = {
@@ -24,6 +24,8 @@ CASES: dict[str, tuple[dvi.Method, int, int]] = {
     "heavy ball, η = 0.01, β = 0.9": (HeavyBall(0.01, 0.9), 40, 200),
     "Nesterov, η = 0.01, β = 0.9": (Nesterov(0.01, 0.9), 40, 100),
     "Adam, η = 2e-4, β = 0.9, 0.95": (Adam(2e-4, 0.9, 0.95), 40, 60),
+    "AdamW, η = 2e-4, β = 0.9, 0.95, λ = 0.01": (AdamW(2e-4, 0.9, 0.95, weight_decay=0.01), 40, 60),
+    "AdamW, η = 2e-4, β = 0.9, 0.95, λ = 50": (AdamW(2e-4, 0.9, 0.95, weight_decay=50.0), 40, 60),
     "NAdam, η = 2e-4, β = 0.9, 0.95": (NAdam(2e-4, 0.9, 0.95), 40, 60),
 }
 

@@ -32,6 +32,7 @@ from dvi.methods import (
     SpecError,
 )
 from dvi.problems import DerivativeError, Problem, ProblemError
+from dvi.reports import Report
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
@@ -90,6 +91,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quasistatic",
+    "Report",
     "RunError",
     "RungeKutta",
     "Scalar",

@@ -9,6 +9,7 @@ from dvi.methods.optimizers.adafactor import Adafactor
 from dvi.methods.optimizers.adagrad import AdaGrad
 from dvi.methods.optimizers.adagrad_norm import AdaGradNorm
 from dvi.methods.optimizers.adam import Adam
+from dvi.methods.optimizers.adamw import AdamW
 from dvi.methods.optimizers.gd import GradientDescent
 from dvi.methods.optimizers.heavy_ball import HeavyBall
 from dvi.methods.optimizers.nadam import NAdam
@@ -34,6 +35,7 @@ __all__ = [
     "AdaGradNorm",
     "Adafactor",
     "Adam",
+    "AdamW",
     "Blocks",
     "CentredRMSProp",
     "Dense",

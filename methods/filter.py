@@ -100,8 +100,11 @@ class Filter:
 
     # ---- what does not fit ----------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, decay: float = 0.0) -> None:
         """Raise unless the filter is stable and the optimizer leaves stability by oscillating with period two.
+
+        Args:
+            decay: γ of a decoupled weight decay, w_{t+1} = (1 − γ)w_t − P⁻¹m_t.
 
         Raises:
             SpecError: if coefficients are missing or no numbers; else naming the pole, the gain, or the frequency at
@@ -124,7 +127,7 @@ class Filter:
             )
         if not float(self.gain) > 0:
             raise SpecError(f"{self}: Q(1) = {float(self.gain):.3g}; the average step must go downhill, Q(1) > 0.")
-        first = self.escape
+        first = self.escape_under(decay)
         if first is None:
             raise SpecError(f"{self}: no step size makes the optimizer oscillate: it has no edge of stability.")
         frequency, sharpness = first
@@ -137,16 +140,22 @@ class Filter:
 
     @cached_property
     def escape(self) -> tuple[float, float] | None:
-        """(ω, λ): the least real λ > 0 at which a root of (z−1) + λQ = 0 is on the unit circle, z = exp(iω), 0 < ω ≤ π.
+        """(ω, λ): the least λ > 0 at which (z−1) + λQ = 0 has a root on the unit circle, z = exp(iω), 0 < ω ≤ π."""
+        return self.escape_under(0.0)
 
-        Where (1−z)/Q(z) is real: Im[(1−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0, a polynomial in cos ω once divided by sin ω.
+    def escape_under(self, decay: float) -> tuple[float, float] | None:
+        """The same with decoupled weight decay γ: of (z−1+γ) + λQ = 0.
+
+        Where (1−γ−z)/Q(z) is real: Im[(1−γ−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0, a polynomial in cos ω once divided by
+        sin ω.
         """
         numerator, denominator = (np.array(c) for c in self._numbers)
         crossings: list[tuple[float, float]] = []
         if _alternating(self._numbers[0]) != 0:
-            crossings.append((math.pi, 2 * float(_alternating(self._numbers[1]) / _alternating(self._numbers[0]))))
-        # powers of x = z̄ from −len(N) on: (1 − x⁻¹) · D(x) · N(x⁻¹)
-        product = np.convolve(np.convolve([-1.0, 1.0], denominator), numerator[::-1])
+            edge = float(_alternating(self._numbers[1]) / _alternating(self._numbers[0]))
+            crossings.append((math.pi, (2 - decay) * edge))
+        # powers of x = z̄ from −len(N) on: (1 − γ − x⁻¹) · D(x) · N(x⁻¹)
+        product = np.convolve(np.convolve([-1.0, 1.0 - decay], denominator), numerator[::-1])
         a = {k - len(numerator): float(value) for k, value in enumerate(product)}
         top = max(abs(k) for k in a)
         odd = [0.0] + [a.get(k, 0.0) - a.get(-k, 0.0) for k in range(1, top + 1)]
@@ -155,7 +164,7 @@ class Filter:
             x = np.exp(-1j * omega)
             value = np.polyval(numerator[::-1], x)
             if abs(value) > 1e-12:
-                crossings.append((omega, float(((1 - 1 / x) * np.polyval(denominator[::-1], x) / value).real)))
+                crossings.append((omega, float(((1 - decay - 1 / x) * np.polyval(denominator[::-1], x) / value).real)))
         positive = [c for c in crossings if c[1] > 0]
         return min(positive, key=lambda c: c[1]) if positive else None
 

@@ -1,11 +1,12 @@
-"""The declaration of an optimizer: init, f and P, and Q where it has momentum.
+"""The declaration of an optimizer: init, f and P, Q where it has momentum, decay where weights decay by themselves.
 
 An optimizer is declared as a state spec (paper, Appendix C.7)
 
     ν_t = ν_{t−1} + f(ν_{t−1}, ∇L(w_t)),        w_{t+1} = w_t − P(ν_t)⁻¹ ∇L(w_t),
 
-and everything else — the discrete optimizer, its stable flow, its central flow with α, β and the cone
-complementarity problem — is derived from that declaration.
+with a filter Q before ∇L(w_t) and (1 − γ)w_t in place of w_t where they are declared.  Everything else — the discrete
+optimizer, its stable flow, its central flow with α, β and the cone complementarity problem — is derived from that
+declaration.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "beta1": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "beta2": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "weight_decay": (lambda x: x >= 0, "zero or positive"),
     "share": (lambda x: 0 <= x <= 1, "in [0, 1]"),
 }
 
@@ -84,9 +86,10 @@ class Method:
 
     Raises:
         SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
-            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` ≥ 0, ``beta1``, ``beta2``, ``momentum`` in
-            [0, 1)).  Where a run starts, if a schedule raises anything, gives what is no finite number, leaves its
-            range or gives two values at one time; later on that ends the run, with what was computed until then.
+            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` and ``weight_decay`` ≥ 0, ``beta1``,
+            ``beta2``, ``momentum`` in [0, 1)).  Where a run starts, if a schedule raises anything, gives what is no
+            finite number, leaves its range or gives two values at one time; later on that ends the run, with what was
+            computed until then.
     """
 
     #: Ranges by field name; a subclass may extend them.
@@ -127,6 +130,15 @@ class Method:
     def Q(self) -> Filter:
         """Momentum: the linear filter that makes the step's m_t of the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
         return Filter()
+
+    def decay(self) -> Any:
+        """Decoupled weight decay γ in [0, 1): w_{t+1} = (1 − γ)w_t − P(ν_t)⁻¹ Q g_t.
+
+        None: there is none.  A number, often ``self.lr * self.weight_decay``: for all weights.  A tensor [d], or a list
+        of pairs (γ, how many weights) for consecutive stretches of w: weight by weight.  γ must then be one number over
+        each part of P that is no ``Scalar`` or ``Diagonal``.
+        """
+        return None
 
     # ---- what follows from it -------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.methods.errors import SpecError
+from dvi.methods.errors import ScheduleError, SpecError
 from dvi.methods.filter import Filter
+from dvi.methods.per_weight import PerWeight
 from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.spec import Method, Nu
 
@@ -20,8 +21,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     Raises:
         SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
             structure, shapes or dtypes than ν's, gives a number that is not finite, if ``P`` gives no preconditioner,
-            if one of them changes its arguments in place or gives something else when it is called again, or if Q is
-            a filter that does not oscillate with period two first.
+            if one of them changes its arguments in place or gives something else when it is called again, if Q is
+            a filter that does not oscillate with period two first, or if ``decay`` gives what is no γ in [0, 1) for
+            each weight, or another one for weights that P mixes.
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
@@ -30,7 +32,9 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
         raise SpecError(
             f"{name}.Q() is {_what(Q)}; it must be a filter: dvi.Filter([1.0], [1.0, -beta]) for momentum β."
         )
-    Q.check()
+    gamma = decay_of(method.at(0.0), w)
+    for value in _between(gamma):
+        Q.check(value)
     w_before = w.clone()
     nu = method.init(w)
     _require_untouched(f"{name}.init(w)", "w", w_before, w, "it must make a new tensor (torch.zeros_like(w)).")
@@ -69,7 +73,35 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     _require_same(f"{name}.P(nu)", P.apply(g), method.at(0.0).P(after).apply(g))
     if P.apply(g).shape != g.shape:
         raise SpecError(f"{name}.P(nu) does not act on vectors of shape {list(g.shape)}.")
+    if gamma is not None:
+        P.weighted(gamma.map(lambda x: 1 - x / 2))
     return after
+
+
+def decay_of(method: Method, w: Tensor, t: float | None = None) -> PerWeight | None:
+    """The decoupled weight decay γ of a method whose schedules were replaced by their values (those at t); or None.
+
+    Raises:
+        SpecError: if it is no γ in [0, 1) for each of the weights w [d]; along a run (with a t) a ScheduleError.
+    """
+    declared = method.decay()
+    if declared is None:
+        return None
+    name = f"{type(method).__name__}.decay()"
+    gamma = PerWeight.of(declared, w, name)
+    low, high = gamma.range()
+    if not (low >= 0 and high < 1):  # also false for NaN
+        where, kind = ("", SpecError) if t is None else (f" at t = {t:g}", ScheduleError)
+        raise kind(f"{name}{where} reaches from {low:g} to {high:g}; γ (lr·weight_decay) must lie in [0, 1).")
+    return gamma
+
+
+def _between(gamma: PerWeight | None) -> list[float]:
+    """Decays for which a filter is looked at: where γ differs between weights, an eigenvector has a mean of them."""
+    if gamma is None:
+        return [0.0]
+    low, high = gamma.range()
+    return [low] if low == high else [low + (high - low) * i / 8 for i in range(9)]
 
 
 def leaves(nu: Nu) -> list[tuple[str, Any]]:

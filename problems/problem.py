@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradi
 from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
+from dvi.problems.l2 import Penalised
 from dvi.problems.ledger import Ledger
 from dvi.problems.timing import measure
 
@@ -76,20 +78,50 @@ class Problem:
         self.w0 = _flat_weights(w0)
         self.name = name or getattr(loss, "__name__", None) or type(self).__name__
         self.ledger = Ledger()
-        self._derivatives: Derivatives
-        if derivatives == "autodiff":
-            self._derivatives = Autodiff(self._parts, self.ledger, max_directions)
-        elif derivatives == "mixed":
-            self._derivatives = Mixed(self._parts, self.ledger, max_directions)
-        elif derivatives == "finite-difference":
-            self._derivatives = FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
-        else:
-            raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
-        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self.derivatives: Backend = derivatives
+        self._max_directions = max_directions
+        self._derivatives: Derivatives = self._backend()
+        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self._measured = False
         self._kinks_told = False
         self._try_loss()
+
+    def _backend(self) -> Derivatives:
+        if self.derivatives == "autodiff":
+            return Autodiff(self._parts, self.ledger, self._max_directions)
+        if self.derivatives == "mixed":
+            return Mixed(self._parts, self.ledger, self._max_directions)
+        if self.derivatives == "finite-difference":
+            return FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
+        raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {self.derivatives!r}')
+
+    def penalised(self, weight_decay: float | Tensor) -> Self:
+        """This problem with ½ Σᵢ λᵢwᵢ² added to its loss, and a ledger of its own: L2 regularisation.
+
+        It is what ``weight_decay`` means in ``torch.optim.SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``.  The decay of
+        ``AdamW`` is another: it leaves the loss alone (:class:`dvi.methods.AdamW`).
+
+        Args:
+            weight_decay: λ ≥ 0, a number, or a tensor [d] with one for each weight.
+
+        Raises:
+            ProblemError: if λ is of another shape, negative or not finite.
+
+        """
+        given = torch.as_tensor(weight_decay, dtype=self.dtype, device=self.device)
+        if given.shape not in ((), (self.dim,)):
+            raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
+        if not bool(((given >= 0) & torch.isfinite(given)).all()):
+            raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
+        new = copy.copy(self)
+        new._parts = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
+        new.name = f"{self.name} + L2"
+        new.ledger = Ledger()
+        new._derivatives = new._backend()
+        new.ledger.weights = {**new.ledger.weights, **new._derivatives.weights}
+        new._measured = False
+        new._try_loss()
+        return new
 
     def fingerprints(self) -> dict[str, str]:
         """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.

@@ -256,7 +256,7 @@ class Flow(Protocol):
         ...
 
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """κP(ν)⁻¹ g [d]: −dw/dt where X = 0 and m = g."""
+        """−dw/dt [d] where X = 0 and m = g: κP(ν)⁻¹ g, and what weight decay adds."""
         ...
 
     def precondition(self, y: State, V: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ NAMES = {
     r"\nabla S(w)": entry("dS"),
     "S(w)": Level("S", positive=True),
     "u": entry("u"),
+    "w": entry("w"),
     r"\mathrm{diag}(H \Sigma H)": entry("HSH"),
     r"\mathrm{diag}(\Sigma)": entry("Sii"),
     r"\mathrm{tr}(H \Sigma H)": Total(entry("HSH")),

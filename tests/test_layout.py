@@ -95,6 +95,7 @@ ABOVE = {
     "dvi/stationarity": ["dvi/compiler"],
     "dvi/symbolic": ["dvi/compiler"],
     "dvi/results": [],
+    "dvi/reports": ["dvi/results"],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
     "dvi/runs": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
@@ -105,8 +106,8 @@ ABOVE = {
         *("dvi/sweeps", "dvi/paper"),
     ],
 }
-#: The one door upwards: a result draws and saves itself when it is asked to.
-DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage")}
+#: The one door upwards: a result draws, saves and reports itself when it is asked to.
+DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage"), ("dvi/results", "dvi/reports")}
 
 
 def module_name(path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dvi
 import dvi.testing
-from dvi.methods import FunctionMethod, GradientDescent, RMSProp, RMSPropNorm, as_method, validate
+from dvi.methods import AdamW, FunctionMethod, GradientDescent, RMSProp, RMSPropNorm, as_method, validate
 from dvi.methods.schedules import value_and_slope
 
 EPS = np.finfo(np.float64).eps
@@ -70,6 +70,10 @@ TORCH = {
     "adam": (
         RMSProp(0.01, 0.95, 1e-3, bias_correction=True),
         lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.95), eps=1e-3),
+    ),
+    "adamw": (
+        AdamW(0.01, 0.8, 0.95, 1e-3, weight_decay=0.5),
+        lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.5),
     ),
     "adam, slow": (
         RMSProp(0.02, 0.999, bias_correction=True),

@@ -328,7 +328,7 @@ def test_pictures_from_the_shell(tmp_path, capsys):
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("fashion_subset", ROOT / "tools" / "fashion_subset.py")
+    spec = importlib.util.spec_from_file_location("fashion_subset", ROOT / "benchmarks" / "fashion_subset.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

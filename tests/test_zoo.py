@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import dvi
 from dvi import methods
 from dvi.methods import validate
+from dvi.methods.per_weight import PerWeight
 from dvi.solvers import ccp
 from dvi.solvers.svec import smat, svec
 
@@ -76,6 +77,30 @@ def adafactor_of_torch(parameters):
             state["variance"] = torch.zeros_like(p)
         optimizer.state[p] = state
     return optimizer
+
+
+class GradientDescentW(methods.GradientDescent):
+    """Decoupled weight decay, which for gradient descent is L2 regularisation."""
+
+    weight_decay: float = 0.05
+
+    def decay(self):
+        return self.lr * self.weight_decay
+
+
+def adamw_with_groups(parameters):
+    """No decay on what is no matrix."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1)
+
+
+def with_decay(P, now):
+    """P(I − Γ/2)."""
+    like = torch.zeros(D, dtype=torch.float64)
+    return P if now.decay() is None else P.weighted(PerWeight.of(now.decay(), like).map(lambda x: 1 - x / 2))
 
 
 def nadam_of_torch(parameters):
@@ -226,6 +251,20 @@ ZOO = {
         lambda lr, s: methods.Adam(lr, 0.5, 0.9, 1e-8),
         0.095,
         by_torch(lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8)),
+    ),
+    "adamw": Kind(
+        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.1),
+        0.1,
+        by_torch(lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1)),
+    ),
+    "adamw, groups": Kind(
+        lambda lr, s: methods.AdamW(lr, 0.5, 0.9, 1e-8, weight_decay=0.1, shapes=s),
+        0.11,
+        by_torch(adamw_with_groups),
+        refused="differs between weights",
+    ),
+    "gradient descent, decoupled decay": Kind(
+        lambda lr, s: GradientDescentW(lr), 1.65, by_torch(lambda p: torch.optim.SGD(p, lr=0.02, weight_decay=0.05))
     ),
     "nadam": Kind(lambda lr, s: methods.NAdam(lr, 0.5, 0.9, 1e-8), 0.05, by_torch(nadam_of_torch)),
 }
@@ -379,7 +418,7 @@ def test_alpha_and_beta_are_the_rates_of_the_gap(kind, seed):
     def gap(s):
         nu = pytree.tree_map(lambda x, dx: x + s * dx, y.nu, rate.nu)
         now = method.at(y.t + s)
-        PU = now.P(nu).apply(torch.tensor(U)).numpy()
+        PU = with_decay(now.P(nu), now).apply(torch.tensor(U)).numpy()
         return U.T @ (float(now.Q().threshold) * PU - cubic.hessian(y.w.numpy() + s * rate.w.numpy()) @ U)
 
     # Five points: truncation s⁴ G⁽⁵⁾/30.  √ν and the roots of matrices vary over ν/ν̇ of the smallest entry or
@@ -401,7 +440,7 @@ def test_beta_at_the_edge_is_symmetric_where_it_is_said_to_be(kind):
     cubic, w = bowl(7)
     y = after(method, cubic, w, 6)
     now = method.at(y.t)
-    P = now.P(y.nu).scaled(float(now.Q().threshold) / 2)  # its edge is at 2
+    P = with_decay(now.P(y.nu), now).scaled(float(now.Q().threshold) / 2)  # its edge is at 2
     V = torch.tensor(orthogonal(rng, D))
     U, PU = P.inv_sqrt(V[:, :3]), P.sqrt(V[:, :3])
     rest = P.sqrt(V[:, 3:])
@@ -432,7 +471,7 @@ def test_the_closed_form_is_the_compilers_or_is_refused_by_name(kind):
     lin = flow.linearise(y.w, y.nu, torch.tensor(U), t=y.t)
     w = y.w.numpy()
     found = dvi.derive(method, accuracy="paper").evaluate(
-        cubic.gradient(w), y.nu, U, cubic.hessian(w) @ U, lin.T, X, t=y.t
+        cubic.gradient(w), y.nu, U, cubic.hessian(w) @ U, lin.T, X, t=y.t, w=w
     )
     drift = lin.drift(X)
     # sums of some d² products; √(v − m²) cancels, by a factor of 10³ or less here

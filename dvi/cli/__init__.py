@@ -1,4 +1,4 @@
-"""The shell commands ``dvi compare``, ``plot``, ``info``, ``sweep`` and ``paper``."""
+"""The shell commands ``dvi compare``, ``plot``, ``report``, ``info``, ``sweep`` and ``paper``."""
 
 from __future__ import annotations
 

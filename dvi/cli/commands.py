@@ -61,6 +61,7 @@ def _run(arguments: list[str]) -> int:
         "compare": _compare(arguments[1:] if arguments[:1] == ["compare"] else []),
         "plot": flags(plot),
         "info": flags(info),
+        "report": flags(report),
         "sweep": flags(sweep_, without=own),
         "paper": _group({name: flags(command) for name, command in COMMANDS.items()}),
     }
@@ -69,8 +70,9 @@ def _run(arguments: list[str]) -> int:
         cast(Any, functools.reduce(operator.or_, types)),
         prog="dvi",
         description="Central flows: what an optimizer at the edge of stability does on average. "
-        "Run one beside its flows, draw what came out, or look into a file; make many runs, or the paper's "
-        "experiments. `dvi COMMAND --help` has examples.",
+        "Run one beside its flows, draw what came out, say in words what it means, or look into a file; "
+        "make many runs, or the paper's experiments. "
+        "`dvi COMMAND --help` has examples.",
         args=arguments,
         return_unknown_args=True,
     )
@@ -180,7 +182,8 @@ def compare(
         say(f"{failure}\nWhat was computed until then: {', '.join(map(str, written))}")
         return FAILED
     if not quiet:
-        print("\n".join([*report(race), "written: " + ", ".join(map(str, written))]))
+        words = ["", *str(race.report()).splitlines(), ""]
+        print("\n".join([*table(race), *words, "written: " + ", ".join(map(str, written))]))
     return DONE
 
 
@@ -300,7 +303,20 @@ def info(files: _Files) -> int:
         print(f"{file}: a {type(result).__name__.lower()}, {result.status.name}: {result.status}")
         for name, value in result.about.items():
             print(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-        print("\n".join(report(result)))
+        print("\n".join(table(result)))
+    return DONE
+
+
+def report(files: _Files) -> int:
+    """Say in words what runs tell of their optimizers: the edge of stability, loss, curvature, and how far to trust it.
+
+    Try:
+      dvi report runs/x/race.h5
+
+    Args:
+        files: results, as `dvi compare`, race.save or solution.save wrote them; also of runs that are not finished.
+    """
+    print("\n\n".join(str(dvi.load(file).report()) for file in _given(files, "report")))
     return DONE
 
 
@@ -342,7 +358,7 @@ def say(text: str) -> None:
     print(f"dvi: {text}", file=sys.stderr)
 
 
-def report(result: dvi.Comparison | dvi.Solution) -> list[str]:
+def table(result: dvi.Comparison | dvi.Solution) -> list[str]:
     """A table of the runs, the distances between them at the end, and the notes, as lines."""
     runs = result.runs if isinstance(result, dvi.Comparison) else {result.name: result}
     distance = result.distance if isinstance(result, dvi.Comparison) else {}

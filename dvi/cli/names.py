@@ -72,6 +72,7 @@ KINDS: Mapping[str, Kind] = {
             "nesterov": dvi.methods.Nesterov,
             "quasi-hyperbolic": dvi.methods.QuasiHyperbolic,
             "adam": dvi.methods.Adam,
+            "adamw": dvi.methods.AdamW,
             "nadam": dvi.methods.NAdam,
             "rmsprop-centred": dvi.methods.CentredRMSProp,
             "adagrad": dvi.methods.AdaGrad,

@@ -151,6 +151,8 @@ def _simple(hint: Any) -> bool:
     parts = get_args(hint)
     if get_origin(hint) is Annotated:
         return _simple(parts[0])
+    if get_origin(hint) in (list, Sequence) and get_origin(parts[0]) in (list, Sequence):
+        return False  # the shell's words show no nesting
     if get_origin(hint) in (tuple, list, Sequence, Union, types.UnionType):
         return all(part is Ellipsis or _simple(part) for part in parts)
     return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, types.NoneType)

@@ -12,7 +12,7 @@ from dvi.cli.sweep import Engine, ended, engine_of
 from dvi.paper.drawing import draw
 from dvi.paper.making import CIFAR10, task_of
 from dvi.paper.report import markdown, overview
-from dvi.paper.stored import folder_of
+from dvi.paper.stored import folder_of, is_of
 from dvi.paper.table import Experiment, table
 from dvi.plotting import picture
 from dvi.sweeps.api import sweep
@@ -149,7 +149,9 @@ def table_(names: _Names = (), *, out: Path | None = None, size: Size = "small",
         folder: where the runs are; by default runs/paper/SIZE.
     """
     rows = _rows(names, everything=not names)
-    text = "\n".join(markdown(rows, size, records(folder_of(size, folder), [row.name for row in rows])))
+    pairs = zip(rows, records(folder_of(size, folder), [row.name for row in rows]), strict=True)
+    known = [(row, record) for row, record in pairs if not record.complete or is_of(row, size, record)]
+    text = "\n".join(markdown([row for row, _ in known], size, [record for _, record in known]))
     if out is None:
         print(text)
     else:

@@ -8,7 +8,8 @@ With J = ∂f/∂ν, h_i = H u_i and an svec basis E_b of symmetric k × k matri
 Nothing here is written for one optimizer: f and P are only called, and differentiated forwards.
 
 P here and below is P̃ (:mod:`~dvi.compiler.scaled_preconditioner`): with momentum Q, the flow moves at κ = Q₁c/2 times
-the speed of its P̃, −Q₁P⁻¹ = −κP̃⁻¹; without it κ = 1 and P̃ = P.
+the speed of its P̃, −Q₁P⁻¹ = −κP̃⁻¹; without it κ = 1 and P̃ = P.  Weight decay Γ = diag(γ) is in P̃ = (c/2)P(I − Γ/2),
+so that −Q₁P⁻¹ = −κ(I − Γ/2)P̃⁻¹, and adds −T[Γw] to α (:mod:`dvi.compiler.decay`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.compiler import exact_rates
+from dvi.compiler.decay import Decay
 from dvi.compiler.exact_rates import Accuracy
 from dvi.compiler.jacobian_solve import Flat, smallest_singular_value, solve_coupled
 from dvi.compiler.jacobian_structure import (
@@ -84,7 +86,7 @@ class SpecCalculus:
         self.method = method
         self.covariance, self.accuracy = covariance, accuracy
         self.replays = Replays(method)
-        self.metric = Metric(method, nu, self.replays, centred=accuracy == "paper")
+        self.metric = Metric(method, nu, g, self.replays, centred=accuracy == "paper")
         self.momentum, self.stateless = self.metric.momentum, self.metric.stateless
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time lent to parts of ν without memory, unit times; 0: they are refused
@@ -103,6 +105,11 @@ class SpecCalculus:
         """κ = Q₁c/2: how much faster than P̃⁻¹ the flow moves; 1 without momentum."""
         Q = self.metric.at(t).Q()
         return float(Q.gain * Q.threshold) / 2 if self.momentum else 1.0
+
+    def decay(self, t: float) -> Decay | None:
+        """The weight decay at t; None: there is none."""
+        gamma = self.metric.decay(t)
+        return None if gamma is None else Decay(gamma.vector)
 
     def checked_P(self, nu: Nu, t: float, g: Tensor | None = None) -> Preconditioner:
         """The preconditioner at (ν, t), once it is known to be positive definite.

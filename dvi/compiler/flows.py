@@ -236,8 +236,10 @@ class CompiledFlow:
         return ImplicitStep(self.calculus, s, g, self._read(frame), h)
 
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """Q₁P(ν)⁻¹ g [d]."""
-        return self.calculus.speed(y.t) * self.calculus.checked_P(y.nu, y.t).solve(g)
+        """Q₁P(ν)⁻¹ g + γw [d]."""
+        solved = self.calculus.speed(y.t) * self.calculus.checked_P(y.nu, y.t).solve(g)
+        decay = self.calculus.decay(y.t)
+        return solved if decay is None else decay.share * solved + decay.gamma * y.w
 
     def precondition(self, y: State, V: Tensor) -> Tensor:
         """P(ν) V [d, k]."""

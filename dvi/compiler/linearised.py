@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.compiler.calculus import LossLeftDomainError, SpecCalculus
+from dvi.compiler.decay import Decay, entrywise
 from dvi.methods import Nu, Preconditioner
 from dvi.solvers.protocol import Array, Frame, Rate, State, host, like
 from dvi.solvers.svec import smat, svec, triu
@@ -44,6 +45,15 @@ class LinearisedFlow:
     def speed(self) -> float:
         """κ, see :meth:`SpecCalculus.speed`."""
         return self.calculus.speed(self.y.t)
+
+    @cached_property
+    def _decay(self) -> Decay | None:
+        return self.calculus.decay(self.y.t)
+
+    def _velocity(self, V: Tensor) -> Tensor:
+        """−P̃⁻¹V [d], times the share that decay leaves of it."""
+        solved = -self.preconditioner.solve(V)
+        return solved if self._decay is None else self._decay.share * solved
 
     @cached_property
     def _nu_rate(self) -> Nu:
@@ -95,9 +105,13 @@ class LinearisedFlow:
         if not self.frame.k:
             return []
         U, T, P, nu, t = self.frame.U, self.frame.T, self._P, self.y.nu, self.y.t
-        slope, products = gram_of_pairs(P, T, self.g)
+        decay = self._decay
+        slope, products = gram_of_pairs(P, T, self.g, share=None if decay is None else decay.share)
         push = 0.5 * self.speed if self.push else 0.0
-        parts = [-self.speed * slope, push * products, 2 * (U.T @ P.apply(U)), T @ (self.y.w - self.frame.w)]
+        free = -self.speed * slope
+        if decay is not None:
+            free = free - T @ (decay.gamma * self.y.w)
+        parts = [free, push * products, 2 * (U.T @ P.apply(U)), T @ (self.y.w - self.frame.w)]
         if not self.calculus.stateless:
             rates = pytree.tree_map(lambda x, b: torch.cat([x[None], b]), self._nu_rate, self._nu_response)
             parts.append(self.calculus.metric.rates(nu, t, rates, U))
@@ -121,8 +135,9 @@ class LinearisedFlow:
         return self._host[2]
 
     def drift(self, X: Array | None) -> Rate:
-        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]], dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
-        free = Rate(-self.speed * self.preconditioner.solve(self.g), self._nu_rate)
+        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]] − γw, dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
+        w = self.speed * self._velocity(self.g)
+        free = Rate(w if self._decay is None else w - self._decay.gamma * self.y.w, self._nu_rate)
         if X is None or not X.any():
             return free
         pushed = self.kick(X)
@@ -135,14 +150,21 @@ class LinearisedFlow:
         if not self.calculus.stateless:
             dnu = pytree.tree_map(lambda b: torch.tensordot(z, b, dims=1), self._nu_response)
         push = 0.5 * self.speed * (z @ self.frame.T) if self.push else torch.zeros_like(self.g)
-        return Rate(-self.preconditioner.solve(push), dnu)
+        return Rate(self._velocity(push), dnu)
 
 
-def gram_of_pairs(P: Preconditioner, T: Tensor, g: Tensor, block: int = 2**23) -> tuple[Tensor, Tensor]:
-    """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d], a block of numbers at a time: P⁻¹Tᵀ is never whole in memory."""
+def gram_of_pairs(
+    P: Preconditioner, T: Tensor, g: Tensor, block: int = 2**23, share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d], a block of numbers at a time: P⁻¹Tᵀ is never whole in memory.
+
+    With ``share`` ([d] or []), diag(share)P⁻¹ takes the place of P⁻¹.
+    """
     slopes, columns = [], []
     for piece in torch.split(T, max(1, block // T.shape[1])):
         solved = P.solve(piece.T)
+        if share is not None:
+            solved = entrywise(share, solved)
         slopes.append(solved.T @ g)
         columns.append(T @ solved)
     return torch.cat(slopes), torch.cat(columns, dim=1)

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import CompiledFlow, MethodLike
 from dvi.methods import Method
+from dvi.methods.per_weight import PerWeight
+from dvi.methods.validation import decay_of
 from dvi.problems import NotFiniteError, Problem
 from dvi.solvers.errors import DomainError
 from dvi.solvers.protocol import State
@@ -20,7 +22,7 @@ class OptimizerDivergedError(DomainError):
 
 
 class Discrete(CompiledFlow):
-    """The discrete optimizer  w_{t+1} = w_t − P(ν_t)⁻¹ m_t,  m_t = Q∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
+    """The discrete optimizer  w_{t+1} = (1−γ)w_t − P(ν_t)⁻¹m_t,  m_t = Q∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
 
     It starts from the same state as the flows, (w0, ν after the update at w0, t = 0), and has no constraint to keep.
     """
@@ -44,7 +46,8 @@ class Discrete(CompiledFlow):
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
-        w, t = y.w - P.solve(m), y.t + 1
+        kept = _kept(y.w, decay_of(now, y.w, y.t))
+        w, t = kept - P.solve(m), y.t + 1
         if not _finite(w):  # before the loss sees them, which may fail in its own way
             raise _diverged(now, t, "weights are not finite")
         try:
@@ -55,6 +58,13 @@ class Discrete(CompiledFlow):
         if not _finite(nu):
             raise _diverged(now, t, "its state ν is not finite")
         return State(w, nu, t, memory), loss, g_next
+
+
+def _kept(w: Tensor, gamma: PerWeight | None) -> Tensor:
+    """(1 − γ)w."""
+    if gamma is None:
+        return w
+    return (1 - gamma.number) * w if gamma.uniform else (1 - gamma.vector) * w
 
 
 def _finite(tree: Any) -> bool:

@@ -1,7 +1,7 @@
 """P̃(ν, t), and how it changes when ν and the clock move.
 
-Momentum Q enters by its threshold c and gain Q₁.  H ⪯ cP is H ⪯ 2P̃ with P̃ = (c/2)P, so all of the numerics is written
-in P̃, where the edge is at 2.
+Momentum Q enters by its threshold c and gain Q₁, weight decay by Γ = diag(γ).  With c = 2/Q(z = −1), the edge
+H ⪯ cP(I − Γ/2) is H ⪯ 2P̃ with P̃ = (c/2)P(I − Γ/2), so all of the numerics is written in P̃, where the edge is at 2.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from dvi.compiler.tangents import derivative
 from dvi.compiler.tracing import Replays
 from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar, Timetable
+from dvi.methods.per_weight import PerWeight
+from dvi.methods.validation import decay_of
 
 
 class Metric:
@@ -22,12 +24,14 @@ class Metric:
     Args:
         method: the declaration.
         nu: an example of ν, after a first update.
+        w: an example of weights [d].
         replays: the derivatives of the spec that are replayed.
         centred: how tables are read, see :meth:`dvi.methods.Timetable.at`.
     """
 
-    def __init__(self, method: Method, nu: Nu, replays: Replays, centred: bool = False) -> None:
+    def __init__(self, method: Method, nu: Nu, w: Tensor, replays: Replays, centred: bool = False) -> None:
         self.method, self.replays, self.centred = method, replays, centred
+        self.w = w
         self.timetable = Timetable(method)
         self.scheduled = bool(method.scheduled)
         self.momentum = not method.at(0.0).Q().trivial
@@ -45,7 +49,17 @@ class Metric:
         return self._scaled(self.at(t), nu)
 
     def _scaled(self, method: Method, nu: Nu) -> Preconditioner:
-        return method.P(nu).scaled(0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+        P = method.P(nu).scaled(0.5 * method.Q().threshold) if self.momentum else method.P(nu)
+        declared = method.decay()
+        return P if declared is None else P.weighted(PerWeight.of(declared, self.w).map(lambda x: 1 - x / 2))
+
+    def decay(self, t: float) -> PerWeight | None:
+        """γ at t, or None.
+
+        Raises:
+            ScheduleError: if it has left [0, 1).
+        """
+        return decay_of(self.at(t), self.w, t)
 
     def rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
         """The upper triangles of Uᵀ ∂P̃[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""

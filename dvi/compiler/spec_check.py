@@ -20,6 +20,7 @@ from dvi.compiler.jacobian_structure import curvature, diagonal_curvature, diago
 from dvi.compiler.leaks import likely_cause
 from dvi.compiler.tangents import derivative
 from dvi.methods import Method, Nu, SpecError
+from dvi.methods.per_weight import PerWeight
 from dvi.methods.validation import leaves
 
 _ATTEMPTS = 3  # a kink is met by chance, a derivative that is wrong is wrong everywhere
@@ -89,7 +90,10 @@ class SpecCheck:
         U, h = at.columns(), at.step
 
         def applied(nu: Nu, method: Method = self.method) -> Tensor:
-            return method.P(nu).apply(U)
+            P, declared = method.P(nu), method.decay()
+            if declared is not None:
+                P = P.weighted(PerWeight.of(declared, at.g).map(lambda x: 1 - x / 2))
+            return P.apply(U)
 
         for names, dnu in at.directions():
             with _Named(self, "P", f"in ν{names}"):

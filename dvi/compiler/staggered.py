@@ -4,6 +4,8 @@
     dν/dt = K J⁻¹ (f(ν, g) + ½∇²_g f[HΣH]),      K = log(I+J), J = ∂f/∂ν,
     0 ⪯ Σ  ⟂  cP(ν) − H(w) ⪰ 0.
 
+With weight decay γ, dw/dt = (log(1−γ)/γ) (γw + Q₁P(ν)⁻¹m), and P(I − Γ/2) is in place of P in the last line.
+
 Where a schedule changes Q₁, it is Q₁m that obeys the second equation (times Q₁).
 
 An optimizer's step from w_t to w_{t+1} uses m_t and ν_t, made with the gradient at w_t: they belong to the middle of
@@ -13,6 +15,7 @@ One semi-implicit step of h, m and ν at half-steps, e = (τ′ − h/2)/(τ′ 
 
     m⁺ = e m + (1−e)(g + ½∇³L[Σ]),      ν⁺ = ν + ((I+J)ʰ − I)J⁻¹ (f + ½∇²f[HΣH]),      w⁺ = w − h Q₁P(ν⁺)⁻¹ m⁺,
 
+(with weight decay in place of h what :meth:`dvi.compiler.decay.Decay.span` has, and less γw for that long)
 is for h = 1 the optimizer's own step with the force of Σ added (exactly, for filters with one buffer and no direct
 part, and for none).  Σ comes from the gap at the end of the step, which is linear in X as far as ν's response is small.
 """
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dvi.compiler.decay import Decay, entrywise
 from dvi.methods import Nu, Preconditioner
 from dvi.solvers.protocol import Array, Frame, Staggered, State, host, like
 from dvi.solvers.svec import smat, svec, triu
@@ -111,11 +115,29 @@ class ImplicitStep:
         )
         return m, middle, end
 
+    @property
+    def _middle_clock(self) -> float:
+        return self.calculus.clock(self.s.t + 0.5 * self.h)
+
+    @cached_property
+    def _decay(self) -> Decay | None:
+        return self.calculus.decay(self._middle_clock)
+
     def _moved(self, P: Preconditioner, m: Tensor) -> Tensor:
-        return -self.h * self.calculus.speed(self.calculus.clock(self.s.t + 0.5 * self.h)) * P.solve(m)
+        """How far m [d] or [d, n] moves w."""
+        speed = self.calculus.speed(self._middle_clock)
+        if self._decay is None:
+            return -self.h * speed * P.solve(m)
+        return -speed * entrywise(self._decay.span(self.h) * self._decay.share, P.solve(m))
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        """What decay leaves of w [d]."""
+        w = self.s.w
+        return w if self._decay is None else w - self._decay.span(self.h) * self._decay.gamma * w
 
     def _middle_P(self, nu: Nu) -> Preconditioner:
-        return self.calculus.checked_P(nu, self.calculus.clock(self.s.t + 0.5 * self.h), self.g)
+        return self.calculus.checked_P(nu, self._middle_clock, self.g)
 
     @cached_property
     def _responses(self) -> tuple[Nu, Nu]:
@@ -136,7 +158,7 @@ class ImplicitStep:
         P, P_end = self._middle_P(nu), calculus.checked_P(nu_end, end_clock)
         opened = frame.T @ (0.5 * (1 - self.decay) * self._moved(P, frame.T.T))
         gap = 2 * (frame.U.T @ P_end.apply(frame.U))
-        moved = frame.T @ (self.s.w + self._moved(P, m) - frame.w)
+        moved = frame.T @ (self._kept + self._moved(P, m) - frame.w)
         parts = [-opened, gap, moved]
         if not calculus.stateless:
             parts.append(calculus.metric.rates(nu_end, end_clock, self._responses[1], frame.U).T)
@@ -166,4 +188,4 @@ class ImplicitStep:
                     pytree.tree_map(lambda x, b: x + torch.tensordot(z, b, dims=1), base, response)
                     for base, response in zip((nu, nu_end), self._responses, strict=True)
                 )
-        return Staggered(s.w + self._moved(self._middle_P(nu), m), m, nu, nu_end, s.t + h)
+        return Staggered(self._kept + self._moved(self._middle_P(nu), m), m, nu, nu_end, s.t + h)

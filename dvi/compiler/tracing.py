@@ -8,15 +8,14 @@ therefore traced once, and its plain tensor operations are replayed: the same on
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvi.compiler.jacobian_structure import away
 from dvi.methods import Method
@@ -77,11 +76,8 @@ class Replay:
             return out
 
         self._calls = -1
-        recorder = _Recorder(leaves)
         try:
-            with recorder:
-                out = flat(*leaves)
-            graph = recorder.finished(out)
+            graph = make_fx(flat)(*leaves)
             same = all(_agree(graph, flat, at) for at in _elsewhere(leaves))
         except Exception as error:  # whatever a user's function does that a trace does not allow
             logger.debug("%s is not replayed: %s", self.function, error)
@@ -124,68 +120,6 @@ class Replays:
         return self._known[key]
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the tensor operations that are carried out, below all transforms, as a graph of some inputs."""
-
-    def __init__(self, inputs: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._root = torch.nn.Module()
-        self._graph = fx.Graph()
-        self._nodes: dict[int, fx.Node] = {}
-        self._alive: list[Tensor] = []  # so that no id is given away twice
-        self._lasting: set[int] = set()  # storages of inputs and constants
-        for i, x in enumerate(inputs):
-            self._lasting.add(x.untyped_storage()._cdata)
-            self._know(x, self._graph.placeholder(f"x{i}"))
-
-    def _know(self, x: Tensor, node: fx.Node) -> None:
-        self._alive.append(x)
-        self._nodes[id(x)] = node
-
-    def _node(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in self._nodes:  # made of no input: a constant
-            name = f"constant{len(self._alive)}"
-            self._lasting.add(x.untyped_storage()._cdata)
-            self._root.register_buffer(name, x)
-            self._know(x, self._graph.get_attr(name))
-        return self._nodes[id(x)]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Carry out one operation, and note it."""
-        if not _NUMBERS.isdisjoint(func.tags):
-            raise RuntimeError(f"{func} asks for the numbers in a tensor, or draws some")
-        kwargs = kwargs or {}
-        self._refuse_lasting(func, args, kwargs)
-        noted_args, noted_kwargs = pytree.tree_map(self._node, (args, kwargs))
-        out = func(*args, **kwargs)
-        node = self._graph.call_function(func, noted_args, noted_kwargs)
-        if isinstance(out, Tensor):
-            self._know(out, node)
-        elif isinstance(out, (list, tuple)):
-            for i, x in enumerate(out):
-                self._know(x, self._graph.call_function(operator.getitem, (node, i)))
-        return out  # other results are facts about shapes
-
-    def _refuse_lasting(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Refuse to write into an input or a constant: what is written would last from one replay to the next."""
-        if not func._schema.is_mutable:
-            return
-        for i, argument in enumerate(func._schema.arguments):
-            x = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(x, Tensor):
-                self._node(x)
-                if x.untyped_storage()._cdata in self._lasting:
-                    raise RuntimeError(f"{func} writes into a constant or an argument")
-
-    def finished(self, out: list[Tensor]) -> fx.GraphModule:
-        """The graph that gives these tensors, without what they do not need."""
-        self._graph.output([self._node(x) for x in out])
-        self._graph.eliminate_dead_code()
-        return fx.GraphModule(self._root, self._graph)
-
-
 def _elsewhere(leaves: list[Tensor]) -> list[list[Tensor]]:
     """Arguments at which a trace must hold: near those it was taken at, in another order, with other signs."""
     near: list[Tensor] = away(leaves, torch.Generator().manual_seed(0))
@@ -193,20 +127,18 @@ def _elsewhere(leaves: list[Tensor]) -> list[list[Tensor]]:
     return [near, reverse, [-x if x.is_floating_point() else x for x in leaves]]
 
 
-#: Operations that make numbers, or a shape that depends on numbers, of a tensor, and those that draw numbers.
-_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-
-
 def _agree(graph: Callable[..., list[Tensor]], function: Callable[..., list[Tensor]], at: list[Tensor]) -> bool:
-    """Do both give the same there, but for rounding (the operations are the same, their order may not be)?"""
+    """Do both give the same there, but for rounding (the operations are the same, their order may not be)?
+
+    The graph is asked twice: a replay that wrote into its arguments or into a constant would differ from the first.
+    """
     try:
         expected = function(*at)
     except Exception:  # the function does not go there
         return True
-    return all(
-        a.shape == b.shape
-        and torch.allclose(
-            a, b, rtol=100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0, atol=0.0, equal_nan=True
-        )
-        for a, b in zip(graph(*at), expected, strict=True)
-    )
+    return all(_close(a, b) for _ in range(2) for a, b in zip(graph(*at), expected, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    rtol = 100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=0.0, equal_nan=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dvi.paper.stored import Stored, runs_of
+from dvi.paper.stored import Stored, missing, runs_of
 from dvi.paper.table import Size
+
+logger = logging.getLogger("dvi")
 
 #: What draws a figure from its stored runs, by the names of their rows: it gives back a matplotlib figure.
 Drawer = Callable[[dict[str, Stored]], Any]
@@ -40,6 +43,8 @@ def drawers() -> dict[str, Drawer]:
 def draw(figure: str | int, out: Path, size: Size = "small", folder: Path | None = None) -> Path:
     """Draw a figure from its stored runs into a file, whose ending says the format.
 
+    Runs that are missing are told with the command that makes them, and the figure is drawn without them.
+
     Raises:
         ValueError: if there is no such figure, or nothing draws it.
         StoreError: if no run of it is there.
@@ -50,6 +55,13 @@ def draw(figure: str | int, out: Path, size: Size = "small", folder: Path | None
         raise ValueError(f"Nothing draws figure {figure}; there are {', '.join(sorted(drawers(), key=int))}.")
     from dvi.plotting import picture
 
+    if absent := missing(figure, size, folder):
+        where = "" if folder is None else f" --folder {folder}"
+        logger.warning(
+            "Figure %s is drawn without %s, which are not made yet, or with other numbers (then add --overwrite). "
+            "Make them: dvi paper run %s --size %s%s",
+            *(figure, ", ".join(absent), " ".join(absent), size, where),
+        )
     drawer(stored).savefig(picture(out), dpi=150)
     return out
 

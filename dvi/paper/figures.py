@@ -27,7 +27,7 @@ from dvi.plotting.curves import (
     top_curvature,
     with_edges,
 )
-from dvi.plotting.panels import Panel, distances, duration, eigenvalues, in_layers, loss
+from dvi.plotting.panels import Panel, component, distances, duration, eigenvalues, in_layers, loss
 from dvi.plotting.style import COLOURS, Look
 from dvi.problems.networks.activations import make_activation
 from dvi.results.comparison import Comparison
@@ -170,7 +170,9 @@ def _measured(runs: Runs, title: str, label: str, looks: dict[str, Look], sign: 
         panel = curves(_of_problem(run.row.problem), label, lines)
         if panel:
             panels.append(replace(with_edges(run.race, panel, timed=False), until=duration(run.race) or 1))
-    return arrange(_rows(panels, min(3, max(1, len(panels)))), sigma=_sigma(runs), title=f"RMSProp: {title}")
+    columns = min(3, max(1, len(panels)))
+    width = {1: 4.2, 2: 6.4}.get(columns, 7.2)
+    return arrange(_rows(panels, columns), sigma=_sigma(runs), title=f"RMSProp: {title}", width=width, row_height=2.4)
 
 
 # ---- the grids: Figs. 12–36 -----------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def _measured(runs: Runs, title: str, label: str, looks: dict[str, Look], sign: 
 def family(runs: Runs) -> Any:
     """Loss, eigenvalues and distances, a column a learning rate (or β₂)."""
     first, sigma = next(iter(runs.values())), _sigma(runs)
-    columns = []
+    columns: list[list[Panel | None]] = []
     for letter, run in zip("abcdefgh", runs.values(), strict=False):
         race = in_layers(run.race)
         marked = [panel and with_edges(race, _brief(panel), timed=False) for panel in _usual(run, race, sigma)]
@@ -217,7 +219,7 @@ def smoothness(runs: Runs) -> Any:
         values = make_activation(run.options["activation"])(torch.from_numpy(x)).numpy()
         shapes.append(Curve(x, values, _line(_settings(run), colour)))
     activation = curves("activation x Φ(βx)", "activation", shapes, xlabel="x")
-    columns = []
+    columns: list[list[Panel | None]] = []
     for run in runs.values():
         race = in_layers(run.race)
         found = [loss(race, sigma), output(race, sigma)]
@@ -236,9 +238,9 @@ def smoothness(runs: Runs) -> Any:
 def _side_by_side(runs: Runs) -> list[Panel | None]:
     """Loss, an output and the distance of optimizer and central flow, each run in its colour."""
     losses, outputs, apart = [], [], []
+    which = most_moving(list(runs.values())[-1].race)  # one for all of them
     for colour, run in zip(_colours(len(runs)), runs.values(), strict=True):
         name, race = _settings(run), run.race
-        which = most_moving(race)
         for process in ("discrete", "central"):
             if process not in race.runs:
                 continue
@@ -247,7 +249,7 @@ def _side_by_side(runs: Runs) -> list[Panel | None]:
             look = pale if process == "discrete" else _line(name, colour)
             losses.append(Curve(one.t, one.loss, look))
             if which is not None:
-                outputs.append(Curve(one.t, one.series["outputs"][(slice(None), *which)], look))
+                outputs.append(Curve(one.t, component(one.series["outputs"], which), look))
         if ("discrete", "central") in race.distance:
             apart.append(Curve(race.t, race.distance["discrete", "central"], _line(name, colour)))
     return [

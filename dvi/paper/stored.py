@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def runs_of(figure: str | int, size: Size = "small", folder: Path | None = None)
     """The stored runs that a figure is drawn from, by the names of their rows, in the table's order.
 
     A run that failed on its way is among them, as far as it came (``record.state`` is "failed", and ``record.message``
-    says why); one that was never made, is not finished or cannot be read is left out.
+    says why).  One that was never made or is not finished is left out, and so is one that the table has changed since.
 
     Args:
         figure: its number.
@@ -77,7 +78,7 @@ def runs_of(figure: str | int, size: Size = "small", folder: Path | None = None)
     where = folder_of(size, folder)
     found = {}
     for row, record in zip(rows, records(where, [row.name for row in rows]), strict=True):
-        if record.complete:
+        if record.complete and is_of(row, size, record):
             found[row.name] = Stored(row, size, record, load(result_path(where, row.name)))
     if not found:
         raise StoreError(
@@ -90,7 +91,14 @@ def missing(figure: str | int, size: Size = "small", folder: Path | None = None)
     """The rows of a figure whose runs are not complete (rows that cannot be run at this size aside)."""
     rows = [row for row in table().of_figure(figure) if not row.why_not(size)]
     states = records(folder_of(size, folder), [row.name for row in rows])
-    return [record.name for record in states if not record.complete]
+    pairs = zip(rows, states, strict=True)
+    return [row.name for row, record in pairs if not (record.complete and is_of(row, size, record))]
 
 
-__all__ = ["RUNS", "Stored", "folder_of", "missing", "runs_of"]
+def is_of(row: Experiment, size: Size, record: Record) -> bool:
+    """Whether a record is of a run with the row's numbers, which the table may have changed since."""
+    made = {name: value for name, value in record.spec.items() if name != "device"}
+    return bool(made == json.loads(json.dumps(spec_of(row, size))))
+
+
+__all__ = ["RUNS", "Stored", "folder_of", "is_of", "missing", "runs_of"]

@@ -67,8 +67,9 @@ def curves(
 
 
 def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
-    """The beginning of all curves, in the upper right corner."""
-    corner = axes.inset_axes((0.5, 0.5, 0.48, 0.46))
+    """The beginning of all curves, in the corner that falling curves leave empty."""
+    place = (0.18, 0.17, 0.36, 0.36) if axes.get_yscale() == "log" else (0.54, 0.52, 0.44, 0.44)
+    corner = axes.inset_axes(place)
     shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
     for curve in shown:
         label, options = curve.look
@@ -120,12 +121,12 @@ def output(race: Comparison, sigma: float) -> Panel | None:
     which = most_moving(race)
     if which is None:
         return None
-    return averaged(race, sigma, "outputs", "network output", "an output on a test example", component=which)
+    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which)
 
 
 def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
     """One of the weights that were observed."""
-    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", component=(index,))
+    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,))
 
 
 def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
@@ -141,7 +142,7 @@ def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
 def coordinate_gradient(race: Comparison, sigma: float, index: int = 0) -> Panel | None:
     """The squared gradient of one of the coordinates that were observed."""
     label = "(∂ᵢL)² (units of loss²/w²)"
-    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, component=(index,))
+    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, which=(index,))
 
 
 def learning_rate_and_limit(race: Comparison) -> Panel | None:
@@ -154,7 +155,9 @@ def learning_rate_and_limit(race: Comparison) -> Panel | None:
     def draw(axes: Axes) -> None:
         panel.draw(axes)
         line(axes, central.t, limit, LIMIT)
-        fit(axes, usable(limit, *recorded(race, "effective_lr").values()), zero=False)
+        # without the edge of stability the stable flow's learning rate grows out of all proportion
+        shown = [rate for name, rate in recorded(race, "effective_lr").items() if name != "stable"]
+        fit(axes, usable(limit, *shown), zero=True)
 
     return replace(panel, draw=draw, remark="")
 

@@ -239,7 +239,8 @@ def _legend(figure: Figure, sigma: float) -> None:
     if not found:
         return
     labels = sorted(found, key=lambda label: (label.startswith("edge"), rank(label, LEGEND)))
-    columns = min(len(labels), 3 if len(labels) != 4 else 2)
+    widest = max(1, int(figure.get_figwidth() / 2.3))  # a long label takes as many inches
+    columns = min(len(labels), 3 if len(labels) != 4 else 2, widest)
     labels = [label for column in range(columns) for label in labels[column::columns]]  # filled column by column
     figure.legend(
         [found[label] for label in labels],

@@ -86,7 +86,7 @@ def averaged(
     title: str,
     label: str,
     remark: str = "",
-    component: tuple[int, ...] = (),
+    which: tuple[int, ...] = (),
 ) -> Panel | None:
     """The optimizer's values and their time average, the flows' values and their prediction of the average.
 
@@ -95,14 +95,14 @@ def averaged(
         sigma: standard deviation of the time averages, unit times.
         name: "loss" or the name of a series.
         title, label, remark: of the panel.
-        component: which entry of a series of arrays, (which output of which example) or (which coordinate).
+        which: the entry of a series of arrays, as (example, output) or (coordinate,).
     """
-    values = recorded(race, name, component)
+    values = recorded(race, name, which)
     if not len(usable(*values.values())):
         return None
     predicted = {  # drawn where it says anything that the flow's own values do not
         process: average
-        for process, average in recorded(race, "predicted_" + name, component).items()
+        for process, average in recorded(race, "predicted_" + name, which).items()
         if (np.isfinite(average) & ~np.isclose(average, values[process], rtol=1e-12, atol=0)).any()
     }
 
@@ -168,7 +168,7 @@ def eigenvalues(race: Comparison, leading: int, unit: float = 1.0, of: str = "ef
                 colour, across = of_flow(name)[1]["color"], axes.get_xaxis_transform()
                 axes.vlines(times, 1 - length, 1, colors=colour, lw=0.8, transform=across, label="_" + kind)
 
-    return Panel(f"{of}s", f"{of} (critical: {critical:.4g})", draw, "; ".join(remarks))
+    return Panel(of.replace("eigenvalue", "eigenvalues"), f"{of} (critical: {critical:.4g})", draw, "; ".join(remarks))
 
 
 def _leading(run: Solution, count: int) -> tuple[Array, Array]:
@@ -264,21 +264,28 @@ def _inner_average(run: Solution, values: Array, sigma: float) -> Array:
     return mean
 
 
-def recorded(race: Comparison, name: str, component: tuple[int, ...] = ()) -> dict[str, Array]:
+def recorded(race: Comparison, name: str, which: tuple[int, ...] = ()) -> dict[str, Array]:
     """A quantity of every run at the run's times [n], NaN where it was not recorded.
 
     Args:
         race: the runs.
         name: "loss", "predicted_loss" or the name of a series.
-        component: which entry of a series of arrays [n, …].
+        which: the entry of a series of arrays [n, …].
     """
     out = {}
     for process, run in race.runs.items():
         known = {"loss": run.loss, "predicted_loss": run.predicted_loss, **run.series}.get(name, np.empty(0))
-        if known.ndim > 1:
-            known = known[(slice(None), *component)]
+        known = component(known, which)
         out[process] = np.append(known, np.full(len(run.t), np.nan))[: len(run.t)]
     return out
+
+
+def component(values: Array, which: tuple[int, ...]) -> Array:
+    """One entry [n] of a series of arrays [n, …]; a series of numbers as it is."""
+    if values.ndim < 2:
+        return values
+    found: Array = values.reshape(len(values), -1)[:, int(np.ravel_multi_index(which, values.shape[1:]))]
+    return found
 
 
 def usable(*values: Array) -> Array:

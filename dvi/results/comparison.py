@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi.results.averages import gaussian_average
 from dvi.results.solution import Solution
 from dvi.results.status import Status
 from dvi.solvers.protocol import Array
+
+if TYPE_CHECKING:
+    from dvi.reports import Report
 
 
 @dataclass
@@ -67,3 +70,14 @@ class Comparison:
         from dvi.plotting import plot_comparison
 
         return plot_comparison(self, path, **options)
+
+    def report(self) -> Report:
+        """What this says about the optimizer, in numbers and in plain words: ``print(race.report())``."""
+        from dvi.reports import report_of
+
+        return report_of(self.runs, self.distance, self.t, self.about, tuple(self.notes))
+
+    def _repr_html_(self) -> str:
+        from dvi.reports.notebook import in_notebook
+
+        return in_notebook(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from dvi.problems import Ledger
 from dvi.results.status import Status
 from dvi.solvers.protocol import Array
+
+if TYPE_CHECKING:
+    from dvi.reports import Report
 
 Tree = dict[str, Any]
 
@@ -77,8 +80,9 @@ class Solution:
         status: how the run ended; ``str(status)`` is a sentence with advice.
         ledger: what it cost, see :class:`Cost`.
         series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
-            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖), and, where
-            asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
+            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖),
+            ``next_term`` (see :meth:`dvi.runs.observables.Observer.next_term`; NaN where it was not measured), and,
+            where asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
             ``coordinate_w``, ``w``, and what :mod:`dvi.runs.measures` measures.
         notes: what the user should know about this run.
         about: method, problem, integrator, versions, in words.
@@ -136,3 +140,14 @@ class Solution:
         from dvi.plotting import plot_solution
 
         return plot_solution(self, path, **options)
+
+    def report(self) -> Report:
+        """What this says about the optimizer, in numbers and in plain words: ``print(solution.report())``."""
+        from dvi.reports import report_of
+
+        return report_of({self.name: self}, about=self.about, notes=tuple(self.notes))
+
+    def _repr_html_(self) -> str:
+        from dvi.reports.notebook import in_notebook
+
+        return in_notebook(self)

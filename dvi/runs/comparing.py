@@ -137,7 +137,7 @@ def compare(
         (flow for name, flow in compiled.items() if name in ("central", "stable")), first
     )  # what accuracy= means
     about = describe(first, steps) | {"accuracy": kind.accuracy, "save_every": float(save_every), "runs": list(runs)}
-    arguments = {
+    arguments: dict[str, Any] = {
         "integrator": settings(integrator or default_integrator(compiled.get("central", first))),
         "warm_start": warm_start,
         "coordinates": [int(i) for i in coordinates],

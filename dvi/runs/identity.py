@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import CompiledFlow
 from dvi.methods import Method, SpecError
+from dvi.methods.validation import decay_of
 from dvi.problems import Problem
 from dvi.problems.fingerprint import fingerprint
 from dvi.solvers.protocol import Array
@@ -150,13 +151,14 @@ def _tried_method(method: Method, w0: Tensor) -> Array:
     """Signatures of the steps that a method makes of a few gradients, large and small, one after the other."""
     now, rows = method.at(0.0), []
     try:
-        nu, Q = now.init(w0), now.Q()
+        nu, Q, gamma = now.init(w0), now.Q(), decay_of(now, w0)
         memory = None if Q.trivial else Q.initial(w0)
         for seed, scale in enumerate(_SCALES):
             g = scale * _noise(w0, seed)
             nu = pytree.tree_map(torch.add, nu, now.f(nu, g))
             m, memory = (g, None) if memory is None else Q.step(g, memory)
-            rows.append(_signature(now.P(nu).solve(m)))
+            step = now.P(nu).solve(m)
+            rows.append(_signature(step if gamma is None else step + gamma.vector * w0))
     except Exception:  # gradients that no loss has made may be too much for a user's formula
         pass
     return np.array(rows + [[np.nan, np.nan]] * (len(_SCALES) - len(rows)))

@@ -8,6 +8,8 @@ With iterates w_t = w + δ, E[δ] = 0 and E[δδᵀ] = Σ = UXUᵀ (paper, eqs. 
     E[h(w_t)]    ≈ h(w)    + ½⟨∇²h, Σ⟩                             (a network output h)
 
 Every observation below is a pair: the value on the flow, and what oscillations add to its time average.
+
+:meth:`Observer.next_term` measures how much these expansions leave out.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from torch.utils import _pytree as pytree
 from dvi.compiler.flows import CompiledFlow
 from dvi.runs.measures import check_names
 from dvi.solvers.protocol import Array, Node, State, host, like
+
+#: An eigenvalue of X counts as an oscillation when it is above this part of the largest.
+OSCILLATES = 1e-7
 
 #: What a flow's observation holds, beside eigenvalues and X; "osc_*" is what oscillations add to the time average.
 Observation = dict[str, Any]
@@ -95,6 +100,40 @@ class Observer:
         leaves = [leaf[index] for leaf in pytree.tree_leaves(y.nu) if leaf.shape == y.w.shape]
         names = ("coordinate_w", "coordinate_nu") if len(leaves) == 1 else ("coordinate_w",)
         return dict(zip(names, host(y.w[index], *leaves), strict=False))
+
+    def next_term(self, flow: CompiledFlow, y: State, node: Node) -> float:
+        """How large the terms are that the flow leaves out of the oscillation's force, relative to that force.
+
+        The flow takes the time average of the gradient to be g + ½∇³L[Σ] (eq. 7), the first two terms of a Taylor
+        series.  The series is compared with gradients at the oscillation's own amplitude.  With Σ = Σᵢ vᵢvᵢᵀ, the vᵢ
+        being the eigenvectors in the P-metric times the square roots of their eigenvalues:
+
+            ‖Σᵢ [½(∇L(w + vᵢ) + ∇L(w − vᵢ)) − ∇L(w)] − ½∇³L[Σ]‖ / ‖½∇³L[Σ]‖
+
+        It is 0 for a cubic loss.  Each direction oscillates alone here: terms that mix two directions are left out.
+        It costs two gradients and a third derivative for each direction.
+
+        Returns:
+            the ratio; infinity where the loss is not finite at w ± vᵢ; NaN where nothing oscillates, or so little that
+            rounding hides the difference.
+        """
+        variances, axes = np.linalg.eigh(node.X)
+        kept = variances > OSCILLATES * variances.max(initial=0.0)
+        if not kept.any():
+            return float("nan")
+        V = node.U @ like(axes[:, kept] * np.sqrt(variances[kept]), node.U)
+        force = 0.5 * flow.third_derivatives(y, V, squares=True).sum(dim=0)
+        average, largest = torch.zeros_like(node.g), node.g.new_zeros(())
+        for v in V.unbind(dim=1):
+            for w in (y.w + v, y.w - v):
+                _, g = flow.problem.value_and_grad(w, checked=False)
+                average += 0.5 * (g - node.g)
+                largest = torch.maximum(largest, torch.linalg.vector_norm(g))
+        size, missing, known = (float(x) for x in host(largest, (average - force).norm(), force.norm()))
+        if not np.isfinite(missing):
+            return float("inf")
+        rounding = 10 * torch.finfo(y.w.dtype).eps * size  # of a difference of gradients: some units in the last place
+        return missing / known if rounding < 0.01 * known else float("nan")
 
     def observe_outputs(self, flow: CompiledFlow, y: State, node: Node) -> Observation:
         """Network outputs on the test inputs and what oscillations add to them; {} without test inputs."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvi.compiler.ablated import AblatedFlow
 from dvi.compiler.flows import CompiledFlow
 from dvi.problems import Ledger
 from dvi.results.run_error import RunError
@@ -27,10 +28,13 @@ from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import BudgetError
 from dvi.solvers.integrator import IntegratorBase
-from dvi.solvers.protocol import Array, State, StepResult
+from dvi.solvers.protocol import Array, Node, State, StepResult
 
 #: Above this effective sharpness a start is refused: the first oscillations would not be small.
 FEASIBLE = 2.3
+
+#: Unit times after the first oscillation at which the next Taylor term is measured first.
+FIRST_MEASURE = 8.0
 
 #: An effective sharpness above this, and above that of the start, was not seen coming: held directions stay at 2.
 MISSED = 2.05
@@ -123,7 +127,7 @@ class FlowProcess(Process):
 
     _own_state: tuple[str, ...] = (
         *("memory", "bound", "strained", "missed", "unit_steps"),
-        *("fresh", "base", "anchor", "looked", "measured_at"),
+        *("fresh", "base", "anchor", "looked", "measured", "measured_at"),
     )
 
     def __init__(
@@ -146,6 +150,7 @@ class FlowProcess(Process):
         made = (MEASURES[name](flow) for name in observer.measures)
         self.measures = [measure for measure in made if measure is not None]
         self.measured_at = -np.inf  # when something was last measured
+        self.measured: tuple[float, float] | None = None  # since when it oscillates, and when the next term is due
 
     @property
     def near_end(self) -> bool:
@@ -185,9 +190,10 @@ class FlowProcess(Process):
         reached = result.y.t - self.origin
         finished = reached >= end - 1e-9 * max(1.0, end)
         at_jump = jump and result.y.t == corner and not finished
-        seen = self._observe(start, node) | self._measured(start)
+        seen = self._observe(start, node) | self._measurements(start)
         if self.fresh and self.nodes:  # from here on, since what oscillated on the left of a jump does so no more
             seen["X_time"] = seen["t"]
+        measured = self._measure(start, node, seen, finished)
         inside = np.flatnonzero((self.grid >= seen["t"]) & (self.grid < (np.inf if finished else reached)))
         if len(inside):
             seen |= self.observer.observe_outputs(self.flow, start, node)
@@ -199,7 +205,7 @@ class FlowProcess(Process):
             counts.append(self._spent(before, counts))
             outputs = self.observer.observe_outputs(self.flow, result.y, last)
             seen = self._observe(result.y, last) | outputs | {"t": end if finished else reached}
-            nodes.append(seen | self._measured(result.y, finished))
+            nodes.append(seen | self._measurements(result.y, finished))
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
@@ -218,6 +224,7 @@ class FlowProcess(Process):
         # in the last two units a longer run may find that a table goes on steadily, where here it ends
         self.bound |= bool(self.flow.method.scheduled) and reached > end - 2
         self.y, self.memory, self.fresh, self.base = result.y, result.memory, False, base
+        self.measured = measured
         if not finished:
             self._refuse_to_chatter(reached)
         if self.y.t >= self.anchor.t + 1:
@@ -300,7 +307,7 @@ class FlowProcess(Process):
         seen["X_time"] -= self.origin
         return seen
 
-    def _measured(self, y: State, last: bool = False) -> Observation:
+    def _measurements(self, y: State, last: bool = False) -> Observation:
         """What is measured at y, if it is time for it; not counted as a cost of the run."""
         t = y.t - self.origin
         if not self.measures or (t < self.measured_at + self.observer.measure_every - 1e-9 and not last):
@@ -308,6 +315,21 @@ class FlowProcess(Process):
         self.measured_at = t
         with self.flow.problem.ledger.paused():
             return {"measured": measured(self.measures, y)}
+
+    def _measure(self, y: State, node: Node, seen: Observation, last: bool) -> tuple[float, float] | None:
+        """Measure the next Taylor term where it is due: 8, 16, 32, … units after oscillations began, and at the end.
+
+        The times do not depend on how long the run is, so that a longer one goes through the same states.
+        """
+        if not node.X.any() or isinstance(self.flow, AblatedFlow):
+            return self.measured
+        t = seen["t"]
+        since, due = self.measured or (t, t + FIRST_MEASURE)
+        if t >= due or last:
+            seen["next_term"] = self.observer.next_term(self.flow, y, node)
+        while due <= t:
+            due = since + 2 * (due - since)
+        return since, due
 
     def _carry(self, seen: Observation) -> Observation:
         """Outputs are looked at only where a grid point needs them; other nodes repeat the last ones."""
@@ -322,6 +344,7 @@ class FlowProcess(Process):
         grid = self.grid[self.grid <= (t[-1] if t else -1.0)]
         data = sampling.on_grid(self.nodes, grid) if len(grid) else {}
         empty = np.empty(0)
+        strain = max((float(ratio) for _, ratio in self.strained), default=0.0)
         return Solution(
             name=self.flow.name,
             t=grid,
@@ -336,7 +359,7 @@ class FlowProcess(Process):
             ledger=self._cost(t),
             series=data,
             notes=[*self.notes, *unit_step_notes(self.flow.name, stretches), *self._strain(), *self._missed()],
-            about=about | {"integrator": repr(self.integrator), "unit_steps": stretches},
+            about=about | {"integrator": repr(self.integrator), "unit_steps": stretches, "strain": strain},
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvi.runs.observables import Observation
+from dvi.runs.observables import OSCILLATES, Observation
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.hermite import basis
 from dvi.solvers.protocol import Array
@@ -28,8 +28,6 @@ _POINTWISE = (
     "loss_rate",
 )  # stamped at t
 
-#: An eigenvalue of X counts as an oscillation when it is above this part of the largest that the run has seen.
-OSCILLATES = 1e-7
 #: It does not yet where it is given this part of what it is given in the next step: it arrives at the end of this one.
 ARRIVING = 1e-3
 #: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
@@ -55,6 +53,8 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
         if name in out:
             out["predicted_" + name] = out[name] + out["osc_" + name]
     out |= _measured(nodes, grid)
+    if any("next_term" in node for node in nodes):
+        out["next_term"] = _where_measured(t, [node.get("next_term", np.nan) for node in nodes], grid)
     out["eigenvalues"] = _eigenvalues(t, [node["eigenvalues"] for node in nodes], grid)
     holder = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 1)
     out["X"] = [nodes[i]["X"] for i in holder]
@@ -94,6 +94,15 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
         if rank >= k:
             silent = []
     return found
+
+
+def _where_measured(t: Array, values: list[float], grid: Array) -> Array:
+    """Values that few nodes have, at the times of the grid next to them; NaN elsewhere."""
+    out = np.full(len(grid), np.nan)
+    for time, value in zip(t, values, strict=True):
+        if not np.isnan(value):
+            out[np.abs(grid - time).argmin()] = value
+    return out
 
 
 def padded(rows: list[Array]) -> Array:

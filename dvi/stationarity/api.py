@@ -96,10 +96,11 @@ def duality(flow: CompiledFlow, point: StationaryPoint) -> Bounds:
 def _program(method: Method, t: float) -> float:
     """The learning rate of a method that eq. (12) is about."""
     now = method.at(t)
-    if not isinstance(now, RMSProp) or now.bias_correction or now.eps != 0 or not now.Q().trivial:
+    plain = now.Q().trivial and now.decay() is None
+    if not isinstance(now, RMSProp) or now.bias_correction or now.eps != 0 or not plain:
         raise SpecError(
-            f"{method}: the convex program (eq. 12) belongs to RMSProp with eps=0 and bias_correction=False; for "
-            'others take by="fixed point".'
+            f"{method}: the convex program (eq. 12) belongs to RMSProp with eps=0 and bias_correction=False, without "
+            'weight decay; for others take by="fixed point".'
         )
     return float(now.lr)
 

@@ -12,6 +12,9 @@ P̃ = cP/2 in place of the P of 2P and ∂P.  At second order the momentum m is 
 logarithmic rate, with J = ∂f/∂ν:
 
     dw/dt = −Q₁P(ν)⁻¹ m,     (τ + ½) dm/dt = ∇L + ½∇³L[Σ] − m,     dν/dt = log(I+J) J⁻¹ ( f + ½∇²_g f[HΣH] ).
+
+Weight decay γ makes c = (2 − γ)/Q(z = −1), takes 𝒯ᵀ[γw] from α, and γw from dw/dt; at second order
+dw/dt = (log(1−γ)/γ) (γw + Q₁P⁻¹m).
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Derivation(Formulas):
         flow: dw/dt and dν/dt (eq. 31 with its errata; eqs. 16, 19, 24 for the paper's three optimizers).
         factor: the matrix over the parts of ν, at one coordinate, by which dν/dt multiplies f.  It is (I + ∂f/∂ν)⁻¹
             (1/β₂ for an EMA, C.4.2), or at second order log(I+J) J⁻¹ (−log β₂/(1−β₂)).
-        alpha: α_ab = Σᵢ −Q₁ T_ab g/p − 2 u_a u_b dp̃/dt, where HU = 2P̃U.  It is −d/dt Uᵀ(cP − H)U without oscillation.
+        alpha: α_ab = Σᵢ −Q₁ T_ab g/p − T_ab γw − 2 u_a u_b dp̃/dt, where HU = 2P̃U.  It is −d/dt Uᵀ(cP − H)U
+            without oscillation.
         beta: β_ab,cd, by which an oscillation Σ = UXUᵀ gives d/dt Uᵀ(cP − H)U = β[X] − α.  At either accuracy, α and β
             are those of the ``"paper"`` flow, whose drift is −Q₁P⁻¹(g + ½∇³L[Σ]).
         sigma2_parts: α and β for one direction, whose quotient is :attr:`sigma2`.
@@ -90,6 +94,7 @@ class Derivation(Formulas):
         X: Any = None,
         t: float = 0.0,
         m: Any = None,
+        w: Any = None,
         **hyperparameters: float,
     ) -> Values:
         """The formulas in numbers (numpy, float64), as they stand: log(1 + exp(x)) overflows from x = 710 on.
@@ -103,12 +108,13 @@ class Derivation(Formulas):
             X: the covariance in U [k, k]; by default 0.
             t: the time that schedules read.
             m: the momentum [d], where it is a state of the flow.  By default it is g + ½∇³L[Σ], to which it relaxes.
+            w: the weights [d], which only weight decay asks for.
             hyperparameters: values by field; by default those of the method that was given.
 
         Raises:
-            SpecError: if a hyperparameter has no value, or a name is not that of a hyperparameter.
+            SpecError: if a hyperparameter has no value, or a name is not that of a hyperparameter, or w is missing.
         """
-        return evaluate(self, Point(g, nu, U, HU, T, X, t, m), hyperparameters)
+        return evaluate(self, Point(g, nu, U, HU, T, X, t, m, w), hyperparameters)
 
     def latex(self) -> str:
         """The flow, α, β, σ² and the stationary ν as an ``align*`` environment (amsmath).
@@ -170,7 +176,7 @@ def derive(method: MethodLike | type[Method], *, numeric: bool = False, accuracy
         P=spec.p,
         flow=_flow(spec, factor, curvature, accuracy),
         factor=factor,
-        alpha=-Total(drift * x.g) - 2 * Total(UaUb * P_free),
+        alpha=-Total(drift * x.g) - spec.decay * Total(x.T_ab * x.w) - 2 * Total(UaUb * P_free),
         beta=Total(drift * x.T_cd) / 2 + 2 * Total(UaUb * P_push),
         sigma2_parts=one_direction(spec, P_free, P_pushed),
         stationary_nu=_stationary(spec, curvature),
@@ -227,9 +233,12 @@ def _flow(spec: SymbolicSpec, factor: Matrix, curvature: Sequence[Expr], accurac
     }
     force = x.g + x.D3L / 2
     if accuracy == "paper":
-        return SymbolicFlow(Eq(_rate("w"), -spec.gain / spec.p * force), nu)
+        return SymbolicFlow(Eq(_rate("w"), -spec.gain / spec.p * force - spec.decay * x.w), nu)
     relaxation = Eq(_rate("m"), (force - x.m) / (spec.lag + sympy.Rational(1, 2)))
-    return SymbolicFlow(Eq(_rate("w"), -spec.gain / spec.p * x.m), nu, relaxation)
+    w = -spec.gain / spec.p * x.m
+    if spec.decay != 0:  # w forgets as ν does, with −γ in place of J
+        w = sympy.log(1 - spec.decay) * (x.w - factored(w / spec.decay))
+    return SymbolicFlow(Eq(_rate("w"), w), nu, relaxation)
 
 
 def _rate(name: str) -> Derivative:

@@ -53,6 +53,7 @@ class Point:
     X: Any = None
     t: float = 0.0
     m: Any = None
+    w: Any = None
 
     def arrays(self) -> Point:
         """Every tensor as a float64 array, and X = 0 where it is left out."""
@@ -79,6 +80,10 @@ def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]
     known: dict[Expr, Any] = {x.g: at.g, x.d: size, x.t: at.t}
     known |= {leaf.symbol: value for leaf, value in zip(leaves, state, strict=True)}
     known |= _hyperparameters(formulas, at.t, hyperparameters)
+    if formulas.spec.decay != 0:
+        if at.w is None:
+            raise SpecError("evaluate(…, w=…): the weights decay, so their values are asked for.")
+        known[x.w] = at.w
 
     pairs = known | _pairs(at, T, index)
     alpha = _value(formulas.alpha, pairs, (index.n, 1, 1))[:, 0, 0]

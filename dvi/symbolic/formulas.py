@@ -34,9 +34,10 @@ class SymbolicSpec:
         diagonal: is P = diag(p)?
         hyperparameters: the symbol of each field, or η(t) for a schedule.  Numbers are not listed.
         momentum: is there a filter Q ≠ 1?
-        threshold: the threshold c of the filter, 2 without momentum.
+        threshold: the threshold c, 2 without momentum and decay, and (2 − γ)/Q(z = −1) with them.
         gain: the gain Q₁ of the filter, 1 without momentum.
         lag: the mean lag τ of the filter in unit times, 0 without momentum.
+        decay: the weight decay γ, 0 if there is none.
     """
 
     method: Method | type[Method]
@@ -50,10 +51,11 @@ class SymbolicSpec:
     threshold: Expr
     gain: Expr
     lag: Expr
+    decay: Expr
 
     @property
     def edge(self) -> Expr:
-        """P̃ = cP/2, which is P without momentum.  Complementarity is HΣ = 2P̃Σ."""
+        """P̃ = cP/2, which is P without momentum and decay.  Complementarity is HΣ = 2P̃Σ."""
         return self.threshold * self.p / 2
 
     @property
@@ -91,7 +93,7 @@ class Formulas:
 
     @property
     def threshold(self) -> Expr:
-        """The threshold c of H ⪯ cP, 2 without momentum."""
+        """The threshold c of H ⪯ cP, 2 without momentum and weight decay."""
         return self.spec.threshold
 
     @property

@@ -36,6 +36,7 @@ NAMES: dict[Symbol, tuple[str, str]] = {
             "u": ("u", "u"),
             **{f"U_{a}": (f"u_{{{a}}}", f"u_{a}") for a in "abcd"},
             **{f"HU_{a}": (f"(H u_{{{a}}})", f"(Hu_{a})") for a in "cd"},
+            "w": ("w", "w"),
             "g": (r"\nabla L(w)", "∇L"),
             "D3L": (r"\nabla^3 L(w)[\Sigma]", "∇³L[Σ]"),
             "HSH": (r"\mathrm{diag}(H \Sigma H)", "diag(HΣH)"),
@@ -63,7 +64,7 @@ _DECIMAL = 1000  # from this denominator on, a number is printed with a decimal 
 def latex_page(d: Formulas) -> str:
     """All equations as one ``align*`` environment."""
     lines = [f"{latex(e.lhs)} &= {latex(e.rhs)}" for e in flow_equations(d)]
-    lines.append(rf"0 \preceq \Sigma &\perp {'c' if d.spec.momentum else '2'}P - H(w) \succeq 0")
+    lines.append(rf"0 \preceq \Sigma &\perp {_threshold(d)}P - H(w) \succeq 0")
     lines += [f"{latex(e.lhs)} &= {latex(e.rhs)}" for e in definitions(d)]
     lines += [rf"\text{{stationary: }} {latex(e.lhs)} &= {latex(e.rhs)}" for e in d.stationary_nu.values()]
     body = " \\\\\n".join(f"  {line}" for line in lines)
@@ -73,10 +74,15 @@ def latex_page(d: Formulas) -> str:
 def text_page(d: Formulas) -> str:
     """All equations in plain text, one a line."""
     lines = [f"d{_letter(str(e.lhs.expr.func))}/dt = {text(e.rhs)}" for e in flow_equations(d)]
-    lines.append(f"0 ⪯ Σ ⟂ {'c' if d.spec.momentum else '2'}P - H ⪰ 0")
+    lines.append(f"0 ⪯ Σ ⟂ {_threshold(d)}P - H ⪰ 0")
     lines += [f"{text(e.lhs)} = {text(e.rhs)}" for e in definitions(d)]
     lines += [f"stationary: {text(e.lhs)} = {text(e.rhs)}" for e in d.stationary_nu.values()]
     return "\n".join([f"Central flow of {d.spec.name}", *(f"  {line}" for line in lines)])
+
+
+def _threshold(d: Formulas) -> str:
+    """How c is written: 2 where nothing changes it."""
+    return "c" if d.spec.momentum or d.spec.decay != 0 else "2"
 
 
 def flow_equations(d: Formulas) -> list[Eq]:
@@ -92,9 +98,13 @@ def definitions(d: Formulas) -> list[Eq]:
     """P, the constants of the momentum, α, β and σ²."""
     T, drift = Function("Adjoint"), d.gain / d.P
     named = {"P": _matrix(d, d.P, "diag")}
+    if _threshold(d) == "c":
+        named["c"] = d.threshold
     if d.spec.momentum:
-        named |= {"c": d.threshold, "Q1": d.gain, "tau": d.lag}
-    named["alpha"] = T(-drift * letters().g) + _matrix(d, each(d.P_free, lambda e: -2 * e), "diag_U")
+        named |= {"Q1": d.gain, "tau": d.lag}
+    named["alpha"] = T(-drift * letters().g - d.spec.decay * letters().w) + _matrix(
+        d, each(d.P_free, lambda e: -2 * e), "diag_U"
+    )
     named["beta_Sigma"] = T(drift * _T_SIGMA / 2) + _matrix(d, each(d.P_pushed, lambda e: 2 * e), "diag_U")
     named["sigma2"] = d.sigma2
     return [Eq(Symbol(name), value, evaluate=False) for name, value in named.items()]

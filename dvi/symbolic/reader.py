@@ -1,4 +1,4 @@
-"""A declaration read as formulas: f, P and Q are called on symbols."""
+"""A declaration read as formulas: f, P, Q and decay are called on symbols."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dvi.symbolic.tensors import SymbolTensor, number, symbolic
 from dvi.symbolic.vectors import Level, Total, entry, letters
 
 #: Names of hyperparameters in the paper, where they differ from the names of the fields.
-PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n"}
+PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n", "weight_decay": "lambda"}
 
 _SAMPLE = 11  # weights of the vector on which init is called, to see which parts of ν are like it
 _IN_NUMBERS = "flow.linearise(w, nu) gives α and β in numbers."
@@ -57,6 +57,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
     scheduled = any(x.is_Function for x in hyperparameters.values())
     parts = _named(parts, clocks, used, scheduled)
     p, diagonal = _preconditioner(spec, parts, structure)
+    decay = _decay(spec)
     return SymbolicSpec(
         method=given,
         leaves=tuple(parts),
@@ -66,9 +67,10 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
         diagonal=diagonal,
         hyperparameters=hyperparameters,
         momentum=momentum,
-        threshold=threshold,
+        threshold=factored(threshold * (2 - decay) / 2) if decay != 0 else threshold,
         gain=gain,
         lag=lag,
+        decay=decay,
     )
 
 
@@ -167,6 +169,20 @@ def _filter(given: Method | type[Method], spec: Method) -> tuple[bool, Expr, Exp
         return False, sympy.Integer(2), sympy.Integer(1), sympy.Integer(0)
     threshold, gain, lag = (factored(sympy.factor(x.expr)) for x in (Q.threshold, Q.gain, Q.lag))
     return True, threshold, gain, lag
+
+
+def _decay(spec: Method) -> Expr:
+    """The weight decay γ, called on symbols; 0 if there is none."""
+    name = f"{type(spec).__name__}.decay()"
+    declared = _call(name, spec.decay)
+    if declared is None:
+        return sympy.Integer(0)
+    if isinstance(declared, (list, tuple)) or (isinstance(declared, torch.Tensor) and declared.ndim):
+        raise SpecError(
+            f"{name} differs between weights; closed forms are for one γ for all. Derive the method with one, whose "
+            f"formulas hold weight by weight (shapes=None). {_IN_NUMBERS}"
+        )
+    return factored(_call(name, lambda: symbolic(declared)).expr)
 
 
 def _leaf(name: str, path: str, value: Any) -> Leaf:

@@ -24,12 +24,17 @@ def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Exp
     x, p, gain = letters(), spec.p, spec.gain
     if spec.diagonal:
         pushed = along(P_pushed, 2 * spec.edge * x.u)
-        alpha = -gain * Total(x.Tuu * x.g / p) + each(P_free, lambda e: -2 * Total(x.u**2 * e))
+        alpha = (
+            -gain * Total(x.Tuu * x.g / p)
+            - spec.decay * Total(x.Tuu * x.w)
+            + each(P_free, lambda e: -2 * Total(x.u**2 * e))
+        )
         return alpha, gain * Total(x.Tuu**2 / p) / 2 + each(pushed, lambda e: 2 * Total(x.u**2 * e))
     pushed = along(P_pushed, x.S * x.u).xreplace({Total(x.u**2): sympy.Integer(1)})
     edge, positive = at_sharpness(spec)
     twice = (2 * x.S / spec.threshold if edge else 2 * p) / gain
-    alpha = -Total(x.dS * x.g) + each(P_free, lambda e: (-twice * e).xreplace(edge)).xreplace(positive)
+    lost = (twice * spec.decay / 2).xreplace(edge).xreplace(positive) * Total(x.dS * x.w)
+    alpha = -Total(x.dS * x.g) - lost + each(P_free, lambda e: (-twice * e).xreplace(edge)).xreplace(positive)
     return alpha, Total(x.dS**2) / 2 + each(pushed, lambda e: (twice * e).xreplace(edge)).xreplace(positive)
 
 

@@ -169,7 +169,8 @@ def letters() -> SimpleNamespace:
     """The letters of the derivation, beside those of the optimizer (its state and hyperparameters).
 
     Vectors [d]:
-        ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH) and ``Sii`` diag(Σ).
+        ``w`` are the weights, ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH) and ``Sii``
+        diag(Σ).
         ``T_ab`` is ∇_w u_aᵀH(w)u_b, ``U_a`` is u_a and ``HU_c`` is H u_c; the same with other indices.
         For one direction, ``u`` is the direction and ``Tuu`` is ∇³L(w)[u, u].  ``dS`` is ∇S(w), for |u| = 1.
 
@@ -177,7 +178,7 @@ def letters() -> SimpleNamespace:
         ``HSigmaH`` and ``Sigma`` are the matrices HΣH and Σ.  ``t`` is the time that schedules read, ``S`` the
         sharpness S(w) and ``d`` the number of weights.
     """
-    vectors = ["g", "m", "D3L", "HSH", "Sii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
+    vectors = ["w", "g", "m", "D3L", "HSH", "Sii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
     return SimpleNamespace(
         **{name: entry(name) for name in (*vectors, "u", "Tuu", "dS")},
         S=Level("S", positive=True),

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from dvi.methods.errors import NotPositiveDefiniteError
+from dvi.methods.errors import NotPositiveDefiniteError, SpecError
+from dvi.methods.per_weight import PerWeight
 
 
 class Preconditioner(ABC):
@@ -58,6 +59,19 @@ class Preconditioner(ABC):
         """The multiple factor·P, factor > 0 a number or a tensor []."""
         return Scaled(self, factor)
 
+    def weighted(self, share: PerWeight) -> Preconditioner:
+        """The product P·diag(share), which is symmetric only where both commute.
+
+        Raises:
+            SpecError: if they do not, as far as this class knows.
+        """
+        if share.uniform:
+            return self.scaled(share.number)
+        raise SpecError(
+            f"decay() differs between weights that {self!r} mixes, so that no threshold H ⪯ cP exists. Let it be one "
+            "number for each part of Blocks that is no Scalar or Diagonal: a list of pairs (γ, how many weights)."
+        )
+
     def dead(self) -> Tensor | None:
         """A mask [d] of the coordinates that never move because P and the gradient are zero there, or None."""
         return None
@@ -83,6 +97,10 @@ class Scaled(Preconditioner):
     def solve(self, V: Tensor) -> Tensor:
         """P⁻¹ V."""
         return self.base.solve(V) / self.factor
+
+    def weighted(self, share: PerWeight) -> Preconditioner:
+        """P·diag(share)."""
+        return Scaled(self.base.weighted(share), self.factor)
 
     def inv_sqrt(self, V: Tensor) -> Tensor:
         """P^{−1/2} V."""

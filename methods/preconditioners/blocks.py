@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.errors import NotPositiveDefiniteError
+from dvi.methods.per_weight import PerWeight
 from dvi.methods.preconditioners.base import Preconditioner
 
 
@@ -51,6 +52,11 @@ class Blocks(Preconditioner):
     def sqrt(self, V: Tensor) -> Tensor:
         """P^{1/2} V."""
         return self._each(lambda P, piece: P.sqrt(piece), V)
+
+    def weighted(self, share: PerWeight) -> Blocks:
+        """P·diag(share), part by part."""
+        pieces = zip(self.parts, share.split(self.sizes), strict=True)
+        return Blocks([P.weighted(piece) for P, piece in pieces], self.sizes)
 
     def effective_lr(self) -> Tensor:
         """The harmonic mean over all weights that move."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.errors import NotPositiveDefiniteError
+from dvi.methods.per_weight import PerWeight
 from dvi.methods.preconditioners.base import Preconditioner
 
 
@@ -29,6 +30,10 @@ class Scalar(Preconditioner):
     def scaled(self, factor: Tensor | float) -> Scalar:
         """The multiple factor·P."""
         return Scalar(self.p * factor)
+
+    def weighted(self, share: PerWeight) -> Preconditioner:
+        """P·diag(share)."""
+        return self.scaled(share.number) if share.uniform else Diagonal(self.p * share.vector)
 
     def inv_sqrt(self, V: Tensor) -> Tensor:
         """P^{−1/2} V."""
@@ -101,6 +106,10 @@ class Diagonal(Preconditioner):
     def scaled(self, factor: Tensor | float) -> Diagonal:
         """The multiple factor·P."""
         return Diagonal(self.p * factor)
+
+    def weighted(self, share: PerWeight) -> Diagonal:
+        """P·diag(share)."""
+        return self.scaled(share.number) if share.uniform else Diagonal(self.p * share.vector)
 
     def inv_sqrt(self, V: Tensor) -> Tensor:
         """P^{−1/2} V, zero on dead coordinates."""

@@ -1,7 +1,7 @@
 """Make the subset of Fashion-MNIST that ships with the library from the original files.
 
     apt-get install dataset-fashion-mnist
-    python tools/fashion_subset.py /usr/share/datasets/fashion-mnist problems/catalogue/fashion-mnist
+    python benchmarks/fashion_subset.py /usr/share/datasets/fashion-mnist problems/catalogue/fashion-mnist
 
 The first 100 pictures of each class are taken to train on and the first 20 to test with, in their order.  The same
 files come out on every machine, up to the version of zlib.
