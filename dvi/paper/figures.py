@@ -254,8 +254,8 @@ def _side_by_side(runs: Runs) -> list[Panel | None]:
             apart.append(Curve(race.t, race.distance["discrete", "central"], _line(name, colour)))
     return [
         curves("train loss", "train loss L", losses),
-        curves("network output", "an output on a test example", outputs),
-        curves("accumulated distance", "‖w$_t$ − w(t)‖", apart, zero=True),
+        curves("network output", "an output on a test example", outputs, log=False),
+        curves("accumulated distance", "‖w$_t$ − w(t)‖", apart, zero=True, log=False),
     ]
 
 

@@ -41,6 +41,7 @@ def curves(
     *,
     remark: str = "",
     zero: bool = False,
+    log: bool = True,
     inset: float | None = None,
     xlabel: str = "time (optimizer steps)",
 ) -> Panel | None:
@@ -50,6 +51,7 @@ def curves(
         title, label, remark, xlabel: see :class:`Panel`.
         lines: those drawn later lie on top.
         zero: let a linear axis begin at zero where that wastes no more than half.
+        log: whether the axis may be logarithmic.
         inset: the last time of an inset that shows the beginning.
     """
     lines = [curve for curve in lines if len(usable(curve.values))]
@@ -59,7 +61,7 @@ def curves(
     def draw(axes: Axes) -> None:
         for curve in lines:
             line(axes, curve.t, curve.values, curve.look)
-        fit(axes, usable(*(curve.values for curve in lines)), zero=zero)
+        fit(axes, usable(*(curve.values for curve in lines)), zero=zero, log=log)
         if inset is not None:
             _inset(axes, lines, inset)
 
@@ -121,12 +123,12 @@ def output(race: Comparison, sigma: float) -> Panel | None:
     which = most_moving(race)
     if which is None:
         return None
-    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which)
+    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which, log=False)
 
 
 def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
     """One of the weights that were observed."""
-    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,))
+    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,), log=False)
 
 
 def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:

@@ -87,6 +87,7 @@ def averaged(
     label: str,
     remark: str = "",
     which: tuple[int, ...] = (),
+    log: bool = True,
 ) -> Panel | None:
     """The optimizer's values and their time average, the flows' values and their prediction of the average.
 
@@ -96,6 +97,7 @@ def averaged(
         name: "loss" or the name of a series.
         title, label, remark: of the panel.
         which: the entry of a series of arrays, as (example, output) or (coordinate,).
+        log: whether the axis may be logarithmic.
     """
     values = recorded(race, name, which)
     if not len(usable(*values.values())):
@@ -115,7 +117,7 @@ def averaged(
                 line(axes, run.t, values[process], of_flow(process))
         for process, average in predicted.items():
             line(axes, race.runs[process].t, average, PREDICTED)
-        fit(axes, usable(*values.values()), zero=True)
+        fit(axes, usable(*values.values()), zero=True, log=log)
 
     return Panel(title, label, draw, remark if predicted else "")
 
@@ -317,10 +319,10 @@ def from_zero(axes: Axes, tops: Iterable[float]) -> None:
     axes.set_ylim(0, 1.05 * (max(tops, default=0.0) or 1.0))
 
 
-def fit(axes: Axes, known: Array, zero: bool) -> None:
+def fit(axes: Axes, known: Array, zero: bool, log: bool = True) -> None:
     """Choose a logarithmic axis where values span decades; else from zero, if that wastes no more than half."""
     low, high = float(known.min()), float(known.max())
-    if low > 0 and high / low > 10**_DECADES:
+    if log and low > 0 and high / low > 10**_DECADES:
         axes.set_yscale("log")
         return
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
