@@ -24,7 +24,7 @@ CIFAR10 = Path("cifar10")
 COORDINATES = 12
 
 #: What a row may set of its problem, of its method and of its run.
-_OF_PROBLEM = ("activation",)
+_OF_PROBLEM = ("activation", "n", "pixels")
 _OF_METHOD = ("lr", "beta2", "bias_correction")
 _OF_RUN = ("steps", "measure_every")
 
