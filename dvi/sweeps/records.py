@@ -52,7 +52,7 @@ class Record:
         state: one of STATES.
         status: how it ended, the name of a :class:`dvi.Status`; "" before.
         message: what it said in the end.
-        summary: the result in numbers the result, see :func:`dvi.results.summary.summarise`.
+        summary: the result in numbers, see :func:`dvi.results.summary.summarise`.
         cpu_seconds, wall_seconds: what it has taken until now, all sessions together.
         peak_mib: the largest memory of its process, or of the card where it ran on one.
         sessions: how many times it was started or gone on with.
@@ -98,7 +98,7 @@ def lock_path(folder: Path, name: str) -> Path:
 
 
 def log_path(folder: Path, name: str) -> Path:
-    """Where that goes what a run says."""
+    """Where a run writes what it says."""
     return folder / f"{name}.log"
 
 
