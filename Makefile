@@ -6,12 +6,22 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 BENCH := $(VENV)/.bench
 
-.PHONY: demo test lint docs bench lowest clean
+.PHONY: demo paper gpu test lint docs bench lowest clean
 
 # The main job on real data: two optimizers, each beside its central and its stable flow, and the pictures of it.
 demo: $(INSTALLED)
 	$(BIN)/python docs/examples/plot_digits.py
 	$(BIN)/python docs/examples/plot_fashion.py
+
+# The paper's Figures 2 to 11 at the small size: their runs, which go on where they were, and the pictures.
+paper: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/dvi paper run --main || test $$? -eq 1
+	for figure in 2 3 4 5 6 7 8 9 10 11; do $(BIN)/dvi paper figure $$figure || exit 1; done
+	$(BIN)/dvi paper table --out runs/paper/small/table.md
+
+# What the paper's experiments cost on the graphics card at hand; ten minutes.  Without a card: a try at the small size.
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # All tests, and the examples in the docstrings.
 test: $(INSTALLED)

@@ -32,8 +32,8 @@ import dvi
 from dvi.methods import GradientDescent, Method, RMSProp, RMSPropNorm
 from dvi.problems import digits, sorting
 from dvi.problems.catalogue.data import load_digits, make_sorting
-from dvi.problems.networks.mlp import MLP
 from dvi.problems.catalogue.tasks import cross_entropy, squared_error
+from dvi.problems.networks.mlp import MLP
 from dvi.problems.problem import Backend
 
 FILE = Path(__file__).with_name("suite.json")

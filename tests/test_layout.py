@@ -101,7 +101,12 @@ ABOVE = {
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
     "dvi/runs": ["dvi/interop", "dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
-    "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
+    "dvi/sweeps": ["dvi/results", "dvi/storage"],
+    "dvi/paper": ["dvi/results", "dvi/storage", "dvi/plotting", "dvi/sweeps"],
+    "dvi/cli": [
+        *("dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"),
+        *("dvi/sweeps", "dvi/paper"),
+    ],
 }
 #: The one door upwards: a result draws, saves and reports itself when it is asked to.
 DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage"), ("dvi/results", "dvi/reports")}

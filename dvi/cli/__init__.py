@@ -1,4 +1,4 @@
-"""The shell commands ``dvi compare``, ``dvi plot``, ``dvi report`` and ``dvi info``."""
+"""The shell commands ``dvi compare``, ``plot``, ``report``, ``info``, ``sweep`` and ``paper``."""
 
 from __future__ import annotations
 

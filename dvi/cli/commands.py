@@ -1,4 +1,4 @@
-"""What the shell commands do, say and draw."""
+"""What the shell commands do, say and draw; ``dvi sweep`` and ``dvi paper`` are in files of their own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ import tyro
 import dvi
 from dvi.cli.names import KINDS, Make, UsageError, in_words, made, maker
 from dvi.cli.options import flags
+from dvi.cli.paper import COMMANDS
+from dvi.cli.sweep import sweep_
 from dvi.runs.solving import default_integrator
 from dvi.storage.files import writable
 
@@ -37,6 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     before = sys.path[:]  # to which the folders of the user's files are added
     try:
         return _run(list(arguments))
+    except KeyboardInterrupt:
+        say("Interrupted. What was computed is kept: the same command goes on with it.")
+        return INTERRUPTED
     except dvi.RunError as error:  # before anything was computed: the start itself is impossible
         say(str(error))
         return FAILED
@@ -51,20 +56,44 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands = {"compare": _compare(arguments[1:]), "plot": flags(plot), "info": flags(info), "report": flags(report)}
+    own = {"rest", "understood", "runner"}  # what `dvi sweep` is given here
+    commands: dict[str, Make] = {
+        "compare": _compare(arguments[1:] if arguments[:1] == ["compare"] else []),
+        "plot": flags(plot),
+        "info": flags(info),
+        "report": flags(report),
+        "sweep": flags(sweep_, without=own),
+        "paper": _group({name: flags(command) for name, command in COMMANDS.items()}),
+    }
     types = [Annotated[Any, tyro.conf.subcommand(name, constructor=make)] for name, make in commands.items()]
     command, rest = tyro.cli(
         cast(Any, functools.reduce(operator.or_, types)),
         prog="dvi",
         description="Central flows: what an optimizer at the edge of stability does on average. "
         "Run one beside its flows, draw what came out, say in words what it means, or look into a file; "
+        "make many runs, or the paper's experiments. "
         "`dvi COMMAND --help` has examples.",
         args=arguments,
         return_unknown_args=True,
     )
+    if arguments[0] == "sweep":
+        return int(command(rest=rest, understood=_not_meant, runner=run_into))
     if rest:
         raise UsageError(_not_understood(rest[0], arguments))
     return int(command())
+
+
+def _group(commands: dict[str, Make]) -> Make:
+    """A command that consists of others, as `dvi paper` does of `dvi paper run` and more."""
+    types = [Annotated[Any, tyro.conf.subcommand(name, constructor=make)] for name, make in commands.items()]
+
+    def chosen(command: Any) -> Any:
+        return command
+
+    kind = cast(Any, tyro.conf.OmitSubcommandPrefixes)[functools.reduce(operator.or_, types)]
+    chosen.__annotations__ = {"command": kind}
+    chosen.__doc__ = "The paper's experiments: list them, run them, draw its figures, and print a table."
+    return chosen
 
 
 def _not_understood(word: str, arguments: Sequence[str]) -> str:
@@ -127,11 +156,9 @@ def compare(
         if threads < 1:
             raise UsageError(f"--threads {threads}: must be 1 or more.")
         torch.set_num_threads(threads)
-    loss, optimizer = made("problem", problem, problem_options), made("method", method, method_options)
-    how = made("integrator", integrator, integrator_options)
-    if integrator == "auto" and how is not None:  # the tolerance of the integrator that suits the flow
-        flow = dvi.central_flow(loss, optimizer, accuracy=run.keywords["accuracy"], check=False)
-        how = replace(default_integrator(flow), tol=how)  # type: ignore[type-var]  # a dataclass with a tol
+    loss, optimizer, how = _ingredients(
+        problem, method, integrator, problem_options, method_options, integrator_options, run.keywords["accuracy"]
+    )
     writable(file)  # before the run, not after it
     if plot:
         _picture(drawing)
@@ -158,6 +185,58 @@ def compare(
         words = ["", *str(race.report()).splitlines(), ""]
         print("\n".join([*table(race), *words, "written: " + ", ".join(map(str, written))]))
     return DONE
+
+
+def _ingredients(
+    problem: str,
+    method: str,
+    integrator: str,
+    problem_options: Any,
+    method_options: Any,
+    integrator_options: Any,
+    accuracy: Any,
+) -> tuple[dvi.Problem, Any, Any]:
+    """The problem, the method and the integrator that flags stand for."""
+    loss, optimizer = made("problem", problem, problem_options), made("method", method, method_options)
+    how = made("integrator", integrator, integrator_options)
+    if integrator == "auto" and how is not None:  # the tolerance of the integrator that suits the flow
+        flow = dvi.central_flow(loss, optimizer, accuracy=accuracy, check=False)
+        how = replace(default_integrator(flow), tol=how)  # type: ignore[type-var]  # a dataclass with a tol
+    return loss, optimizer, how
+
+
+def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
+    """Make the run that the arguments of `dvi compare` stand for, or go on with it: a run of `dvi sweep`."""
+    given, _ = _read(arguments)
+    named = ("problem", "method", "integrator", "problem_options", "method_options", "integrator_options")
+    flags_of_run = given["run"]
+    loss, optimizer, how = _ingredients(
+        accuracy=flags_of_run.keywords["accuracy"], **{name: given[name] for name in named}
+    )
+    keywords = flags_of_run.keywords | {"resume": True, "throw": False}
+    with in_words(f"The run of {given['method']} on {given['problem']}", always=False):
+        race = flags_of_run.func(loss, optimizer, **keywords, integrator=how, path=path, progress=False)
+    return cast(dvi.Comparison, race)
+
+
+def _not_meant(arguments: list[str]) -> list[str]:
+    """Values among the arguments of `dvi compare` that belong to no flag.
+
+    Raises:
+        UsageError: if a flag is not known.
+        SystemExit: if a value cannot be read; tyro has said which.
+    """
+    _, rest = _read(arguments)
+    for word in rest:
+        if word.startswith("--"):
+            raise UsageError(_not_understood(word, ["compare", *arguments]))
+    return rest
+
+
+def _read(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `dvi compare`, read, and what was not understood."""
+    command, rest = tyro.cli(_compare(arguments), args=arguments, return_unknown_args=True, prog="dvi compare")
+    return dict(command.keywords), list(rest)
 
 
 def _chosen(arguments: Sequence[str]) -> dict[str, str]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dvi.plotting.panels import Panel, panels
+from dvi.plotting.panels import Panel, duration, panels
 from dvi.plotting.style import LEGEND, ONSET, rank, settings
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Solution
@@ -78,7 +80,7 @@ def plot_comparison(
         StoreError: if the file cannot be written; an older one is then intact.
     """
     if sigma is None:
-        sigma = min(50.0, _duration(race) / 10) or 1.0
+        sigma = min(50.0, duration(race) / 10) or 1.0
     for name, value, unit in (
         ("sigma", sigma, ", in unit times (the paper's is 50)"),
         ("leading", leading, ""),
@@ -88,14 +90,55 @@ def plot_comparison(
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be positive{unit}.")
     with matplotlib.style.context(["default", settings(font_size)]):
-        figure = _draw(race, panels(race, float(sigma), int(leading)), width, font_size)
+        shown = panels(race, float(sigma), int(leading))
+        rows, columns, height = _LAYOUTS[len(shown)]
+        grid = [[_with_moments(race, panel) for panel in shown[i * columns :][:columns]] for i in range(rows)]
+        figure = _draw(grid, width, width * height, font_size, letters=True)
         _legend(figure, sigma)
         figure.suptitle(_title(race) if title is None else title, linespacing=1.35)
-        if path is not None:
-            target = picture(path)
-            with replacing(target) as temporary:
-                figure.savefig(temporary, format=target.suffix[1:], dpi=200, facecolor="white")
+        _save(figure, path)
     return figure
+
+
+def arrange(
+    grid: Sequence[Sequence[Panel | None]],
+    path: str | Path | None = None,
+    *,
+    sigma: float,
+    title: str = "",
+    width: float = 7.2,
+    row_height: float = 2.2,
+    font_size: float = 8.0,
+    letters: bool = True,
+) -> Figure:
+    """Draw panels in rows, with one legend for all of them.
+
+    Args:
+        grid: the rows; None leaves a place empty.
+        path: a file to save to, see :func:`plot_comparison`.
+        sigma: standard deviation of the time averages, unit times, as the legend tells it.
+        title: above the panels.
+        width: of the figure, inches.
+        row_height: inches.
+        font_size: points.
+        letters: whether panels are (a), (b) …; otherwise titles stand as they are.
+
+    Raises:
+        ValueError, StoreError: as :func:`plot_comparison`.
+    """
+    with matplotlib.style.context(["default", settings(font_size)]):
+        figure = _draw(grid, width, row_height * len(grid), font_size, letters)
+        _legend(figure, sigma)
+        figure.suptitle(title, linespacing=1.35)
+        _save(figure, path)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path | None) -> None:
+    if path is not None:
+        target = picture(path)
+        with replacing(target) as temporary:
+            figure.savefig(temporary, format=target.suffix[1:], dpi=200, facecolor="white")
 
 
 def picture(path: str | Path) -> Path:
@@ -129,37 +172,45 @@ def plot_solution(solution: Solution, path: str | Path | None = None, **options:
     return plot_comparison(alone, path, **options)
 
 
-def _duration(race: Comparison) -> float:
-    """The last time that any of the runs recorded, 0 if there is none."""
-    return max((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
-
-
 # ---- the figure -----------------------------------------------------------------------------------------
 
 
-def _draw(race: Comparison, shown: list[Panel], width: float, font: float) -> Figure:
-    rows, columns, height = _LAYOUTS[len(shown)]
-    figure = Picture(figsize=(width, width * height), layout="constrained")
+def _with_moments(race: Comparison, panel: Panel) -> Panel:
+    """The panel with the edge of stability marked, and the stretches that were too stiff for longer steps."""
+    by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow's edge, if it is there
+    onset = next((b[0] for name in by_rank for b in race.runs[name].breakpoints if b[1] == "enter"), None)
+
+    def draw(axes: Axes) -> None:
+        panel.draw(axes)
+        for start, end in race.runs["central"].about.get("unit_steps", []) if "central" in race.runs else []:
+            axes.axvspan(start, end, color="0.93", linewidth=0, zorder=0)
+        if onset is not None:
+            axes.axvline(onset, lw=0.7, zorder=0.5, label=f"edge of stability, from step {onset:.3g}", **ONSET)
+
+    return replace(panel, draw=draw, until=duration(race) or 1)
+
+
+def _draw(grid: Sequence[Sequence[Panel | None]], width: float, height: float, font: float, letters: bool) -> Figure:
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=0.05, h_pad=0.05, wspace=0.05, hspace=0.05)
-    by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow's edge, if it is there
-    onset = next((b[0] for name in by_rank for b in race.runs[name].breakpoints if b[1] == "enter"), None)
-    for i, panel in enumerate(shown):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        panel.draw(axes)
-        for start, end in race.runs["central"].about.get("unit_steps", []) if "central" in race.runs else []:
-            axes.axvspan(start, end, color="0.93", linewidth=0, zorder=0)  # where it was too stiff for longer steps
-        if onset is not None:
-            axes.axvline(onset, lw=0.7, zorder=0.5, label=f"edge of stability, from step {onset:.3g}", **ONSET)
-        axes.set(xlim=(0, _duration(race) or 1), xlabel="time (optimizer steps)", ylabel=panel.label)
-        _scale(axes)
-        row = shown[i - i % columns :][:columns]
-        pad = 4 + (1.3 * (font - 1) if any(other.remark for other in row) else 0)  # room for remarks below titles
-        axes.set_title(f"({'abcd'[i]}) {panel.title}", pad=pad + 3)
-        place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-        axes.annotate(panel.remark, (0, 1), xytext=(0, pad), fontsize=font - 1, color="0.25", **place)
-    if not shown:
+    columns, names = max(map(len, grid), default=1), iter("abcdefghijklmnopqrstuvwxyz")
+    for i, row in enumerate(grid):
+        for j, panel in enumerate(row):
+            if panel is None:
+                continue
+            axes = figure.add_subplot(len(grid), columns, i * columns + j + 1)
+            panel.draw(axes)
+            axes.set(xlabel=panel.xlabel, ylabel=panel.label)
+            if panel.until is not None:
+                axes.set_xlim(0, panel.until)
+            _scale(axes)
+            pad = 4 + (1.3 * (font - 1) if any(other and other.remark for other in row) else 0)  # room for remarks
+            axes.set_title(f"({next(names)}) {panel.title}" if letters else panel.title, pad=pad + 3)
+            place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+            axes.annotate(panel.remark, (0, 1), xytext=(0, pad), fontsize=font - 1, color="0.25", **place)
+    if not figure.axes:
         axes = figure.add_subplot()
         axes.set_axis_off()
         axes.text(0.5, 0.5, "Nothing recorded yet.", ha="center", va="center")
@@ -188,7 +239,8 @@ def _legend(figure: Figure, sigma: float) -> None:
     if not found:
         return
     labels = sorted(found, key=lambda label: (label.startswith("edge"), rank(label, LEGEND)))
-    columns = min(len(labels), 3 if len(labels) != 4 else 2)
+    widest = max(1, int(figure.get_figwidth() / 2.3))  # a long label takes as many inches
+    columns = min(len(labels), 3 if len(labels) != 4 else 2, widest)
     labels = [label for column in range(columns) for label in labels[column::columns]]  # filled column by column
     figure.legend(
         [found[label] for label in labels],
@@ -232,7 +284,7 @@ def _title(race: Comparison) -> str:
         lines.append(f"time 0 is after {warm:g} step{'s' if warm != 1 else ''} of warm start")
     if race.status is not Status.SUCCESS:
         of = f" of {steps:g}" if isinstance(steps, (int, float)) else ""
-        lines.append(f"unfinished: step {_duration(race):g}{of} ({race.status.name.lower().replace('_', ' ')})")
+        lines.append(f"unfinished: step {duration(race):g}{of} ({race.status.name.lower().replace('_', ' ')})")
     return "\n".join(filter(None, lines))
 
 

@@ -25,12 +25,17 @@ _DECADES = 1.5  # a quantity that spans more is drawn on a logarithmic axis
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: title, label of the vertical axis with units, how to draw it, and a remark below the title."""
+    """One panel: title, label of the vertical axis with units, how to draw it, and a remark below the title.
+
+    ``xlabel`` is of the horizontal axis, which ends at ``until``; None leaves its limits to the lines.
+    """
 
     title: str
     label: str
     draw: Callable[[Axes], None]
     remark: str = ""
+    xlabel: str = "time (optimizer steps)"
+    until: float | None = None
 
 
 def panels(race: Comparison, sigma: float, leading: int) -> list[Panel]:
@@ -41,49 +46,78 @@ def panels(race: Comparison, sigma: float, leading: int) -> list[Panel]:
         sigma: standard deviation of the time averages, unit times.
         leading: how many eigenvalues of each process are drawn, at most.
     """
-    race = replace(race, runs=dict(sorted(race.runs.items(), key=lambda item: rank(item[0], LAYERS))))
+    race = in_layers(race)
     found = (
-        _loss(race, sigma),
-        _eigenvalues(race, leading),
-        _distances(race) or _gradient(race, sigma),
-        _learning_rate(race) or _oscillations(race, sigma),
+        loss(race, sigma),
+        eigenvalues(race, leading),
+        distances(race) or _gradient(race, sigma),
+        learning_rate(race) or _oscillations(race, sigma),
     )
     return [panel for panel in found if panel]
+
+
+def in_layers(race: Comparison) -> Comparison:
+    """The same runs, those first that the others are drawn over."""
+    return replace(race, runs=dict(sorted(race.runs.items(), key=lambda item: rank(item[0], LAYERS))))
+
+
+def duration(race: Comparison) -> float:
+    """The last time that any of the runs recorded, 0 if there is none."""
+    return max((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
 
 
 # ---- quantities that the flow predicts the average of ---------------------------------------------------
 
 
-def _loss(race: Comparison, sigma: float) -> Panel | None:
+def loss(race: Comparison, sigma: float) -> Panel | None:
+    """The train loss: at every step, averaged, along the flows, and as the central flow predicts the average."""
     remark = "dashed: L + ½⟨H, Σ⟩ predicts the time average"
-    return _averaged(race, sigma, "loss", "train loss", "train loss L (units of the loss)", remark)
+    return averaged(race, sigma, "loss", "train loss", "train loss L (units of the loss)", remark)
 
 
 def _gradient(race: Comparison, sigma: float) -> Panel | None:
-    return _averaged(race, sigma, "grad_sq", "squared gradient norm", "‖∇L‖² (units of loss²/w²)")
+    return averaged(race, sigma, "grad_sq", "squared gradient norm", "‖∇L‖² (units of loss²/w²)")
 
 
-def _averaged(race: Comparison, sigma: float, name: str, title: str, label: str, remark: str = "") -> Panel | None:
-    """The optimizer's values and their time average, the flows' values and their prediction of the average."""
-    values = _recorded(race, name)
-    if not len(_usable(*values.values())):
+def averaged(
+    race: Comparison,
+    sigma: float,
+    name: str,
+    title: str,
+    label: str,
+    remark: str = "",
+    which: tuple[int, ...] = (),
+    log: bool = True,
+) -> Panel | None:
+    """The optimizer's values and their time average, the flows' values and their prediction of the average.
+
+    Args:
+        race: the runs.
+        sigma: standard deviation of the time averages, unit times.
+        name: "loss" or the name of a series.
+        title, label, remark: of the panel.
+        which: the entry of a series of arrays, as (example, output) or (coordinate,).
+        log: whether the axis may be logarithmic.
+    """
+    values = recorded(race, name, which)
+    if not len(usable(*values.values())):
         return None
     predicted = {  # drawn where it says anything that the flow's own values do not
         process: average
-        for process, average in _recorded(race, "predicted_" + name).items()
+        for process, average in recorded(race, "predicted_" + name, which).items()
         if (np.isfinite(average) & ~np.isclose(average, values[process], rtol=1e-12, atol=0)).any()
     }
 
     def draw(axes: Axes) -> None:
         for process, run in race.runs.items():
             if process == "discrete":
-                _line(axes, run.t, values[process], EVERY)
-                _line(axes, run.t, _inner_average(run, values[process], sigma), AVERAGED)
+                line(axes, run.t, values[process], EVERY)
+                line(axes, run.t, _inner_average(run, values[process], sigma), AVERAGED)
             else:
-                _line(axes, run.t, values[process], of_flow(process))
+                line(axes, run.t, values[process], of_flow(process))
         for process, average in predicted.items():
-            _line(axes, race.runs[process].t, average, PREDICTED)
-        _fit(axes, _usable(*values.values()), zero=True)
+            line(axes, race.runs[process].t, average, PREDICTED)
+        fit(axes, usable(*values.values()), zero=True, log=log)
 
     return Panel(title, label, draw, remark if predicted else "")
 
@@ -91,10 +125,20 @@ def _averaged(race: Comparison, sigma: float, name: str, title: str, label: str,
 # ---- eigenvalues ----------------------------------------------------------------------------------------
 
 
-def _eigenvalues(race: Comparison, leading: int) -> Panel | None:
-    """Effective eigenvalues, with a tick at every breakpoint; the stable flow's may leave the panel."""
+def eigenvalues(race: Comparison, leading: int, unit: float = 1.0, of: str = "effective eigenvalue") -> Panel | None:
+    """Effective eigenvalues, with a tick at every breakpoint; the stable flow's may leave the panel.
+
+    Args:
+        race: the runs.
+        leading: how many of each process are drawn, at most.
+        unit: what they are multiplied by, and the critical value 2 with them; 1/η shows those of H for gradient
+            descent.
+        of: what they then are.
+    """
     tables = {name: _leading(run, 1 if name == "stable" else leading) for name, run in race.runs.items()}
-    seen = _usable(*(table.ravel() for _, table in tables.values()))
+    tables = {name: (t, unit * table) for name, (t, table) in tables.items()}
+    critical = unit * CRITICAL
+    seen = usable(*(table.ravel() for _, table in tables.values()))
     if not len(seen):
         return None
     alone = len(tables) == 1
@@ -103,22 +147,22 @@ def _eigenvalues(race: Comparison, leading: int) -> Panel | None:
         for name, (_, table) in tables.items()
         if name != "stable" or alone
     ]
-    high = max(1.25 * CRITICAL, *tops)
-    high = 1.06 * (high if alone else min(high, 2 * CRITICAL))
-    low = max(0.0, min(0.75 * CRITICAL, float(np.percentile(seen, 1))) - 0.08)
+    high = max(1.25 * critical, *tops)
+    high = 1.06 * (high if alone else min(high, 2 * critical))
+    low = max(0.0, min(0.75 * critical, float(np.percentile(seen, 1))) - 0.08 * unit)
     remarks = ["ticks: enter (long), leave (short)"] if any(run.breakpoints for run in race.runs.values()) else []
     if "stable" in tables and (highest := _top(tables["stable"][1])) > high:
         remarks.append(f"stable flow: up to {highest:.3g} ↑")
 
     def draw(axes: Axes) -> None:
-        axes.axhline(CRITICAL, color="0.6", lw=0.6, zorder=1.2, label="_threshold")
+        axes.axhline(critical, color="0.6", lw=0.6, zorder=1.2, label="_threshold")
         for name, (t, table) in tables.items():
             label, options = of_flow(name)
             if name == "discrete":
                 spacing = float(np.median(np.diff(t))) if len(t) > 1 else 1.0
                 label, options = f"optimizer, every {spacing:g} steps", DOTS | {"zorder": 1.5}
             for j, column in enumerate(table.T):
-                _line(axes, t, column, ("_" if j else label, {"zorder": 2.2} | options))
+                line(axes, t, column, ("_" if j else label, {"zorder": 2.2} | options))
         axes.set_ylim(low, high)
         for name, run in race.runs.items():
             for kind, length in (("enter", 0.055), ("leave", 0.028)):
@@ -126,7 +170,7 @@ def _eigenvalues(race: Comparison, leading: int) -> Panel | None:
                 colour, across = of_flow(name)[1]["color"], axes.get_xaxis_transform()
                 axes.vlines(times, 1 - length, 1, colors=colour, lw=0.8, transform=across, label="_" + kind)
 
-    return Panel("effective eigenvalues", "effective eigenvalue (critical: 2)", draw, "; ".join(remarks))
+    return Panel(of.replace("eigenvalue", "eigenvalues"), f"{of} (critical: {critical:.4g})", draw, "; ".join(remarks))
 
 
 def _leading(run: Solution, count: int) -> tuple[Array, Array]:
@@ -139,7 +183,7 @@ def _leading(run: Solution, count: int) -> tuple[Array, Array]:
 # ---- distances and what is adapted ----------------------------------------------------------------------
 
 
-def _distances(race: Comparison) -> Panel | None:
+def distances(race: Comparison) -> Panel | None:
     """Distances in weight space from the optimizer to each flow, or between the flows where it did not run."""
     optimizer = race.runs.get("discrete")
     # a distance between two flows says nothing about the optimizer
@@ -151,37 +195,37 @@ def _distances(race: Comparison) -> Panel | None:
     def draw(axes: Axes) -> None:
         tops = []
         if optimizer is not None:  # its own step length, for scale
-            step = _recorded(race, "step_length")["discrete"]
-            _line(axes, optimizer.t, step, EVERY)
+            step = recorded(race, "step_length")["discrete"]
+            line(axes, optimizer.t, step, EVERY)
             tops.append(_top(step, 99.5))
         for pair, values in reversed(shown.items()):
             label, options = of_flow(next(name for name in pair if name != "discrete"))
-            _line(axes, race.t, values, ("_" if optimizer is None else label, options))
+            line(axes, race.t, values, ("_" if optimizer is None else label, options))
             tops.append(_top(values))
-        _from_zero(axes, tops)
+        from_zero(axes, tops)
 
     remark = f"between {between}" if optimizer is None else "from the optimizer to each flow; pale: ‖w$_{t+1}$ − w$_t$‖"
     return Panel("distance in weight space", "distance ‖w − w′‖ (units of w)", draw, remark)
 
 
-def _learning_rate(race: Comparison) -> Panel | None:
+def learning_rate(race: Comparison) -> Panel | None:
     """The effective learning rate of a method that adapts it; the optimizer's is a pale band behind the flows'."""
-    rates = _recorded(race, "effective_lr")
-    if not any(len(_usable(rate)) and np.ptp(_usable(rate)) > 1e-6 * _top(np.abs(rate)) for rate in rates.values()):
+    rates = recorded(race, "effective_lr")
+    if not any(len(usable(rate)) and np.ptp(usable(rate)) > 1e-6 * _top(np.abs(rate)) for rate in rates.values()):
         return None
     band = (EVERY[0], EVERY[1] | {"lw": 3.0})
 
     def draw(axes: Axes) -> None:
         for name, rate in rates.items():
-            _line(axes, race.runs[name].t, rate, band if name == "discrete" else of_flow(name))
-        _fit(axes, _usable(*rates.values()), zero=False)
+            line(axes, race.runs[name].t, rate, band if name == "discrete" else of_flow(name))
+        fit(axes, usable(*rates.values()), zero=False)
 
     return Panel("effective learning rate", "learning rate (units of w²/loss)", draw, "harmonic mean over weights")
 
 
 def _oscillations(race: Comparison, sigma: float) -> Panel | None:
     """The trace of the oscillations' covariance; bursts may leave the panel for the averages' sake."""
-    traces = {name: trace for name, trace in _recorded(race, "trace").items() if _usable(trace).any()}
+    traces = {name: trace for name, trace in recorded(race, "trace").items() if usable(trace).any()}
     if not traces:
         return None
 
@@ -191,13 +235,13 @@ def _oscillations(race: Comparison, sigma: float) -> Panel | None:
             run = race.runs[name]
             if name == "discrete":
                 mean = _inner_average(run, trace, sigma)
-                _line(axes, run.t, trace, EVERY)
-                _line(axes, run.t, mean, AVERAGED)
+                line(axes, run.t, trace, EVERY)
+                line(axes, run.t, mean, AVERAGED)
                 tops.append(min(2.5 * _top(mean), _top(trace)))
             else:
-                _line(axes, run.t, trace, PREDICTED)
+                line(axes, run.t, trace, PREDICTED)
                 tops.append(_top(trace))
-        _from_zero(axes, tops)
+        from_zero(axes, tops)
 
     return Panel("size of the oscillations", "tr Σ (units of w²)", draw, "trace of their covariance Σ")
 
@@ -222,16 +266,31 @@ def _inner_average(run: Solution, values: Array, sigma: float) -> Array:
     return mean
 
 
-def _recorded(race: Comparison, name: str) -> dict[str, Array]:
-    """A quantity of every run at the run's times [n], NaN where it was not recorded."""
+def recorded(race: Comparison, name: str, which: tuple[int, ...] = ()) -> dict[str, Array]:
+    """A quantity of every run at the run's times [n], NaN where it was not recorded.
+
+    Args:
+        race: the runs.
+        name: "loss", "predicted_loss" or the name of a series.
+        which: the entry of a series of arrays [n, …].
+    """
     out = {}
     for process, run in race.runs.items():
         known = {"loss": run.loss, "predicted_loss": run.predicted_loss, **run.series}.get(name, np.empty(0))
+        known = component(known, which)
         out[process] = np.append(known, np.full(len(run.t), np.nan))[: len(run.t)]
     return out
 
 
-def _usable(*values: Array) -> Array:
+def component(values: Array, which: tuple[int, ...]) -> Array:
+    """One entry [n] of a series of arrays [n, …]; a series of numbers as it is."""
+    if values.ndim < 2:
+        return values
+    found: Array = values.reshape(len(values), -1)[:, int(np.ravel_multi_index(which, values.shape[1:]))]
+    return found
+
+
+def usable(*values: Array) -> Array:
     """The values that can be drawn: numbers, and not those of a run that diverged."""
     joined = np.concatenate(values)
     return joined[np.abs(joined) < _HUGE]
@@ -239,14 +298,14 @@ def _usable(*values: Array) -> Array:
 
 def _top(values: Array, percent: float = 100.0) -> float:
     """The maximum, or another percentile; 0 where there is no number."""
-    values = _usable(values.ravel())
+    values = usable(values.ravel())
     return float(np.percentile(values, percent)) if len(values) else 0.0
 
 
 # ---- lines and limits -----------------------------------------------------------------------------------
 
 
-def _line(axes: Axes, t: Array, values: Array, look: Look) -> None:
+def line(axes: Axes, t: Array, values: Array, look: Look) -> None:
     """Draw a line, if there is a number to draw; a long one is an image inside a vector file."""
     n = min(len(t), len(values))
     values = np.where(np.abs(values[:n]) < _HUGE, values[:n], np.nan)
@@ -255,14 +314,15 @@ def _line(axes: Axes, t: Array, values: Array, look: Look) -> None:
         axes.plot(t[:n], values, label=label, rasterized=n > _RASTER, **options)
 
 
-def _from_zero(axes: Axes, tops: Iterable[float]) -> None:
+def from_zero(axes: Axes, tops: Iterable[float]) -> None:
+    """Let the vertical axis begin at zero and end a little above the largest of the tops."""
     axes.set_ylim(0, 1.05 * (max(tops, default=0.0) or 1.0))
 
 
-def _fit(axes: Axes, known: Array, zero: bool) -> None:
+def fit(axes: Axes, known: Array, zero: bool, log: bool = True) -> None:
     """Choose a logarithmic axis where values span decades; else from zero, if that wastes no more than half."""
     low, high = float(known.min()), float(known.max())
-    if low > 0 and high / low > 10**_DECADES:
+    if log and low > 0 and high / low > 10**_DECADES:
         axes.set_yscale("log")
         return
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0

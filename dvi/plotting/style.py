@@ -23,6 +23,11 @@ FLOWS: dict[str, Look] = {
 DOTS: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 1.9, "mew": 0, "color": "#3b82c4", "alpha": 0.6}
 ONSET: dict[str, Any] = {"color": "0.45", "ls": (0, (1, 2))}
 
+EDGES: dict[str, Any] = {"color": "#d62728", "ls": (0, (1, 2)), "lw": 0.8, "zorder": 0.5}
+
+#: Colours of runs that stand side by side, as of several learning rates: blue, orange, green, purple, brown, pink.
+COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"]
+
 #: Labels in the order of the legend; others follow.
 LEGEND = [label for label, _ in (EVERY, AVERAGED, PREDICTED, *FLOWS.values())]
 #: Processes from the bottom to the top of a panel; others lie on top.

@@ -82,7 +82,8 @@ class Solution:
         series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
             ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖),
             ``next_term`` (see :meth:`dvi.runs.observables.Observer.next_term`; NaN where it was not measured), and,
-            where asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, and ``w``.
+            where asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
+            ``coordinate_w``, ``w``, and what :mod:`dvi.runs.measures` measures.
         notes: what the user should know about this run.
         about: method, problem, integrator, versions, in words.
     """

@@ -21,6 +21,7 @@ from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
 from dvi.results.status import Status
 from dvi.runs.identity import identity, settings
+from dvi.runs.measures import check_names
 from dvi.runs.observables import Observer
 from dvi.runs.process import Process
 from dvi.runs.solving import (
@@ -37,6 +38,7 @@ from dvi.runs.solving import (
     warm_up,
 )
 from dvi.solvers.protocol import Integrator, State
+from dvi.stationarity.flow import AblatedStationaryFlow, StationaryFlow
 from dvi.storage.checkpoint import freeze
 from dvi.storage.files import writable
 
@@ -46,6 +48,8 @@ RUNS: dict[str, type[CompiledFlow]] = {
     "map": CentralMap,
     "stable": StableFlow,
     "ablated": AblatedFlow,
+    "stationary": StationaryFlow,
+    "stationary-ablated": AblatedStationaryFlow,
 }
 
 
@@ -63,6 +67,8 @@ def compare(
     save_every: float = 1,
     coordinates: Sequence[int] = (),
     test_inputs: Any = None,
+    measures: Sequence[str] = (),
+    measure_every: float = 10,
     eigen_every: float = 5,
     check: bool = True,
     path: str | Path | None = None,
@@ -77,17 +83,25 @@ def compare(
         problem: what is minimised.
         method: the optimizer: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
         steps: how long, in unit times (steps of the optimizer).
-        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated".
+        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated" (see
+            :func:`dvi.ablated_flow`), "stationary" (see :func:`dvi.stationary_flow`) and "stationary-ablated", the same
+            without its curvature penalty.
         integrator: for the central flow (default: :func:`dvi.runs.solving.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
+            "stationary": no steps, but ν at its stationary value (:func:`dvi.stationary`), so that runs of different
+            learning rates start at the same weights.
         scheduler: of a torch optimizer, see :func:`dvi.from_torch`.
         start: of a torch optimizer: "state" goes on from what it remembers and from the present values of its
             parameters (the default), "fresh" begins anew at the problem's w0.  Of any method: a state to start from.
         save_every: unit times between recorded moments; a whole number beside the optimizer or the map.
-        coordinates: indices of weights whose (∂ᵢL)² is observed and predicted.
+        coordinates: indices of weights that are observed, with their νᵢ, and whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
+        measures: what is measured along the flows now and then, of "sharpness" (of H itself) and "stationarity" (how ν
+            stands to its stationary value, and the rates of the loss), see :mod:`dvi.runs.measures`.  It is not
+            counted as a cost.
+        measure_every: unit times between measurements, at least.
         eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
         check: compare the loss's derivatives with finite differences once.
         path: an HDF5 file that is kept up to date while the run goes on; tried before anything is computed.
@@ -112,6 +126,7 @@ def compare(
     if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
         raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
+    check_names(measures)
     if not isinstance(warm_start, str):
         (warm_start,) = numbers(warm_start=warm_start)
     grid = time_grid(steps, save_every)
@@ -126,17 +141,19 @@ def compare(
         for i, name in enumerate(runs)
     }
     first = next(iter(compiled.values()))
-    observer = Observer(tuple(coordinates), test_inputs)
+    observer = Observer(tuple(coordinates), test_inputs, tuple(measures), measure_every)
     kind = next(
         (flow for name, flow in compiled.items() if name in ("central", "stable")), first
     )  # what accuracy= means
     about = describe(first, steps) | {"accuracy": kind.accuracy, "save_every": float(save_every), "runs": list(runs)}
-    arguments = {
+    arguments: dict[str, Any] = {
         "integrator": settings(integrator or default_integrator(compiled.get("central", first))),
         "warm_start": warm_start,
         "coordinates": [int(i) for i in coordinates],
         "eigen_every": float(eigen_every),
     }
+    if measures:
+        arguments |= {"measures": list(measures), "measure_every": float(measure_every)}
     keeper = Keeper(path, every=checkpoint_every, device=problem.device)
     saved = keeper.checkpoint() if resume else None
     status: Status = Status.SUCCESS

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import CompiledFlow
+from dvi.runs.measures import check_names
 from dvi.solvers.protocol import Array, Node, State, host, like
 
 #: An eigenvalue of X counts as an oscillation when it is above this part of the largest.
@@ -37,15 +39,22 @@ class Observer:
     """What to watch along a run.
 
     Args:
-        coordinates: indices of weights whose squared gradient is predicted, (∂ᵢL)².
+        coordinates: indices of weights that are observed with their νᵢ, and whose squared gradient is predicted.
         test_inputs: inputs of the network whose outputs are predicted.
+        measures: what is measured along the flows now and then, see :mod:`dvi.runs.measures`.
+        measure_every: unit times between measurements, at least.
     """
 
     coordinates: Sequence[int] = ()
     test_inputs: Any = None
+    measures: Sequence[str] = ()
+    measure_every: float = 10.0
 
     def check(self, dim: int) -> None:
-        """Raise ValueError unless coordinates are indices of ``dim`` weights."""
+        """Raise ValueError unless coordinates are indices of ``dim`` weights and measures are known."""
+        check_names(self.measures)
+        if not self.measure_every > 0:
+            raise ValueError(f"measure_every={self.measure_every} must be positive (unit times).")
         wrong = [i for i in self.coordinates if not isinstance(i, (int, np.integer)) or not -dim <= i < dim]
         if wrong:
             raise ValueError(f"coordinates={wrong}: indices of weights are whole numbers below {dim}.")
@@ -81,7 +90,16 @@ class Observer:
         }
         if len(self.coordinates):
             seen["coordinate_grad_sq"], seen["osc_coordinate_grad_sq"] = square, added
-        return seen
+        return seen | self._observe_coordinates(y)
+
+    def _observe_coordinates(self, y: State) -> dict[str, Array]:
+        """The weights at the coordinates, and ν there of a method whose ν has one value a weight."""
+        if not len(self.coordinates):
+            return {}
+        index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=y.w.device)
+        leaves = [leaf[index] for leaf in pytree.tree_leaves(y.nu) if leaf.shape == y.w.shape]
+        names = ("coordinate_w", "coordinate_nu") if len(leaves) == 1 else ("coordinate_w",)
+        return dict(zip(names, host(y.w[index], *leaves), strict=False))
 
     def next_term(self, flow: CompiledFlow, y: State, node: Node) -> float:
         """How large the terms are that the flow leaves out of the oscillation's force, relative to that force.
@@ -129,12 +147,12 @@ class Observer:
         value, osc = host(outputs, added)
         return {"outputs": value, "osc_outputs": osc}
 
-    def observe_iterate(self, flow: CompiledFlow, w: Tensor, g: Tensor) -> dict[str, Array]:
+    def observe_iterate(self, flow: CompiledFlow, y: State, g: Tensor) -> dict[str, Array]:
         """The same quantities at an iterate of the optimizer, as they are."""
-        seen: dict[str, Array] = {}
+        seen = self._observe_coordinates(y)
         if len(self.coordinates):
             index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=g.device)
             (seen["coordinate_grad_sq"],) = host(g[index] ** 2)
         if self.test_inputs is not None:
-            (seen["outputs"],) = host(flow.problem.outputs(w, self.test_inputs))
+            (seen["outputs"],) = host(flow.problem.outputs(y.w, self.test_inputs))
         return seen

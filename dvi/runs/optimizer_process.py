@@ -83,7 +83,7 @@ class DiscreteProcess(Process):
             "effective_lr": float(lr),
             "trace": float(trace),
             "step_length": float(length),
-            **self.observer.observe_iterate(self.flow, y.w, g),
+            **self.observer.observe_iterate(self.flow, y, g),
         }
         with self.flow.problem.ledger.paused():
             seen["eigenvalues"] = self._look(State(middle, y.nu, y.t))

@@ -21,6 +21,7 @@ from dvi.results.solution import Cost, Solution
 from dvi.results.status import Status
 from dvi.runs import chatter, sampling
 from dvi.runs.chatter import recent_cost
+from dvi.runs.measures import MEASURES, measured
 from dvi.runs.observables import Observation, Observer
 from dvi.runs.unit_stretches import joined, unit_step_notes
 from dvi.solvers.ccp import CCPError
@@ -126,7 +127,7 @@ class FlowProcess(Process):
 
     _own_state: tuple[str, ...] = (
         *("memory", "bound", "strained", "missed", "unit_steps"),
-        *("fresh", "base", "anchor", "looked", "measured"),
+        *("fresh", "base", "anchor", "looked", "measured", "measured_at"),
     )
 
     def __init__(
@@ -146,6 +147,9 @@ class FlowProcess(Process):
         self.bound = False  # a step has depended on where the run ends
         self.anchor = start  # a state up to about a unit of time ago
         self.looked = 0.0  # what the run had cost when kinks were last looked for
+        made = (MEASURES[name](flow) for name in observer.measures)
+        self.measures = [measure for measure in made if measure is not None]
+        self.measured_at = -np.inf  # when something was last measured
         self.measured: tuple[float, float] | None = None  # since when it oscillates, and when the next term is due
 
     @property
@@ -186,7 +190,7 @@ class FlowProcess(Process):
         reached = result.y.t - self.origin
         finished = reached >= end - 1e-9 * max(1.0, end)
         at_jump = jump and result.y.t == corner and not finished
-        seen = self._observe(start, node)
+        seen = self._observe(start, node) | self._measurements(start)
         if self.fresh and self.nodes:  # from here on, since what oscillated on the left of a jump does so no more
             seen["X_time"] = seen["t"]
         measured = self._measure(start, node, seen, finished)
@@ -200,7 +204,8 @@ class FlowProcess(Process):
             last = self.integrator.observe(self.flow, result.memory, result.y)
             counts.append(self._spent(before, counts))
             outputs = self.observer.observe_outputs(self.flow, result.y, last)
-            nodes.append(self._observe(result.y, last) | outputs | {"t": end if finished else reached})
+            seen = self._observe(result.y, last) | outputs | {"t": end if finished else reached}
+            nodes.append(seen | self._measurements(result.y, finished))
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
@@ -319,6 +324,15 @@ class FlowProcess(Process):
         seen["t"] -= self.origin
         seen["X_time"] -= self.origin
         return seen
+
+    def _measurements(self, y: State, last: bool = False) -> Observation:
+        """What is measured at y, if it is time for it; not counted as a cost of the run."""
+        t = y.t - self.origin
+        if not self.measures or (t < self.measured_at + self.observer.measure_every - 1e-9 and not last):
+            return {}
+        self.measured_at = t
+        with self.flow.problem.ledger.paused():
+            return {"measured": measured(self.measures, y)}
 
     def _measure(self, y: State, node: Node, seen: Observation, last: bool) -> tuple[float, float] | None:
         """Measure the next Taylor term where it is due: 8, 16, 32, … units after oscillations began, and at the end.

@@ -18,7 +18,15 @@ from dvi.solvers.hermite import basis
 from dvi.solvers.protocol import Array
 
 _AVERAGED = ("osc_loss", "osc_grad_sq", "trace", "osc_coordinate_grad_sq", "osc_outputs")  # stamped at X_time
-_POINTWISE = ("grad_sq", "effective_lr", "coordinate_grad_sq", "outputs", "loss_rate")  # stamped at t
+_POINTWISE = (
+    "grad_sq",
+    "effective_lr",
+    "coordinate_grad_sq",
+    "coordinate_nu",
+    "coordinate_w",
+    "outputs",
+    "loss_rate",
+)  # stamped at t
 
 #: It does not yet where it is given this part of what it is given in the next step: it arrives at the end of this one.
 ARRIVING = 1e-3
@@ -44,6 +52,7 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
     for name in ("coordinate_grad_sq", "outputs"):
         if name in out:
             out["predicted_" + name] = out[name] + out["osc_" + name]
+    out |= _measured(nodes, grid)
     if any("next_term" in node for node in nodes):
         out["next_term"] = _where_measured(t, [node.get("next_term", np.nan) for node in nodes], grid)
     out["eigenvalues"] = _eigenvalues(t, [node["eigenvalues"] for node in nodes], grid)
@@ -118,6 +127,16 @@ def _linear(t: Array, values: list[Any], grid: Array) -> Array:
     i, s, _ = _place(t, grid)
     s = s.reshape(-1, *[1] * (y.ndim - 1))
     out: Array = np.where(s == 0, y[i], np.where(s == 1, y[i + 1], (1 - s) * y[i] + s * y[i + 1]))
+    return out
+
+
+def _measured(nodes: list[Observation], grid: Array) -> dict[str, Array]:
+    """What was measured now and then, linear in between; NaN before the first and after the last time."""
+    out = {}
+    for name in sorted({name for node in nodes for name in node.get("measured", {})}):
+        known = [(node["t"], node["measured"][name]) for node in nodes if name in node.get("measured", {})]
+        t, values = np.array(known).T
+        out[name] = np.interp(grid, t, values, left=np.nan, right=np.nan)
     return out
 
 

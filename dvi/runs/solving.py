@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from dvi.problems import LossChangedError, ProblemError
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
 from dvi.results.status import Status
+from dvi.runs.measures import check_names
 from dvi.runs.observables import Observer
 from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.runs.process import FlowProcess, MapProcess, Process
@@ -31,11 +33,12 @@ from dvi.solvers.macro import MacroStep
 from dvi.solvers.numbers import number
 from dvi.solvers.protocol import Array, Integrator, State
 from dvi.solvers.second_order.semi_implicit import SemiImplicit
+from dvi.stationarity.api import stationary
 from dvi.stationarity.flow import Quasistatic
 
 logger = logging.getLogger("dvi")
 
-WarmStart = int | Literal["auto"]
+WarmStart = int | Literal["auto", "stationary"]
 
 _AUTO_LIMIT = 500  # steps of the optimizer after which "auto" gives up
 
@@ -50,6 +53,8 @@ def solve(
     save: tuple[str, ...] = (),
     coordinates: tuple[int, ...] = (),
     test_inputs: Any = None,
+    measures: Sequence[str] = (),
+    measure_every: float = 10,
     eigen_every: float = 5,
     progress: bool = True,
     throw: bool = True,
@@ -62,10 +67,12 @@ def solve(
         steps: how long, in unit times (steps of the optimizer).
         integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
         warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
-            bring the effective sharpness below 2, and to fill the buffers of momentum.
+            bring the effective sharpness below 2, and to fill the buffers of momentum.  "stationary": no steps, but ν
+            at its stationary value, see :func:`dvi.compare`.
         save_every: unit times between recorded moments.
         save: ("w",) to record the weights at every recorded moment, too.
         coordinates, test_inputs: what else to observe, see :class:`dvi.runs.observables.Observer`.
+        measures, measure_every: what to measure along a flow now and then, see :func:`dvi.compare`.
         eigen_every: unit times between looks at the eigenvalues of the optimizer, which it does not need (0: never).
         progress: show a progress bar.
         throw: raise where the run cannot go on; otherwise give back what was computed, with its status.
@@ -77,6 +84,7 @@ def solve(
         ValueError: if steps or save_every is not positive.
     """
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
+    check_names(measures)
     grid = time_grid(steps, save_every)
     status, words = Status.SUCCESS, ""
     failure: BaseException | None = None
@@ -85,7 +93,7 @@ def solve(
     except RunError as error:
         start, notes, failure = start or flow.initial, [], error
         status, words = error.status, error.detail
-    observer = Observer(tuple(coordinates), test_inputs)
+    observer = Observer(tuple(coordinates), test_inputs, tuple(measures), measure_every)
     process = make_process(flow, integrator, start, grid, observer, eigen_every)
     process.notes.extend(notes)
     about = describe(flow, steps) | {"warm_start": start.t}
@@ -227,7 +235,7 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
 
     With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and where
     the buffers of momentum are empty, at least four times its lag τ′, since a flow cannot know what an empty buffer
-    does to the first steps.
+    does to the first steps.  With "stationary" no step is taken: ν is put to its stationary value at the first weights.
 
     Raises:
         RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).
@@ -235,11 +243,14 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     if start is not None and not isinstance(start, State):
         raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
     y = start or flow.initial
+    if warm_start == "stationary":
+        with flow.problem.ledger.paused():
+            return settled(flow, y), ["Time 0 is at the first weights, with ν at its stationary value there."]
     auto = isinstance(warm_start, str) and warm_start == "auto"
     if not isinstance(warm_start, str):
         (warm_start,) = numbers(warm_start=warm_start)
     if not auto and not (isinstance(warm_start, int) and warm_start >= 0):
-        raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, or "auto".')
+        raise ValueError(f'warm_start={warm_start!r}: a number of optimizer steps, "auto" or "stationary".')
     if warm_start == 0:
         return y, []
     optimizer = Discrete(flow.problem, flow.method, check=False)
@@ -257,6 +268,19 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
     note = f"Warm start: {taken} steps of the real optimizer before time 0{why}."
     logger.warning("%s", note)
     return y, [note]
+
+
+def settled(flow: CompiledFlow, y: State) -> State:
+    """The state with ν at its stationary value.
+
+    Raises:
+        SpecError: if ν has no stationary value.
+        RunError: if it is not found.
+    """
+    try:
+        return replace(y, nu=stationary(flow, y.w, t=y.t).nu)
+    except FAILURES as error:
+        raise RunError(classify(error), f"At the start: {detail(error)}") from error
 
 
 def _settle(

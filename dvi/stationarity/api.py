@@ -37,6 +37,7 @@ def stationary(
     rank: int = 8,
     start: StationaryPoint | None = None,
     seed: int = 0,
+    without: Literal["gradient"] | None = None,
 ) -> StationaryPoint:
     """The ν at which dν/dt = 0 at fixed weights, with the oscillation that holds it there.
 
@@ -52,15 +53,20 @@ def stationary(
         rank: columns r of D to start with; it grows where more directions oscillate.
         start: a point nearby, to start from.
         seed: of the first D.
+        without: "gradient" leaves g = ∇L(w) out of f, so that the oscillation alone holds ν.  For RMSProp P(ν) then
+            solves eq. (12) without its second term, the paper's alternative preconditioner (Fig. 9).
 
     Raises:
         SpecError: if ν has no stationary value: a method without state, or whose ν forgets nothing (AdaGrad, the clock
             of a bias correction); with by="sdp", if the method is not RMSProp with ε = 0.
         ConvergenceError: if the fixed point is not reached.
         MemoryLimitError: with by="sdp", if there are too many weights.
+        ValueError: for another ``by`` or ``without``.
     """
+    if without not in (None, "gradient"):
+        raise ValueError(f'without is "gradient" or None, not {without!r}.')
     w = flow.initial.w if w is None else w
-    _, g = flow.problem.value_and_grad(w)
+    g = torch.zeros_like(w) if without else flow.problem.value_and_grad(w)[1]
     balance = Balance(flow, w, g, t)
     if by == "sdp":
         return _by_sdp(flow, balance)

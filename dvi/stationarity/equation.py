@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import CompiledFlow
 from dvi.compiler.jacobian_solve import solve_coupled
-from dvi.compiler.jacobian_structure import curvature
+from dvi.compiler.jacobian_structure import curvature, diagonal_curvature, diagonal_slope
 from dvi.compiler.tangents import derivative, still
 from dvi.methods import Nu, SpecError
 from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenblock
@@ -99,7 +97,7 @@ class Balance:
 
     def _divide(self, rhs: Nu, nu: Nu) -> Nu:
         """(∂f/∂ν)⁻¹ rhs, where ∂f/∂ν is diagonal."""
-        slope = self._slope(nu, pytree.tree_map(torch.ones_like, nu))
+        slope = self.flow.calculus.replays(diagonal_slope, self.method, nu, self.g)
         return pytree.tree_map(lambda r, x: still(r, r / x), rhs, slope)
 
     def _require_forgetting(self) -> None:
@@ -114,15 +112,22 @@ class Balance:
                     "correction ends, and bias_correction=False is where it ends."
                 )
 
-    def _curvature(self, nu: Nu) -> Callable[[Tensor, Tensor], Nu]:
-        """∇²_g f[h, h′]."""
-        return lambda h, other: curvature(self.method, nu, self.g, h, other)
+    def _curvatures(self, nu: Nu, h: Tensor, other: Tensor) -> Nu:
+        """∇²_g f[hⱼ, h′ⱼ] for the rows of h, h′ [n, d]: a pytree like ν with a leading n."""
+        replays = self.flow.calculus.replays
+        if not self.flow.calculus.local:
+            return replays.each(curvature, self.method, (nu, self.g), h, other)
+        products = h * other
+        return pytree.tree_map(
+            lambda c: still(products, c * products) if c.shape == self.g.shape else c.expand(len(h), *c.shape),
+            replays(diagonal_curvature, self.method, nu, self.g),
+        )
 
     def push(self, nu: Nu, HD: Tensor) -> Nu:
         """½ Σⱼ ∇²_g f[HDⱼ, HDⱼ]."""
         if not HD.shape[1]:
             return pytree.tree_map(torch.zeros_like, nu)
-        return pytree.tree_map(lambda x: 0.5 * x.sum(dim=0), vmap(self._curvature(nu))(HD.T, HD.T))
+        return pytree.tree_map(lambda x: 0.5 * x.sum(dim=0), self._curvatures(nu, HD.T, HD.T))
 
     def newton(self, nu: Nu, HD: Tensor) -> Nu:
         """The Newton step of ν towards the root (exact for an average: f is affine in ν)."""
@@ -138,7 +143,7 @@ class Balance:
         """How the root moves with X, for every svec basis element: a pytree like ν with a leading n = k(k+1)/2."""
         rows, columns = torch.triu_indices(HU.shape[1], HU.shape[1], device=HU.device)
         weight = like(0.5 * triu(HU.shape[1]).weight, HU)
-        pairs = vmap(self._curvature(nu))(HU.T[rows], HU.T[columns])
+        pairs = self._curvatures(nu, HU.T[rows], HU.T[columns])
         rhs = pytree.tree_map(lambda x: -weight.reshape(-1, *[1] * (x.ndim - 1)) * x, pairs)
         if self.flow.calculus.elementwise:
             return self._divide(rhs, nu)

@@ -1,0 +1,246 @@
+"""What the paper's experiments cost on the graphics card at hand: ``make gpu``, ten minutes at most.
+
+Runs the tests marked ``gpu``; then the CNN and the ViT at the paper's size, on 1,000 examples, with gradient descent
+and RMSProp, optimizer and flows side by side, for as many steps as fit into the time.  It prints for each: seconds per
+100 steps, the share of the time inside the loss and its derivatives, copies from the card per step, the largest memory;
+and an estimate for all 115 experiments in hours, beside the paper's 2,000.  Without a card the same is tried at the
+small size on the CPU, in some minutes.
+
+Pictures are CIFAR-10 where ``--cifar10`` names its folder, else the 1,000 of Fashion-MNIST that ship with the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+import torch
+
+import dvi
+from dvi.paper.making import make_method
+from dvi.paper.table import Experiment, Size, table
+
+ROOT = Path(__file__).resolve().parents[1]
+EVALUATIONS = ("value", "value_and_grad", "hvp", "hessian_gradient")
+
+#: What a unit of time of the stationary flow takes, in gradients: some 600 products with the Hessian were seen at the
+#: small size, a product 2.5 gradients.
+STATIONARY = 600 * 2.5
+
+#: Networks and methods that are run, and the learning rates of a run that enters the edge of stability early.
+CASES = {
+    ("cnn", "gd"): {"full": 0.04, "small": 0.6},
+    ("cnn", "rmsprop"): {"full": 4e-5, "small": 2e-3},
+    ("vit", "gd"): {"full": 0.02, "small": 0.28},
+    ("vit", "rmsprop"): {"full": 4e-5, "small": 1.6e-3},
+}
+
+
+def make(network: str, size: Size, device: str, cifar10: Path | None) -> dvi.problems.ModuleProblem:
+    """A problem of the paper, on the pictures that are at hand."""
+    if network in ("transformer", "rnn"):
+        options = dict(table().problems[f"{network}-mse"][size])
+    else:
+        options = dict(table().problems[f"{network}-mse-4"][size])
+    task, dtype = options.pop("task"), getattr(torch, options.pop("dtype"))
+    if task == "cifar10" and cifar10 is None:
+        task = "fashion"
+    elif task == "cifar10":
+        options["folder"] = cifar10
+    problem: dvi.problems.ModuleProblem = getattr(dvi.problems, task)(**options, dtype=dtype, device=device)
+    return problem
+
+
+class Watch:
+    """Counts the seconds inside the loss and its derivatives."""
+
+    def __init__(self, problem: dvi.Problem) -> None:
+        self.inside = 0.0
+        self.depth = 0
+        for name in EVALUATIONS:
+            setattr(problem, name, self._timed(getattr(problem, name), problem.device))
+
+    def _timed(self, call: Any, device: torch.device) -> Any:
+        def timed(*given: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            self.depth += 1
+            try:
+                out = call(*given, **named)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            finally:
+                self.depth -= 1
+                if not self.depth:  # one evaluation may call another
+                    self.inside += time.perf_counter() - begin
+            return out
+
+        return timed
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Interrupt what is inside after so many seconds, as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1.0))
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(network: str, method: str, size: Size, device: str, cifar10: Path | None, seconds: float) -> dict[str, Any]:
+    """One case: the row that is printed."""
+    problem = make(network, size, device, cifar10)
+    options = table().methods[method][size] | {"lr": CASES[network, method][size]}
+    make_it = make_method({"method": options})
+    cuda = problem.device.type == "cuda"
+    found: dict[str, Any] = {"network": network, "method": method, "weights": len(problem.w0)}
+    found["gradient"] = gradient_seconds(problem)
+    found["copies"] = copies_per_step(problem, make_it)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watch = Watch(problem)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "race.h5"
+        begin = time.perf_counter()
+        with at_most(seconds):
+            dvi.compare(
+                problem, make_it, 2000, check=False, path=path, checkpoint_every=1e9, progress=False, throw=False
+            )
+        wall = time.perf_counter() - begin
+        race = dvi.load(path) if path.exists() else None
+    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    found |= {"inside": watch.inside / wall, "memory": memory}
+    if race is None:  # the time was over before the first step
+        return found | {"reached": 0.0, "status": "NOT STARTED", "per_100": None, "k": 0, "cost": None}
+    reached = min((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
+    central = race.central
+    return found | {
+        "reached": reached,
+        "status": race.status.name,
+        "per_100": 100 * wall / reached if reached else None,
+        "k": max((k for _, _, k in central.breakpoints), default=0),
+        "cost": central.ledger.per_unit_time() if len(central.t) > 1 else None,
+    }
+
+
+def gradient_seconds(problem: dvi.Problem) -> float:
+    """Seconds of one gradient, as the clock on the wall shows them."""
+    times = []
+    for turn in range(6):
+        begin = time.perf_counter()
+        problem.value_and_grad(problem.w0 * (1 + 1e-6 * turn))  # ends with a check that waits for the card
+        times.append(time.perf_counter() - begin)
+    return median(times[1:])
+
+
+def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 5) -> float:
+    """How often a step of all processes waits for a number from the card (on the CPU: reads one from a tensor)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = problem.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=kinds) as profiled:
+        dvi.compare(problem, method, steps, check=False, warm_start=0, eigen_every=0, progress=False, throw=False)
+    names = ("Memcpy DtoH",) if cuda else ("aten::_local_scalar_dense",)
+    return sum(event.count for event in profiled.key_averages() if event.key.startswith(names)) / steps
+
+
+def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, float], size: Size) -> float:
+    """An estimate for an experiment: what was measured, by its network and method, or scaled by a gradient's time."""
+    network = row.problem.split("-")[0]
+    kind = "rmsprop" if row.method == "rmsprop" else "gd"
+    steps = row.options[size]["steps"]
+    if row.runs[0].startswith("stationary"):
+        return float(steps * STATIONARY * gradients[network] / 3600)
+    like = next(
+        (found for found in rows if (found["network"], found["method"]) == (network, kind) and found["per_100"]),
+        None,
+    ) or next(found for found in sorted(rows, key=lambda found: found["method"] != kind) if found["per_100"])
+    seconds = like["per_100"] / 100 * gradients[network] / gradients[like["network"]]
+    return float(steps * seconds / 3600)
+
+
+def run_tests(limit: float) -> str:
+    """The tests that are marked gpu, in words."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"not finished in {limit:.0f} s"
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "\n".join([*failed, lines[-1] if lines else f"exit code {done.returncode}"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, help="for all together (default: 10 on a card, 2 without)")
+    parser.add_argument("--cifar10", type=Path, help="the folder with CIFAR-10's binary files")
+    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    given = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device, size = ("cuda", "full") if cuda else ("cpu", "small")
+    limit = 60 * (given.minutes or (10 if cuda else 2))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as in the paper
+    end = time.monotonic() + limit
+    card = torch.cuda.get_device_name() if cuda else "no card: the small size on the CPU"
+    print(f"{card}\n{machine.describe()['words']}", flush=True)
+    print(f"tests marked gpu: {run_tests(limit / 3)}\n", flush=True)
+
+    names = ("cnn", "resnet", "vit", "transformer", "rnn")
+    gradients = {name: gradient_seconds(make(name, size, device, given.cifar10)) for name in names}
+    told = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in gradients.items())
+    print(f"one gradient, ms: {told}\n", flush=True)
+    print(
+        f"{'':14}{'weights':>9}{'steps':>7}{'k ≤':>5}{'s per 100':>11}{'cost':>7}{'in loss':>9}{'copies':>8}{'GiB':>6}"
+    )
+    rows: list[dict[str, Any]] = []
+    for i, (network, method) in enumerate(CASES):
+        left = end - time.monotonic()
+        found = measure(network, method, size, device, given.cifar10, 0.9 * left / (len(CASES) - i))
+        rows.append(found)
+        cost = f"{found['cost']:.1f}" if found["cost"] else "–"
+        per = f"{found['per_100']:.1f}" if found["per_100"] else "–"
+        memory = f"{found['memory']:.1f}" if found["memory"] else "–"
+        print(
+            f"{network + ', ' + method:14}{found['weights']:>9}{found['reached']:>7.0f}{found['k']:>5}"
+            f"{per:>11}{cost:>7}"
+            f"{found['inside']:>9.0%}{found['copies']:>8.0f}{memory:>6}  {found['status']}",
+            flush=True,
+        )
+    print(
+        "(s per 100: seconds per 100 steps of optimizer, central and stable flow together; cost: of the central flow, "
+        "in gradients per step; in loss: share of the time inside the loss and its derivatives; copies: reads of "
+        "numbers from the device per step)\n"
+    )
+    if not any(found["per_100"] for found in rows):
+        sys.exit("The time was too short for a single step: give more --minutes.")
+    by_name = {row.name: hours(row, rows, gradients, size) for row in table().experiments.values()}
+    print(f"all {len(by_name)} experiments at size {size}, estimated: {sum(by_name.values()):.1f} hours", end="")
+    print(f" on this card; the paper's took about 2,000 GPU-hours ({card})" if cuda else "")
+    if given.out:
+        given.out.write_text(json.dumps({"card": card, "rows": rows, "hours": by_name}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The pictures and the table of docs/paper_figures.md, from the stored runs of the paper's experiments.
+
+    dvi paper run --main
+    python benchmarks/paper_page.py                 # or: --folder runs/paper/small
+
+Every picture that the page shows is drawn anew, and the table between its markers is replaced.
+"""
+
+import argparse
+import io
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from dvi.paper.drawing import drawers
+from dvi.paper.report import markdown
+from dvi.paper.stored import folder_of, is_of, missing, runs_of
+from dvi.paper.table import table
+from dvi.storage.files import StoreError
+from dvi.sweeps.records import records
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "paper_figures.md"
+SHOWN = re.compile(r"\((figures/paper-(\d+)\.png)\)")
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
+
+
+def save(figure, path):
+    """A PNG of 200 colours, which is enough for lines and less than half the size."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    Image.open(data).convert("RGB").quantize(200).save(path, optimize=True)
+    return path.stat().st_size
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=None, help="where the runs are (default: runs/paper/small)")
+    folder = parser.parse_args().folder
+    text = PAGE.read_text(encoding="utf-8")
+    for file, number in SHOWN.findall(text):
+        try:
+            runs = runs_of(number, folder=folder)
+        except StoreError as error:
+            print(f"figure {number} stays as it is: {error}")
+            continue
+        path = PAGE.parent / file
+        path.parent.mkdir(exist_ok=True)
+        size = save(drawers()[number](runs), path)
+        absent = missing(number, folder=folder)
+        print(f"{path.name}: {size / 1024:.0f} kB, of {', '.join(runs)}" + (f"; missing {len(absent)}" * bool(absent)))
+    rows = [row for row in table().experiments.values() if not row.why_not("small")]
+    pairs = zip(rows, records(folder_of("small", folder), [row.name for row in rows]), strict=True)
+    known = [(row, record) for row, record in pairs if is_of(row, "small", record)]
+    rows, found = ([pair[i] for pair in known] for i in (0, 1))
+    lines = "\n".join(markdown(rows, "small", found))
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(before + BEGIN + "\n" + lines + "\n\n" + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Tables of the experiments: what they are, how far they are, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dvi.paper.table import Experiment, Size
+from dvi.sweeps.records import Record
+
+
+def overview(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) -> Iterator[str]:
+    """A line for each row: name, figures, what is run, and how far it is."""
+    width = max(len(row.name) for row in rows)
+    for row, record in zip(rows, found, strict=True):
+        state = record.state if not row.why_not(size) else f"cannot be run: {row.why_not(size)}"
+        cost = f", {record.cpu_seconds:.0f} s" if record.cpu_seconds else ""
+        status = f" ({record.status})" if record.state == "failed" else ""
+        figures = "figure " + ", ".join(row.figures)
+        yield f"{row.name:{width}}  {figures:18} {setting(row, size):58} {state}{status}{cost}"
+    states = [record.state for record in found]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    yield f"{len(rows)} experiments of size {size}: {', '.join(counts)}"
+
+
+def setting(row: Experiment, size: Size) -> str:
+    """What a row runs, in words: problem, method, learning rate and what else it sets, steps."""
+    options = dict(row.options[size])
+    steps, lr = options.pop("steps"), options.pop("lr")
+    for name in ("measure_every", "bias_correction"):
+        options.pop(name, None)
+    rest = "".join(f", {name} {value:g}" for name, value in options.items())
+    kind = "" if "discrete" in row.runs else f" ({', '.join(row.runs)})"
+    return f"{row.problem}, {row.method} {lr:g}{rest}{kind}, {steps} steps"
+
+
+HEAD = (
+    "experiment",
+    "setting",
+    "weights",
+    "edge from",
+    "k ≤",
+    "‖discrete − central‖",
+    "‖discrete − stable‖",
+    "predicted loss off by",
+    "stable flow's loss off by",
+    "cost",
+    "CPU minutes",
+    "ended",
+)
+
+
+def markdown(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) -> Iterator[str]:
+    """A Markdown table of the runs that have ended: distances and errors from the edge on, and what they cost.
+
+    The cost is that of the central flow (or the flow that is run in its place), in gradient equivalents per step.
+    """
+    yield "| " + " | ".join(HEAD) + " |"
+    yield "|" + "---|" * len(HEAD)
+    for row, record in zip(rows, found, strict=True):
+        if record.complete:
+            yield "| " + " | ".join(_cells(row, size, record)) + " |"
+        elif row.why_not(size):
+            yield f"| {row.name} | {setting(row, size)} |" + " |" * (len(HEAD) - 3) + f" {row.why_not(size)} |"
+        elif record.state == "error":
+            yield f"| {row.name} | {setting(row, size)} |" + " |" * (len(HEAD) - 3) + f" {_short(record)} |"
+
+
+def _cells(row: Experiment, size: Size, record: Record) -> list[str]:
+    seen = record.summary
+    lead = "central" if "central" in row.runs else row.runs[0]
+    apart = seen.get("distance", {})
+    return [
+        row.name,
+        setting(row, size),
+        str(seen.get("weights", "–")),
+        _number(seen.get("edge"), ".0f"),
+        str(seen.get("k", "–")) if seen.get("edge") is not None else "–",
+        _number(apart.get("discrete–central"), ".3g"),
+        _number(apart.get("discrete–stable"), ".3g"),
+        _percent(seen.get("predicted_error")),
+        _percent(seen.get("stable_error")),
+        _number(seen.get("gradient_equivalents", {}).get(lead), ".3g"),
+        f"{record.cpu_seconds / 60:.1f}",
+        "" if record.state == "done" else _short(record),
+    ]
+
+
+def _short(record: Record) -> str:
+    """How a run ended, in some words that a table holds."""
+    first = record.message.strip().split("\n")[0]
+    cut = first if len(first) <= 160 else first[:157] + "…"
+    at = f" at {record.summary['reached']:g}" if record.summary.get("reached") else ""
+    return f"{record.status or record.state}{at}: {cut}".replace("|", "\\|")
+
+
+def _number(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _percent(value: Any) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+__all__ = ["markdown", "overview", "setting"]

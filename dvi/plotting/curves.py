@@ -1,0 +1,173 @@
+"""Panels of the paper's figures beyond the four of a comparison: what was observed along a run, and runs side by side.
+
+A panel of curves is told what to draw line by line, with an inset of the beginning where that is of interest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dvi.plotting.panels import Panel, averaged, duration, fit, learning_rate, line, recorded, usable
+from dvi.plotting.style import EDGES, EVERY, Look, of_flow
+from dvi.results.comparison import Comparison
+from dvi.results.solution import Solution
+from dvi.solvers.eigen.block_method import CRITICAL
+from dvi.solvers.protocol import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: The maximal stable learning rate along the central flow.
+LIMIT: Look = ("largest stable learning rate 2/S", {"color": "#e08214", "lw": 1.2, "ls": (0, (4, 1.6))})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values [n] at times [n], and how they look."""
+
+    t: Array
+    values: Array
+    look: Look
+
+
+def curves(
+    title: str,
+    label: str,
+    lines: Sequence[Curve],
+    *,
+    remark: str = "",
+    zero: bool = False,
+    log: bool = True,
+    inset: float | None = None,
+    xlabel: str = "time (optimizer steps)",
+) -> Panel | None:
+    """A panel of curves; None where there is no number to draw.
+
+    Args:
+        title, label, remark, xlabel: see :class:`Panel`.
+        lines: those drawn later lie on top.
+        zero: let a linear axis begin at zero where that wastes no more than half.
+        log: whether the axis may be logarithmic.
+        inset: the last time of an inset that shows the beginning.
+    """
+    lines = [curve for curve in lines if len(usable(curve.values))]
+    if not lines:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for curve in lines:
+            line(axes, curve.t, curve.values, curve.look)
+        fit(axes, usable(*(curve.values for curve in lines)), zero=zero, log=log)
+        if inset is not None:
+            _inset(axes, lines, inset)
+
+    return Panel(title, label, draw, remark, xlabel)
+
+
+def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
+    """The beginning of all curves, in the corner that falling curves leave empty."""
+    place = (0.18, 0.17, 0.36, 0.36) if axes.get_yscale() == "log" else (0.54, 0.52, 0.44, 0.44)
+    corner = axes.inset_axes(place)
+    shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
+    for curve in shown:
+        label, options = curve.look
+        line(corner, curve.t, curve.values, ("_" + label, options))
+    fit(corner, usable(*(curve.values for curve in shown)), zero=False)
+    corner.set_xlim(min(float(c.t[0]) for c in shown), until)
+    corner.tick_params(labelsize="x-small", which="both")
+    corner.minorticks_off()
+    for side in ("top", "right"):
+        corner.spines[side].set_visible(True)
+
+
+def with_edges(race: Comparison, panel: Panel, timed: bool = True) -> Panel:
+    """The panel with the moments at which one direction, and then several, begin to oscillate, dotted red.
+
+    Args:
+        race: the runs; the moments are the central flow's.
+        panel: the panel.
+        timed: whether the legend tells the moments, which then are those of all its panels.
+    """
+    entered = (
+        [(t, k) for t, kind, k in race.runs["central"].breakpoints if kind == "enter"] if "central" in race.runs else []
+    )
+    times = [next((t for t, k in entered if k >= least), None) for least in (1, 2)]
+
+    def draw(axes: Axes) -> None:
+        panel.draw(axes)
+        for t, what in zip(times, ("edge of stability", "several directions"), strict=True):
+            if t is not None:
+                axes.axvline(
+                    t,
+                    label=f"{what}, from step {t:.3g}" if timed else "edge of stability: one direction, several",
+                    **EDGES,
+                )
+
+    return replace(panel, draw=draw, until=duration(race) or 1)
+
+
+def most_moving(race: Comparison) -> tuple[int, ...] | None:
+    """Of the network outputs that were observed, the one that moves most, as its index behind that of time."""
+    values = next((run.series["outputs"] for run in race.runs.values() if "outputs" in run.series), None)
+    if values is None or not len(values):
+        return None
+    return tuple(map(int, np.unravel_index(int(np.argmax(np.ptp(values, axis=0))), values.shape[1:])))
+
+
+def output(race: Comparison, sigma: float) -> Panel | None:
+    """The most moving network output on a test example, and its time average as the central flow predicts it."""
+    which = most_moving(race)
+    if which is None:
+        return None
+    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which, log=False)
+
+
+def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
+    """One of the weights that were observed."""
+    return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,), log=False)
+
+
+def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
+    """ν of one of the coordinates that were observed."""
+    values = recorded(race, "coordinate_nu", (index,))
+    lines = [
+        Curve(race.runs[name].t, known, (EVERY[0], EVERY[1] | {"lw": 3.0}) if name == "discrete" else of_flow(name))
+        for name, known in values.items()
+    ]
+    return curves("ν of one weight", "νᵢ (units of loss²/w²)", lines)
+
+
+def coordinate_gradient(race: Comparison, sigma: float, index: int = 0) -> Panel | None:
+    """The squared gradient of one of the coordinates that were observed."""
+    label = "(∂ᵢL)² (units of loss²/w²)"
+    return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, which=(index,))
+
+
+def learning_rate_and_limit(race: Comparison) -> Panel | None:
+    """The effective learning rate of a method with one for all weights, and the largest stable one, 2/S(w)."""
+    panel, central = learning_rate(race), race.runs.get("central")
+    if panel is None or central is None:
+        return panel
+    limit = CRITICAL / top_curvature(central)
+
+    def draw(axes: Axes) -> None:
+        panel.draw(axes)
+        line(axes, central.t, limit, LIMIT)
+        # without the edge of stability the stable flow's learning rate grows out of all proportion
+        shown = [rate for name, rate in recorded(race, "effective_lr").items() if name != "stable"]
+        fit(axes, usable(limit, *shown), zero=True)
+
+    return replace(panel, draw=draw, remark="")
+
+
+def top_curvature(run: Solution) -> Array:
+    """S(w) [n] along a run: as it was measured, or from the effective sharpness of a method with one learning rate."""
+    if "sharpness" in run.series:
+        return run.series["sharpness"]
+    leading = run.eigenvalues[:, 0] if run.eigenvalues.size else np.full(len(run.t), np.nan)
+    found: Array = leading / run.series["effective_lr"]
+    return found

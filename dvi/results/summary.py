@@ -1,0 +1,84 @@
+"""What a comparison says in a few numbers, as tables of many runs show them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dvi.results.averages import gaussian_average
+from dvi.results.comparison import Comparison
+from dvi.solvers.protocol import Array
+
+#: The paper's width of time averages, unit times, and the largest part of a run that it may be.
+SIGMA, PART = 50.0, 0.1
+
+
+def width(t: Array) -> float:
+    """The standard deviation of time averages over a run: the paper's 50 unit times, or a tenth of the run if less."""
+    return min(SIGMA, PART * float(t[-1])) if len(t) and t[-1] > 0 else 1.0
+
+
+def summarise(race: Comparison) -> dict[str, Any]:
+    """A comparison in numbers; what cannot be told is None.
+
+    Returns:
+        ``weights``; ``reached`` (unit times); ``warm_start`` (steps); and for the central flow, or another flow with
+        oscillations where there is none, ``edge`` (when the first direction begins to oscillate), ``k`` (how many at
+        most), ``breakpoints`` (how many); ``loss`` at the end, ``gradient_equivalents`` per unit time, and
+        ``notes`` of all runs together.  Since the edge (or since 0 where it is not reached), where the window of the
+        averages fits: ``distance`` (its mean, by pair, as "discrete–central"), ``predicted_error`` and
+        ``stable_error`` (mean relative errors of the loss that the central and the stable flow predict, against the
+        optimizer's average).
+    """
+    names = list(race.runs)
+    lead = next((name for name in ("central", "map", "ablated", *names) if name in race.runs), None)
+    reached = min((float(run.t[-1]) if len(run.t) else 0.0 for run in race.runs.values()), default=0.0)
+    found: dict[str, Any] = {
+        "weights": race.about.get("dim"),
+        "reached": reached,
+        "warm_start": race.about.get("warm_start"),
+        "loss": {name: float(run.loss[-1]) for name, run in race.runs.items() if len(run.loss)},
+        "gradient_equivalents": {
+            name: run.ledger.per_unit_time() for name, run in race.runs.items() if len(run.ledger.t) > 1
+        },
+        "edge": None,
+        "k": 0,
+        "breakpoints": 0,
+        "distance": {},
+        "predicted_error": None,
+        "stable_error": None,
+        "notes": list(race.notes),
+    }
+    if lead is None:
+        return found
+    breaks = race.runs[lead].breakpoints
+    if breaks:
+        found |= {"edge": breaks[0][0], "k": max(k for _, _, k in breaks), "breakpoints": len(breaks)}
+    since = found["edge"] or 0.0
+    for (a, b), values in race.distance.items():
+        later = values[race.t[: len(values)] >= since]
+        found["distance"][f"{a}–{b}"] = float(later.mean()) if len(later) else None
+    if "discrete" in names:
+        found["predicted_error"] = _error(race, "central", "predicted_loss", since)
+        found["stable_error"] = _error(race, "stable", "loss", since)
+    return found
+
+
+def _error(race: Comparison, name: str, of: str, since: float) -> float | None:
+    """The mean relative error of a predicted loss, both sides averaged over time; None where it cannot be told."""
+    if name not in race.runs:
+        return None
+    observed, predicted = race.runs["discrete"], race.runs[name]
+    n = min(len(observed.t), len(predicted.t))
+    if n < 2 or not np.array_equal(observed.t[:n], predicted.t[:n]):  # recorded at other times than each step
+        return None
+    t, sigma = observed.t[:n], width(observed.t[:n])
+    inner = (t >= since) & (t > sigma) & (t < t[-1] - sigma)
+    average, told = (gaussian_average(t, values[:n], sigma) for values in (observed.loss, getattr(predicted, of)))
+    if not inner.any() or not np.isfinite(told[inner]).all():
+        return None
+    return float(np.mean(np.abs(told[inner] / average[inner] - 1)))
+
+
+__all__ = ["summarise", "width"]

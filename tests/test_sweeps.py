@@ -1,0 +1,270 @@
+"""Sweeps: several runs in one folder; killed, failing, resumed, and two at a time."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from sweep_tasks import broken, gd, killed
+
+import dvi
+from dvi.sweeps.api import sweep
+from dvi.sweeps.cluster import Slurm
+from dvi.sweeps.locks import holder, locked
+from dvi.sweeps.records import MANIFEST, Task, lock_path, read_record, records, result_path
+
+
+def task(name, **options):
+    return Task(name, partial(gd, **options), {"lr": options.get("lr", 0.15)})
+
+
+def contents(path):
+    """Everything in a result but the checkpoint, which says when it was taken."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) and name != "checkpoint" else None
+            )
+        )
+    return found
+
+
+def require_equal(a, b):
+    one, other = contents(a), contents(b)
+    assert one.keys() == other.keys()
+    assert len(one) > 20
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_failed_run_neither_stops_nor_hides_the_others(tmp_path):
+    tasks = [
+        task("a"),
+        Task("broken", broken, {}),
+        Task("killed", killed, {}),
+        task("diverges", lr=300.0, steps=200),
+        task("b", lr=0.1),
+    ]
+    found = {record.name: record for record in sweep(tasks, tmp_path, workers=2, progress=False)}
+    assert {name: record.state for name, record in found.items()} == {
+        "a": "done", "broken": "error", "killed": "unfinished", "diverges": "failed", "b": "done",
+    }  # fmt: skip
+    assert "nothing works" in found["broken"].message
+    assert "SIGKILL" in found["killed"].message
+    assert found["diverges"].status in ("DIVERGED", "INFEASIBLE_START")
+    assert found["diverges"].message
+    assert found["a"].summary["reached"] == 40
+    assert found["a"].cpu_seconds > 0
+    assert dvi.load(result_path(tmp_path, "a")).about["method"] == "GradientDescent(lr=0.15)"
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["totals"] | {"cpu_seconds": 0} == {
+        "runs": 5, "done": 2, "failed": 1, "error": 1, "unfinished": 1, "running": 0, "cpu_seconds": 0,
+    }  # fmt: skip
+
+
+def test_complete_runs_are_skipped_and_others_made(tmp_path):
+    sweep([task("a")], tmp_path, progress=False)
+    before = result_path(tmp_path, "a").stat().st_mtime_ns
+    found = sweep([task("a"), task("b", lr=0.1)], tmp_path, progress=False)
+    assert [record.state for record in found] == ["done", "done"]
+    assert result_path(tmp_path, "a").stat().st_mtime_ns == before
+    assert [record.sessions for record in found] == [1, 1]
+    sweep([task("a")], tmp_path, overwrite=True, progress=False)
+    assert result_path(tmp_path, "a").stat().st_mtime_ns > before
+
+
+def test_failed_runs_are_made_anew_when_asked(tmp_path):
+    diverges = task("diverges", lr=300.0, steps=200)
+    sweep([diverges], tmp_path, progress=False)
+    assert sweep([diverges], tmp_path, progress=False)[0].sessions == 1
+    (again,) = sweep([diverges], tmp_path, retry=True, progress=False)
+    began = read_record(tmp_path, "diverges").began
+    assert again.state == "failed"
+    assert began == again.began
+    assert again.sessions == 1  # of a record that is new
+
+
+def test_another_run_of_the_same_name_is_refused(tmp_path):
+    sweep([task("a")], tmp_path, progress=False)
+    with pytest.raises(dvi.StoreError, match=r"another run called a: lr was 0.15 and is now 0.1.*--overwrite"):
+        sweep([task("a", lr=0.1)], tmp_path, progress=False)
+    with pytest.raises(ValueError, match="Several runs are called a"):
+        sweep([task("a"), task("a")], tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match="cannot be called"):
+        task("a/b")
+
+
+def _hold(path, ready, go_on):
+    with locked(path):
+        ready.set()
+        go_on.wait()
+
+
+def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
+    path = tmp_path / "x.lock"
+    assert holder(path) == ""
+    context = multiprocessing.get_context("forkserver")
+    ready, go_on = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(path, ready, go_on))
+    process.start()
+    ready.wait(60)
+    assert f"process {process.pid} on " in holder(path)
+    with locked(path) as mine:
+        assert not mine
+    process.kill()
+    process.join()
+    assert holder(path) == ""
+    with locked(path) as mine:
+        assert mine
+        with locked(path) as twice:  # also within one process
+            assert not twice
+
+
+def wait_until(condition, patience=120.0):
+    until = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_ten_random_moments_give_the_same_results(tmp_path):
+    """Every other time only after a checkpoint, so that there is progress; the others may hit the start, too."""
+    options = {"steps": 1200, "checkpoint_every": 0.05, "pause": 0.005}
+    whole, parts, a = tmp_path / "whole", tmp_path / "parts", task("a", **options)
+    sweep([a], whole, progress=False)
+    draw, reached, path = random.Random(0), [0], result_path(parts, "a")
+
+    def written():
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def kill(after_checkpoint):
+        seen, workers = written(), []
+        wait_until(lambda: workers.extend(multiprocessing.active_children()) or workers)
+        if after_checkpoint:
+            wait_until(lambda: written() != seen)
+        time.sleep(draw.uniform(0, 0.3))
+        workers[0].kill()
+
+    for turn in range(10):
+        killer = threading.Thread(target=kill, args=(turn % 2 == 0,))
+        killer.start()
+        (record,) = sweep([a], parts, progress=False)
+        killer.join()
+        assert record.state == "unfinished"
+        reached.append(len(dvi.load(path).t) if path.exists() else 0)
+    assert reached == sorted(reached)  # nothing that a checkpoint held is lost
+    assert 0 < reached[-1] < 1201
+    (record,) = sweep([a], parts, progress=False)
+    assert (record.state, record.sessions) == ("done", 11)
+    require_equal(result_path(whole, "a"), path)
+
+
+SCRIPT = textwrap.dedent("""
+    import sys
+    from functools import partial
+    sys.path.insert(0, {tests!r})
+    from sweep_tasks import gd
+    from dvi.sweeps.api import sweep
+    from dvi.sweeps.records import Task
+
+    if __name__ == "__main__":
+        tasks = [
+            Task(name, partial(gd, lr=lr, steps=400, checkpoint_every=0.5, pause=0.01), {{"lr": lr}})
+            for name, lr in {{"a": 0.15, "b": 0.1}}.items()
+        ]
+        found = sweep(tasks, {folder!r}, workers=2, progress=False)
+        sys.exit([record.state for record in found] != ["done", "done"])
+""")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the sweep of SCRIPT in a process of its own; whatever is left of it is ended."""
+    begun = []
+
+    def begin(folder):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder)))
+        begun.append(subprocess.Popen([sys.executable, str(script)], env=dict(os.environ, OMP_NUM_THREADS="1")))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_leaves_no_workers_and_loses_nothing(tmp_path, start):
+    """Its workers write a last checkpoint and end; Ctrl-C does the same."""
+    folder = tmp_path / "x"
+
+    def at_work():
+        return [bool(holder(lock_path(folder, name))) for name in "ab"]
+
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = start(folder)
+        wait_until(lambda: all(at_work()) and all(result_path(folder, name).exists() for name in "ab"))
+        process.send_signal(number)
+        process.wait(120)
+        wait_until(lambda: not any(at_work()))
+        assert [record.state for record in records(folder, "ab")] == ["unfinished"] * 2
+        assert [dvi.load(result_path(folder, name)).status.name for name in "ab"] == ["INTERRUPTED"] * 2
+    sessions = [record.sessions for record in records(folder, "ab")]
+    first, second = start(folder), start(folder)  # two at a time share what is left
+    assert (first.wait(300), second.wait(300)) == (0, 0)
+    assert [record.state for record in records(folder, "ab")] == ["done"] * 2
+    assert [record.sessions for record in records(folder, "ab")] == [n + 1 for n in sessions]  # each by one of them
+    sweep([task("a", steps=400), task("b", lr=0.1, steps=400)], tmp_path / "whole", progress=False)
+    for name in "ab":
+        require_equal(result_path(folder, name), result_path(tmp_path / "whole", name))
+
+
+def test_jobs_of_a_cluster(tmp_path, monkeypatch):
+    """On submitit's local executor, which calls jobs as Slurm does."""
+    pytest.importorskip("submitit")
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+    tasks = [task("a"), Task("broken", broken, {}), Task("killed", killed, {})]
+    slurm = Slurm(cluster="local", hours=0.05)
+    found = {record.name: record for record in sweep(tasks, tmp_path, slurm=slurm, progress=False)}
+    assert {name: record.state for name, record in found.items()} == {
+        "a": "done", "broken": "error", "killed": "unfinished",
+    }  # fmt: skip
+    assert "nothing works" in found["broken"].message
+    assert found["killed"].message.startswith("Job ")
+    assert dvi.load(result_path(tmp_path, "a")).status is dvi.Status.SUCCESS
+
+
+def test_a_job_that_is_stopped_in_time_goes_on(tmp_path):
+    """What submitit puts into the queue in its place makes the same run."""
+    submitit = pytest.importorskip("submitit")
+    from dvi.sweeps.cluster import Job
+
+    again = Job().checkpoint(task("a"), tmp_path, 1)
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert again.function(*again.args) is True
+    assert read_record(tmp_path, "a").state == "done"
+
+
+def test_without_slurm_or_submitit_it_is_said_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="sbatch"):
+        sweep([task("a")], tmp_path, slurm=Slurm(), progress=False)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ImportError, match=r"dvi-flows\[cluster\]"):
+        sweep([task("a")], tmp_path, slurm=Slurm(), progress=False)
