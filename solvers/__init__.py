@@ -10,7 +10,18 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, MemoryLimitError, SolverError, StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro import MacroStep
-from dvi.solvers.protocol import Flow, Frame, Integrator, Node, Rate, State, StepResult
+from dvi.solvers.protocol import (
+    ConstrainedFlow,
+    Flow,
+    Frame,
+    InertialFlow,
+    Integrator,
+    Node,
+    Rate,
+    SmoothFlow,
+    State,
+    StepResult,
+)
 from dvi.solvers.reference.euler import Euler
 from dvi.solvers.reference.runge_kutta import RungeKutta
 from dvi.solvers.reference.torchdiffeq import TorchDiffEq
@@ -23,6 +34,7 @@ __all__ = [
     "BudgetError",
     "CCPError",
     "CCPResult",
+    "ConstrainedFlow",
     "ConvergenceError",
     "CriticalSubspace",
     "DomainError",
@@ -31,6 +43,7 @@ __all__ = [
     "Euler",
     "Flow",
     "Frame",
+    "InertialFlow",
     "Integrator",
     "IntegratorBase",
     "MacroStep",
@@ -39,6 +52,7 @@ __all__ = [
     "Rate",
     "RungeKutta",
     "SemiImplicit",
+    "SmoothFlow",
     "SolverError",
     "SpectrumEstimate",
     "State",

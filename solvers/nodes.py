@@ -6,11 +6,11 @@ import numpy as np
 from torch import Tensor
 
 from dvi.solvers.eigen.tracker import Approach, SpectrumEstimate
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, State
 
 
 def node(
-    flow: Flow,
+    flow: ConstrainedFlow,
     t: float,
     loss: float,
     g: Tensor,
@@ -39,7 +39,7 @@ def node(
     )
 
 
-def empty_frame(flow: Flow, y: State) -> Frame:
+def empty_frame(flow: ConstrainedFlow, y: State) -> Frame:
     """The frame of a flow without constraint: k = 0."""
     nothing = y.w.new_zeros(len(y.w), 0)
     return flow.frame(y, nothing, nothing)

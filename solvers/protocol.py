@@ -183,8 +183,8 @@ class ImplicitStep(Protocol):
         ...
 
 
-class Flow(Protocol):
-    """A flow as its integrator sees it."""
+class SmoothFlow(Protocol):
+    """What every flow offers: its kind, the loss, and how it goes where nothing oscillates."""
 
     @property
     def name(self) -> str:
@@ -211,13 +211,41 @@ class Flow(Protocol):
         """Is it a map, which goes one whole step of the optimizer at a time?"""
         ...
 
+    def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
+        """L(w) [] and ∇L(w) [d]."""
+        ...
+
     def gradient(self, y: State) -> Tensor:
         """∇L(w) [d], NaN where the loss is not finite; :meth:`linearised` raises if it is not finite."""
         ...
 
-    def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
-        """L(w) [] and ∇L(w) [d]."""
+    def linearised(self, y: State, g: Tensor, frame: Frame) -> Linearised:
+        """α, β, the gap and the drift at y in a frame anchored at or near y."""
         ...
+
+    def velocity(self, y: State, g: Tensor) -> Tensor:
+        """−dw/dt [d] where X = 0 and m = g: κP(ν)⁻¹ g, and what weight decay adds."""
+        ...
+
+    def nu_decay(self, y: State, g: Tensor) -> float:
+        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
+        ...
+
+    def in_domain(self, y: State) -> bool:
+        """Is P(ν) positive definite at y?"""
+        ...
+
+    def sound(self, y: State) -> Tensor | None:
+        """The same as a bool [] on the device; None where the device cannot tell."""
+        ...
+
+    def spent(self) -> float:
+        """Gradient equivalents spent on the loss so far."""
+        ...
+
+
+class ConstrainedFlow(SmoothFlow, Protocol):
+    """What a flow offers beside that to one who keeps its constraint: eigenvectors, frames, third derivatives."""
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
         """V [d, m] ↦ P^{−1/2} H P^{−1/2} V: symmetric, with the eigenvalues of P⁻¹H."""
@@ -235,53 +263,37 @@ class Flow(Protocol):
         """∇_w of uᵢᵀHuⱼ for all pairs of columns of U [d, k], [k(k+1)/2, d], svec order; or for i = j only, [k, d]."""
         ...
 
-    def linearised(self, y: State, g: Tensor, frame: Frame) -> Linearised:
-        """α, β, the gap and the drift at y in a frame anchored at or near y."""
-        ...
-
-    def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
-        """Momentum and ν half a step h behind y (inertial flows)."""
-        ...
-
-    def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
-        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it (inertial flows)."""
-        ...
-
-    def longest_step(self, y: State, sharpness: float) -> float:
-        """The longest semi-implicit step that is stable at this effective sharpness (inertial flows)."""
-        ...
-
-    def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
-        """The semi-implicit step of h from s (inertial flows)."""
-        ...
-
-    def velocity(self, y: State, g: Tensor) -> Tensor:
-        """−dw/dt [d] where X = 0 and m = g: κP(ν)⁻¹ g, and what weight decay adds."""
-        ...
-
     def precondition(self, y: State, V: Tensor) -> Tensor:
         """P(ν) V [d, k]."""
-        ...
-
-    def nu_decay(self, y: State, g: Tensor) -> float:
-        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
-        ...
-
-    def in_domain(self, y: State) -> bool:
-        """Is P(ν) positive definite at y?"""
-        ...
-
-    def sound(self, y: State) -> Tensor | None:
-        """The same as a bool [] on the device; None where the device cannot tell."""
         ...
 
     def count_ccp(self) -> None:
         """Enter one CCP solve into the ledger."""
         ...
 
-    def spent(self) -> float:
-        """Gradient equivalents spent on the loss so far."""
+
+class InertialFlow(ConstrainedFlow, Protocol):
+    """What a flow with momentum as a state offers beside that: semi-implicit steps."""
+
+    def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
+        """Momentum and ν half a step h behind y."""
         ...
+
+    def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
+        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it."""
+        ...
+
+    def longest_step(self, y: State, sharpness: float) -> float:
+        """The longest semi-implicit step that is stable at this effective sharpness."""
+        ...
+
+    def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
+        """The semi-implicit step of h from s."""
+        ...
+
+
+class Flow(InertialFlow, Protocol):
+    """A flow as a run hands it to an integrator, with all of that.  Signatures name the least that they need."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.solvers.protocol import Flow, State
+from dvi.solvers.protocol import SmoothFlow, State
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Repair:
             device can tell whether P is positive definite.
     """
 
-    flow: Flow
+    flow: SmoothFlow
     start: State
     decay: float | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenblock
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Frame, State, host
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, State, host
 
 #: Overlap from which on two vectors are one direction: above 1/√2 no other can have as much.
 SAME = 0.7
@@ -51,7 +51,7 @@ class SpectrumEstimate:
         """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
         return shown(self.block)
 
-    def frame(self, flow: Flow, y: State, k: int, third: bool = True) -> Frame:
+    def frame(self, flow: ConstrainedFlow, y: State, k: int, third: bool = True) -> Frame:
         """The frame at y of the k leading eigenvectors that were seen there, with T if asked for."""
         return flow.frame(y, self.block.V[:, :k], self.block.AV[:, :k], third)
 
@@ -107,7 +107,7 @@ class EigenTracker:
         with_numbers(self)
 
     def update(
-        self, flow: Flow, y: State, last: SpectrumEstimate | None, h: float, guess: Tensor | None = None
+        self, flow: ConstrainedFlow, y: State, last: SpectrumEstimate | None, h: float, guess: Tensor | None = None
     ) -> SpectrumEstimate:
         """The eigenpairs at y, down to what a step of h may bring to 2.
 
@@ -136,7 +136,7 @@ class EigenTracker:
         return replace(now, until=min(until, self.due(now)))
 
     def update_leading(
-        self, flow: Flow, y: State, last: SpectrumEstimate | None, every: float = 1.0
+        self, flow: ConstrainedFlow, y: State, last: SpectrumEstimate | None, every: float = 1.0
     ) -> SpectrumEstimate:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
 
@@ -168,11 +168,11 @@ class EigenTracker:
         reach[:held] += 0.5 * self.band
         return min(leading(reach >= CRITICAL), leading(now.block.residuals <= self._rough))
 
-    def frame(self, flow: Flow, y: State, now: SpectrumEstimate, h: float) -> Frame:
+    def frame(self, flow: ConstrainedFlow, y: State, now: SpectrumEstimate, h: float) -> Frame:
         """The frame of the critical eigenvectors at y."""
         return now.frame(flow, y, self.critical(now, h))
 
-    def trusted(self, flow: Flow, y: State, now: SpectrumEstimate, held: int, until: float) -> bool:
+    def trusted(self, flow: ConstrainedFlow, y: State, now: SpectrumEstimate, held: int, until: float) -> bool:
         """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?
 
         Their rates say so, and so does P as it is at y: an eigenvalue of P⁻¹H that rises because P falls shows in

@@ -19,7 +19,7 @@ from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.macro.model import Moments, StepContext, displaced
 from dvi.solvers.macro.stage import SHARE, Pass, displacement
-from dvi.solvers.protocol import Array, Flow, Frame, State, combine
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, State, combine
 from dvi.solvers.svec import smat, svec
 
 
@@ -48,7 +48,9 @@ class Corrected:
         return max(self.bend / tol, self.slip / tol, self.sag / CONSTANTS.sag)
 
 
-def correct(flow: Flow, context: StepContext, step: Pass, moments: Moments, new: Frame, R: Array) -> Corrected:
+def correct(
+    flow: ConstrainedFlow, context: StepContext, step: Pass, moments: Moments, new: Frame, R: Array
+) -> Corrected:
     """Make up for the model's error at the end of an interval.
 
     Args:

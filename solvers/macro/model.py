@@ -17,7 +17,7 @@ from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.tracker import SAME, Approach, EigenTracker, SpectrumEstimate
 from dvi.solvers.nodes import empty_frame
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, State, combine, host, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Linearised, State, combine, host, like
 from dvi.solvers.svec import outer, skron
 
 #: Of (w, ν).
@@ -38,7 +38,7 @@ def partial_isometry(overlap: Array) -> Array:
     return nearest
 
 
-def transport(flow: Flow, end: State, new: Frame, old: Frame) -> Array:
+def transport(flow: ConstrainedFlow, end: State, new: Frame, old: Frame) -> Array:
     """The rotation from the old frame to the new one [k', k]: polar factor of U'ᵀPU, also when k changed."""
     if not new.k or not old.k:
         return np.zeros((new.k, old.k))
@@ -176,7 +176,7 @@ class StepContext:
             return None
         return self.spectrum.block.V + self.slope.within(t - self.spectrum.t) * self.slope.V
 
-    def shown(self, flow: Flow, y: State, frame: Frame) -> Frame:
+    def shown(self, flow: ConstrainedFlow, y: State, frame: Frame) -> Frame:
         """The frame with U (and HU = 2PU, as on the edge) where it will be at y; for what is recorded."""
         V = self.vectors_ahead(y.t)
         if V is None or not frame.k:
@@ -186,7 +186,7 @@ class StepContext:
 
 
 def evaluate(
-    flow: Flow,
+    flow: ConstrainedFlow,
     tracker: EigenTracker,
     y: State,
     last: SpectrumEstimate | None,
@@ -203,12 +203,12 @@ def evaluate(
     return StepContext(*known, spectrum, critical_frame(flow, y, spectrum, tracker.critical(spectrum, h)))
 
 
-def critical_frame(flow: Flow, y: State, spectrum: SpectrumEstimate, k: int, third: bool = True) -> Frame:
+def critical_frame(flow: ConstrainedFlow, y: State, spectrum: SpectrumEstimate, k: int, third: bool = True) -> Frame:
     """The frame of k critical eigenvectors; where oscillations act on ν inside a step, the eigenvalue is 2."""
     return replace(spectrum.frame(flow, y, k, third), on_edge=True)
 
 
-def third_derivatives(flow: Flow, y: State, frame: Frame, foreseen: Tensor, axes: Array | None) -> Tensor:
+def third_derivatives(flow: ConstrainedFlow, y: State, frame: Frame, foreseen: Tensor, axes: Array | None) -> Tensor:
     """T [n, d] of a frame: all of it, or the nearest to a foreseen T that has the true T[q, q] on orthonormal ``axes``.
 
     T of k directions is k(k+1)/2 contractions of ∇³L, most of what an update costs.  But w is pushed by T[X] alone, by
@@ -236,7 +236,11 @@ def baumgarte(h: float) -> float:
 
 
 def multiplier(
-    flow: Flow, lin: Linearised, gamma: float, warm: list[ccp.CCPResult | None] | None = None, on: Array | None = None
+    flow: ConstrainedFlow,
+    lin: Linearised,
+    gamma: float,
+    warm: list[ccp.CCPResult | None] | None = None,
+    on: Array | None = None,
 ) -> Array:
     """X of Baumgarte type, γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0; if ``on`` [k, a] is given, on the span of its columns only."""
     alpha, beta = lin.alpha - gamma * lin.gap, lin.beta
@@ -252,14 +256,14 @@ def multiplier(
     return solved.X if on is None else on @ solved.X @ on.T
 
 
-def anchored(flow: Flow, y: State, frame: Frame, gap: Array) -> Frame:
+def anchored(flow: ConstrainedFlow, y: State, frame: Frame, gap: Array) -> Frame:
     """The frame with its gap at y, where w is: from there on it is linear in w anew."""
     M = 2 * host(frame.U.T @ flow.precondition(y, frame.U))[0] - gap
     return replace(frame, w=y.w, M=0.5 * (M + M.T))
 
 
 def settled(
-    flow: Flow, moved: State, new: Frame, gap: Array, spectrum: SpectrumEstimate, h: float
+    flow: ConstrainedFlow, moved: State, new: Frame, gap: Array, spectrum: SpectrumEstimate, h: float
 ) -> tuple[Frame, SpectrumEstimate]:
     """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
     values = spectrum.eigenvalues.copy()

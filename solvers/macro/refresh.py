@@ -28,7 +28,7 @@ from dvi.solvers.macro.model import (
     third_derivatives,
 )
 from dvi.solvers.macro.stage import SHARE, Pass
-from dvi.solvers.protocol import Array, Flow, Frame, Linearised, State, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Linearised, State, like
 from dvi.solvers.svec import outer, skron, smat, svec
 
 
@@ -42,7 +42,7 @@ def growth(ratio: float, most: float = CONSTANTS.change[1]) -> float:
 
 
 def kept_until(
-    flow: Flow, tracker: EigenTracker, context: StepContext, step: Pass, moments: Moments, following: float
+    flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, step: Pass, moments: Moments, following: float
 ) -> float:
     """The moment until which the next step, of length ``following``, may go on with this model; the end of ``step`` if
     it may not.
@@ -62,7 +62,9 @@ def kept_until(
     return end + following if keeps else end
 
 
-def carried(flow: Flow, context: StepContext, step: Pass, moments: Moments, h: float, until: float) -> StepContext:
+def carried(
+    flow: ConstrainedFlow, context: StepContext, step: Pass, moments: Moments, h: float, until: float
+) -> StepContext:
     """The context at the end of a step without an update: the gap carried on, from there w moves along another T."""
     context = replace(context, loss=step.loss, g=step.g, until=until)
     if not context.frame.k:
@@ -76,7 +78,7 @@ def carried(flow: Flow, context: StepContext, step: Pass, moments: Moments, h: f
 
 
 def refreshed(
-    flow: Flow,
+    flow: ConstrainedFlow,
     context: StepContext,
     step: Pass,
     now: SpectrumEstimate,
@@ -111,7 +113,7 @@ def refreshed(
     )
 
 
-def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) -> Approach | None:
+def approaching(flow: ConstrainedFlow, lin: Linearised, rates_before: Array, ago: float) -> Approach | None:
     """Where the eigenvalues in the frame are and go: with X on those at the edge only, on none that is on its way.
 
     Args:
@@ -132,7 +134,7 @@ def approaching(flow: Flow, lin: Linearised, rates_before: Array, ago: float) ->
 
 
 def with_thirds(
-    flow: Flow, end: State, new: Frame, now: SpectrumEstimate, context: StepContext, R: Array, X: Array
+    flow: ConstrainedFlow, end: State, new: Frame, now: SpectrumEstimate, context: StepContext, R: Array, X: Array
 ) -> tuple[Frame, Taken]:
     """The new frame with its third derivatives, and which of them were taken: all, or those along the axes of X.
 

@@ -17,7 +17,7 @@ from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError
 from dvi.solvers.macro.model import Change, StepContext, baumgarte, multiplier
 from dvi.solvers.macro.rkc import rkc, stages
-from dvi.solvers.protocol import Array, Flow, Linearised, Rate, State, combine
+from dvi.solvers.protocol import Array, ConstrainedFlow, Linearised, Rate, State, combine
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
 
@@ -56,7 +56,7 @@ def silent(context: StepContext, h: float) -> bool:
     return context.approach is not None and context.approach.none_within(h)
 
 
-def run_stages(flow: Flow, tracker: EigenTracker, context: StepContext, y: State, h: float) -> Pass:
+def run_stages(flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, y: State, h: float) -> Pass:
     """A step of h from y, with T at its middle.
 
     Raises:
@@ -103,7 +103,7 @@ def run_stages(flow: Flow, tracker: EigenTracker, context: StepContext, y: State
     )
 
 
-def displacement(flow: Flow, y: State, g: Tensor, change: Change, H: float) -> float:
+def displacement(flow: ConstrainedFlow, y: State, g: Tensor, change: Change, H: float) -> float:
     """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
     size: float = torch.linalg.vector_norm(change[0]).item()
     if not np.isfinite(size) or not pytree.tree_leaves(y.nu):
@@ -115,7 +115,7 @@ def displacement(flow: Flow, y: State, g: Tensor, change: Change, H: float) -> f
         return float("inf")
 
 
-def _sharpness(flow: Flow, tracker: EigenTracker, context: StepContext, end: float) -> float:
+def _sharpness(flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, end: float) -> float:
     """The largest effective eigenvalue in a step, at most: the spectral radius of the flow's Jacobian in w."""
     now = context.spectrum
     top = float(now.eigenvalues[0])

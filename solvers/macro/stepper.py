@@ -43,7 +43,7 @@ from dvi.solvers.macro.stage import run_stages, silent
 from dvi.solvers.macro.unit import UnitMemory, unit_step
 from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResult
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, State, StepResult
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class MacroStep(IntegratorBase):
         # above them.
         return EigenTracker(CriticalSubspace(tol=sharp, krylov=8), survey_every=100.0, survey_soonest=25.0)
 
-    def init(self, flow: Flow, y: State) -> MacroMemory:
+    def init(self, flow: ConstrainedFlow, y: State) -> MacroMemory:
         """The first step is short."""
         return MacroMemory(self.h_start)
 
@@ -156,7 +156,7 @@ class MacroStep(IntegratorBase):
         """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
         return 1.001 if memory.unit else 2.0 * min(memory.h, self.h_max)
 
-    def step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+    def step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         """One accepted step of at most h unit times.
 
         Raises:
@@ -179,7 +179,7 @@ class MacroStep(IntegratorBase):
                 )
         return replace(result, memory=now)
 
-    def observe(self, flow: Flow, memory: MacroMemory, y: State) -> Node:
+    def observe(self, flow: ConstrainedFlow, memory: MacroMemory, y: State) -> Node:
         """What is known at y, eigenvalues after a look if need be; X is that of the last CCP of Baumgarte type."""
         tracker = self.tracker(self.tolerance(memory))
         context = memory.context
@@ -205,7 +205,7 @@ class MacroStep(IntegratorBase):
         unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
         return replace(memory, context=None, reversals=0, unit=unit, spent=Spending())
 
-    def _unit_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+    def _unit_step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         assert memory.unit is not None
         tracker = self.tracker(self.tolerance(memory))
         if self.watch is None:
@@ -223,7 +223,7 @@ class MacroStep(IntegratorBase):
 
     # ---- macro steps ----------------------------------------------------------------------------------
 
-    def _macro_step(self, flow: Flow, memory: MacroMemory, y: State, h: float) -> StepResult:
+    def _macro_step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         tol = self.tolerance(memory)
         tracker = self.tracker(tol)
         context = memory.context or evaluate(flow, tracker, y, None, memory.h)
@@ -265,7 +265,7 @@ class MacroStep(IntegratorBase):
 
     def _attempt(
         self,
-        flow: Flow,
+        flow: ConstrainedFlow,
         tracker: EigenTracker,
         tol: float,
         context: StepContext,
@@ -326,7 +326,7 @@ class MacroStep(IntegratorBase):
 
     def _accept(
         self,
-        flow: Flow,
+        flow: ConstrainedFlow,
         memory: MacroMemory,
         context: StepContext,
         tol: float,

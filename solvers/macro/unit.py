@@ -23,7 +23,7 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro.model import third_derivatives, transport
 from dvi.solvers.nodes import node
-from dvi.solvers.protocol import Array, Flow, Frame, Node, State, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, State, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import skron
 
@@ -56,7 +56,7 @@ class UnitMemory:
 
 
 def unit_step(
-    flow: Flow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float, shortest: float = 0.0
+    flow: ConstrainedFlow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float, shortest: float = 0.0
 ) -> tuple[State, UnitMemory, Node]:
     """One step of at most one unit: its end, the memory there, and what was seen at its beginning.
 

@@ -20,7 +20,7 @@ from dvi.solvers import ccp
 from dvi.solvers.eigen.block_method import CRITICAL, Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.nodes import empty_frame, node
-from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, host, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, State, host, like
 from dvi.solvers.repair import Repair
 
 #: An eigenvalue this close to 2 is taken as having arrived, where nothing else is asked for.
@@ -82,7 +82,7 @@ class Face:
         near: an eigenvalue this close to 2 has arrived.
     """
 
-    flow: Flow
+    flow: ConstrainedFlow
     watch: EigenTracker
     held: Tensor
     seen: SpectrumEstimate | None = None
@@ -272,6 +272,6 @@ class Face:
         return min(signs)
 
 
-def node_of(flow: Flow, look: Look, t: float) -> Node:
+def node_of(flow: ConstrainedFlow, look: Look, t: float) -> Node:
     """What a run records of a look."""
     return node(flow, t, look.loss, look.g, look.seen, look.frame, look.X, t, look.rate)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.solvers.protocol import Flow, State, StepResult, combine
+from dvi.solvers.protocol import ConstrainedFlow, State, StepResult, combine
 from dvi.solvers.reference.active_set import BAND, Face, Look, node_of
 
 #: Part of the time left until an arrival that a step takes where other directions are held.
@@ -64,7 +64,7 @@ def landing_time(tol: float) -> float:
     return float(min(LONGEST_LANDING, np.sqrt(tol)))
 
 
-def initial_memory(flow: Flow, watch: EigenTracker, y: State, near: float, h: float) -> FaceMemory:
+def initial_memory(flow: ConstrainedFlow, watch: EigenTracker, y: State, near: float, h: float) -> FaceMemory:
     """The directions at 2 already."""
     face = Face(flow, watch, y.w.new_zeros(len(y.w), 0), near=near)
     if not flow.constrained:

@@ -12,7 +12,7 @@ from dvi.solvers.errors import StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult
+from dvi.solvers.protocol import Array, ConstrainedFlow, Node, Rate, State, StepResult
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Euler(IntegratorBase):
         if not self.dt > 0:
             raise ValueError(f"Euler(dt={self.dt}): dt must be positive, in unit times (the paper's is 0.25).")
 
-    def init(self, flow: Flow, y: State) -> EulerMemory:
+    def init(self, flow: ConstrainedFlow, y: State) -> EulerMemory:
         """No memory yet."""
         return EulerMemory()
 
@@ -62,7 +62,7 @@ class Euler(IntegratorBase):
         """How near the end decides about a step."""
         return 1.001 * self.dt
 
-    def step(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> StepResult:
+    def step(self, flow: ConstrainedFlow, memory: EulerMemory, y: State, h: float) -> StepResult:
         """One substep of min(dt, h)."""
         if not flow.constrained:
             seen = self.watch.update_leading(flow, y, memory.seen)
@@ -78,11 +78,13 @@ class Euler(IntegratorBase):
             )
         return StepResult(end, memory, begin, lambda t: y.moved(rate, t - y.t))
 
-    def observe(self, flow: Flow, memory: EulerMemory, y: State) -> Node:
+    def observe(self, flow: ConstrainedFlow, memory: EulerMemory, y: State) -> Node:
         """What a step from y would begin with."""
         return self._evaluate(flow, memory, y, self.dt)[0]
 
-    def _evaluate(self, flow: Flow, memory: EulerMemory, y: State, h: float) -> tuple[Node, EulerMemory, Rate]:
+    def _evaluate(
+        self, flow: ConstrainedFlow, memory: EulerMemory, y: State, h: float
+    ) -> tuple[Node, EulerMemory, Rate]:
         loss, g = flow.value_and_grad(y)
         seen = (
             self.watch.update(flow, y, memory.seen, h)

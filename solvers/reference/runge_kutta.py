@@ -17,7 +17,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, combine
+from dvi.solvers.protocol import Array, ConstrainedFlow, Node, Rate, State, StepResult, combine
 from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
@@ -131,7 +131,7 @@ class RungeKutta(IntegratorBase):
         """How long a landing may be (unit times); with fixed steps, so short that the order stands."""
         return 0.01 * self.h ** (self.order / 2) if self.h is not None else landing_time(self.tol)
 
-    def init(self, flow: Flow, y: State) -> FaceMemory:
+    def init(self, flow: ConstrainedFlow, y: State) -> FaceMemory:
         """The directions at 2 already."""
         return initial_memory(flow, self.watch, y, self.near, self.h or 0.1)
 
@@ -144,7 +144,7 @@ class RungeKutta(IntegratorBase):
         """How near the end decides about a step."""
         return 1.001 * max(self.h or memory.h, self.landing)
 
-    def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
+    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One step of at most h unit times, or to the next breakpoint.
 
         Raises:
@@ -214,7 +214,7 @@ class RungeKutta(IntegratorBase):
             return face.event(begin, after)
         return face.passed(after) or face.kink(begin, after, h) > self.tol
 
-    def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
+    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
         """What a step from y would begin with."""
         return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
 

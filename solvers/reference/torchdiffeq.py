@@ -17,7 +17,7 @@ from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Flow, Node, State, StepResult
+from dvi.solvers.protocol import ConstrainedFlow, Node, State, StepResult
 from dvi.solvers.reference.active_set import Face, Look, node_of
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
@@ -141,7 +141,7 @@ class TorchDiffEq(IntegratorBase):
         """What the tolerances allow in the norm of w (the library's is the root of the mean square)."""
         return float(self.atol * len(y.w) ** 0.5 + self.rtol * torch.linalg.vector_norm(y.w).item())
 
-    def init(self, flow: Flow, y: State) -> FaceMemory:
+    def init(self, flow: ConstrainedFlow, y: State) -> FaceMemory:
         """The directions at 2 already."""
         return initial_memory(flow, self.watch, y, nearness(self.tolerance(y)), self.window)
 
@@ -149,7 +149,7 @@ class TorchDiffEq(IntegratorBase):
         """How near the end decides about a step."""
         return 1.001 * max(self.window, LONGEST_LANDING)
 
-    def step(self, flow: Flow, memory: FaceMemory, y: State, h: float) -> StepResult:
+    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
         """One window, or to the next breakpoint.
 
         Raises:
@@ -170,7 +170,7 @@ class TorchDiffEq(IntegratorBase):
         memory = gone_on(face, begin, after, end.t - y.t, end, following)
         return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
 
-    def observe(self, flow: Flow, memory: FaceMemory, y: State) -> Node:
+    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
         """What a window from y would begin with."""
         return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
 
