@@ -12,6 +12,7 @@ from dvi.problems.exact.berthier import TwoScales
 from dvi.problems.exact.edge import Circle, MatrixSweep
 from dvi.problems.exact.toy import Cubic, Quadratic, two_scales
 from dvi.problems.ledger import Ledger
+from dvi.problems.minibatch import ExampleProblem, MiniBatches
 from dvi.problems.module import ModuleProblem
 from dvi.problems.problem import Problem
 
@@ -24,9 +25,11 @@ __all__ = [
     "Circle",
     "Cubic",
     "DerivativeError",
+    "ExampleProblem",
     "Ledger",
     "LossChangedError",
     "MatrixSweep",
+    "MiniBatches",
     "ModuleProblem",
     "NotFiniteError",
     "Problem",
