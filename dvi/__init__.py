@@ -31,6 +31,9 @@ from dvi.methods import (
     Scalar,
     SpecError,
 )
+from dvi.noise.flow import NoisyFlow, noisy_flow
+from dvi.noise.optimizer import MiniBatchOptimizer, minibatch
+from dvi.noise.sampling import Sampling
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
@@ -85,6 +88,8 @@ __all__ = [
     "MacroStep",
     "MemoryLimitError",
     "Method",
+    "MiniBatchOptimizer",
+    "NoisyFlow",
     "NotPositiveDefiniteError",
     "Preconditioner",
     "Problem",
@@ -92,6 +97,7 @@ __all__ = [
     "Quasistatic",
     "RunError",
     "RungeKutta",
+    "Sampling",
     "Scalar",
     "SemiImplicit",
     "Solution",
@@ -112,6 +118,8 @@ __all__ = [
     "duality",
     "load",
     "methods",
+    "minibatch",
+    "noisy_flow",
     "problems",
     "solve",
     "solvers",

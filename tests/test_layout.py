@@ -91,13 +91,14 @@ ABOVE = {
     "solvers/reference": ["solvers/ccp", "solvers/eigen"],
     "solvers/second_order": ["solvers/ccp", "solvers/eigen", "solvers/macro"],
     "dvi/compiler": [],
+    "dvi/noise": ["dvi/compiler"],
     "dvi/stationarity": ["dvi/compiler"],
     "dvi/symbolic": ["dvi/compiler"],
     "dvi/results": [],
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
-    "dvi/runs": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage"],
-    "dvi/cli": ["dvi/compiler", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
+    "dvi/runs": ["dvi/compiler", "dvi/noise", "dvi/stationarity", "dvi/results", "dvi/storage"],
+    "dvi/cli": ["dvi/compiler", "dvi/noise", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
 }
 #: The one door upwards: a result draws and saves itself when it is asked to.
 DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage")}
