@@ -54,8 +54,11 @@ class MiniBatchOptimizer(Discrete):
     def spread_out(self, y: State) -> State:
         """The state of all replicas [R, …], each that of y."""
         R = self.replicas
-        copies = pytree.tree_map(lambda x: x.expand(R, *x.shape).clone(), (y.w, y.nu, y.m))
-        return State(copies[0], copies[1], y.t, copies[2])
+
+        def copies(tree: Any) -> Any:
+            return pytree.tree_map(lambda x: None if x is None else x.expand(R, *x.shape).clone(), tree)
+
+        return State(copies(y.w), copies(y.nu), y.t, copies(y.m))
 
     def batch(self, W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Losses [R] and gradients [R, d] of the batches of a step at weights W [R, d]."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dvi.solvers.numbers import with_numbers
+from dvi.solvers.numbers import number
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Sampling:
     max_gib: float = 0.5
 
     def __post_init__(self) -> None:
-        with_numbers(self)
+        for setting in fields(self):
+            if not isinstance(getattr(self, setting.name), (bool, str)):
+                value = number(getattr(self, setting.name), f"Sampling: {setting.name}")
+                object.__setattr__(self, setting.name, value)
         for name, least in (("replicas", 1), ("max_directions", 1), ("every", 1), ("trust_every", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dvi.noise.companion import Companion, remembered
@@ -14,7 +13,7 @@ from dvi.noise.flow import Look, NoisyFlow
 from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
 from dvi.solvers.errors import StepError
 from dvi.solvers.integrator import IntegratorBase
-from dvi.solvers.protocol import Array, Flow, Node, State, StepResult, host
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, host
 
 
 class ChaosError(StepError):
@@ -135,10 +134,8 @@ class NoisyStep(IntegratorBase):
         node = self._node(flow, memory, y)
         now = flow.calculus.metric.at(y.t)
         P = now.P(y.nu)
-        flow.calculus.require(P, y.t, look.g)
-        g = look.g + look.force
-        m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
-        w = y.w - P.solve(m)
+        velocity, filtered = _stride(flow, memory, y)
+        w = y.w + velocity
         Z = memory.Z
         if len(block.M):
             (S,) = host(block.U.T @ P.apply(block.U))
@@ -186,6 +183,7 @@ class NoisyStep(IntegratorBase):
             X=memory.Z[:k, :k],
             X_time=y.t,
             g=look.g,
+            rate=Rate(_stride(flow, memory, y)[0], y.nu),
             rest=look.rest,
             noise=look.noise,
             taylor=memory.taylor(flow.sampling.window, y.t),
@@ -231,6 +229,15 @@ class NoisyStep(IntegratorBase):
                 f"{flow.batch_size} jump about here, and no flow in w and Σ describes them: take larger batches or a "
                 "smaller lr, or raise trust= to go on all the same."
             )
+
+
+def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any]:
+    """The optimizer's own step −P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
+    now, g = flow.calculus.metric.at(y.t), memory.look.g + memory.look.force
+    P = now.P(y.nu)
+    flow.calculus.require(P, y.t, memory.look.g)
+    m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
+    return -P.solve(m), filtered
 
 
 def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
