@@ -156,9 +156,9 @@ class MiniBatches:
         singly = self._computed(w, some)
         return all(self._agree(a, b) for found in (together, apart) for a, b in zip(found, singly, strict=True))
 
-    def _agree(self, a: Tensor, b: Tensor) -> bool:
-        """The same but for the order of sums."""
-        scale = max(float(b.abs().max()), torch.finfo(b.dtype).tiny)
+    def _agree(self, a: Tensor, b: Tensor, size: float = 0.0) -> bool:
+        """The same but for the order of sums, of terms as large as b or as ``size``."""
+        scale = max(float(b.abs().max()), size, torch.finfo(b.dtype).tiny)
         return bool((a - b).abs().max() <= 1e4 * torch.finfo(b.dtype).eps * scale)
 
     def _look_at_reduction(self) -> None:
@@ -186,10 +186,12 @@ class MiniBatches:
         w = self._problem.w0
         value, gradient = self._problem.value_and_grad(w)
         total, summed = w.new_zeros(()), torch.zeros_like(w)
+        sizes = [0.0, 0.0]  # of what is added up, which may cancel
         for losses, gradients in self.each(w):
             total, summed = total + losses.sum(), summed + gradients.sum(dim=0)
-        for found, known in ((total / self.n, value), (summed / self.n, gradient)):
-            if not self._agree(found.reshape(-1), known.reshape(-1)):
+            sizes = [max(a, float(x.abs().max())) for a, x in zip(sizes, (losses, gradients), strict=True)]
+        for found, known, size in zip((total, summed), (value, gradient), sizes, strict=True):
+            if not self._agree(found / self.n, known, size):
                 raise ProblemError(
                     "mini-batches need examples that all count the same, and here the mean over single examples is "
                     f"not the loss or its gradient (loss {float(total) / self.n:.6g} and {float(value):.6g}): weights "

@@ -52,8 +52,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            if not isinstance(getattr(self, setting.name), (bool, str)):
-                value = number(getattr(self, setting.name), f"Sampling: {setting.name}")
+            given = getattr(self, setting.name)
+            if setting.name not in ("replacement", "epochs") and not (setting.name == "pairs" and isinstance(given, str)):
+                value = number(given, f"Sampling: {setting.name}")
                 object.__setattr__(self, setting.name, value)
         for name, least in (("replicas", 1), ("max_directions", 1), ("every", 1), ("trust_every", 0)):
             value = getattr(self, name)
