@@ -33,9 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     for seed in range(3)
     for lr, B in ((0.2, 100), (0.2, 30), (0.2, 10), (0.1, 3))
 }
-CASES |= {
-    f"RMSProp 0.005, B = {B}": case(digits, RMSProp(0.005, 0.95, 1e-8, True), B) for B in (20, 5)
-}
+CASES |= {f"RMSProp 0.002, B = {B}": case(digits, RMSProp(0.002, 0.95, 1e-8, True), B) for B in (20, 5)}
 CASES |= {
     "GD 0.2, B = 10, 30 directions": case(digits, GradientDescent(0.2), 10, max_directions=30),
     "GD 0.2, B = 10, 3 directions": case(digits, GradientDescent(0.2), 10, max_directions=3),
@@ -70,6 +68,8 @@ def measured(name: str) -> dict[str, Any]:
     out: dict[str, Any] = {"status": race.status.name, "warm_start": race.about["warm_start"], "notes": race.notes}
     rows = [int(i) for i in np.flatnonzero(np.isin(race.t, TIMES))]
     out["t"] = race.t[rows].tolist()
+    if not all(len(run.t) for run in race.runs.values()):
+        return out | {"t": [], "seconds": time.process_time() - began}
     sgd, noisy, central = race.sgd, race.noisy, race.central
     out["sharpness"] = {
         "runs": (sgd.eigenvalues[rows, 0] / 2).tolist(),
@@ -108,10 +108,10 @@ def table(found: dict[str, Any]) -> str:
         return "/".join(f"{value:.{digits}f}".removeprefix("0") if value is not None else "–" for value in values)
 
     for name, it in found.items():
-        s, loss, d, lr = it["sharpness"], it["loss"], it["distance"], it["effective_lr"]
         if not it["t"]:
             lines.append(f"| {name} | {it['status']} | | | | | | |")
             continue
+        s, loss, d, lr = it["sharpness"], it["loss"], it["distance"], it["effective_lr"]
         spread = max(s["spread"])
         cost = "–" if it["cost"]["flow"] is None else f"{it['cost']['flow']:.1f}"
         lines.append(

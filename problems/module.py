@@ -221,7 +221,9 @@ class ModuleProblem(Problem):
             raise ProblemError(
                 "mini-batches need inputs and targets that are tensors with one first dimension, the examples"
             )
-        return MiniBatches(self, _BatchLoss(self._loss, self._added), (self._inputs, self._targets), self._model.install, max_gib)
+        return MiniBatches(
+            self, _BatchLoss(self._loss, self._added), (self._inputs, self._targets), self._model.install, max_gib
+        )
 
     def _parts_of(self, w0: Tensor, penalty: Penalty | None, weight_decay: float) -> list[Part]:
         """Return the loss as a sum over chunks of examples, and what is added to it."""

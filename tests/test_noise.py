@@ -11,7 +11,7 @@ from dvi.noise.companion import Companion
 from dvi.noise.limit import smoothed_ccp
 from dvi.solvers import ccp
 
-EXACT = {"pairs": "all", "every": 1, "tol": 1e-9, "trust_every": 0, "trust": 1e9, "window": 1e3}
+EXACT = {"pairs": "all", "every": 5, "tol": 1e-9, "trust_every": 0, "trust": 1e9, "window": 1e3}
 
 
 # ---- the covariance of an oscillation -----------------------------------------------------------------------
@@ -94,18 +94,20 @@ def quadratic(scale=1.0, d=4, n=6):
     H = torch.from_numpy(scale * R @ np.diag([1.6, 0.9, 0.5, 0.25]) @ R.T)
     c = rng.normal(size=(n, d))
     c = torch.from_numpy(c - c.mean(axis=0))
-    problem = dvi.Problem.from_examples(lambda w, c: 0.5 * w @ H @ w + c @ w, c, torch.full((d,), 0.1, dtype=torch.float64))
+    problem = dvi.Problem.from_examples(
+        lambda w, c: 0.5 * w @ H @ w + c @ w, c, torch.full((d,), 0.1, dtype=torch.float64)
+    )
     return problem, H.numpy(), (c.T @ c / n).numpy(), R
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("beta", [0.0, 0.6])
 def test_on_a_quadratic_x_is_the_closed_form(beta):
     """In the basis of eigenvectors of H, off-diagonals too; w stays at its minimum."""
     problem, H, C, R = quadratic(1 + beta)
     method = HeavyBall(1.0, beta) if beta else GradientDescent(1.0)
     flow = dvi.noisy_flow(problem, method, 2, **EXACT)
     assert flow.factor == pytest.approx(4 / (2 * 5))
-    solution = dvi.solve(flow, 900 if beta == 0.9 else 200, progress=False)
+    solution = dvi.solve(flow, 110, progress=False)  # the slowest mode leaves 0.78²²⁰ or less
     lam = np.diag(R.T @ H @ R)
     N = R.T @ C @ R * flow.factor
     expected = np.array([[N[i, j] * formula(lam[i], lam[j], beta) for j in range(4)] for i in range(4)])
@@ -523,7 +525,9 @@ def test_the_result_says_how_far_the_block_reaches():
     assert 0 < solution.series["outside"][-1] < 1
     assert solution.series["radius"][-1] > 0
     # the flow is a function of its seed alone
-    again = dvi.solve(dvi.noisy_flow(problem, GradientDescent(0.2), 10, max_directions=3, trust_every=10), 20, progress=False)
+    again = dvi.solve(
+        dvi.noisy_flow(problem, GradientDescent(0.2), 10, max_directions=3, trust_every=10), 20, progress=False
+    )
     assert torch.equal(solution.w, again.w)
 
 
@@ -536,8 +540,8 @@ def test_a_dense_flow_agrees_with_the_librarys():
         return 0.5 * (torch.tanh(x @ w[:4].view(2, 2) + w[4:6]) @ torch.stack([w[6], 0.5 - w[6]]) - y) ** 2
 
     problem = dvi.Problem.from_examples(losses, (x, y), torch.from_numpy(0.7 * rng.normal(size=7)))
-    method, B, n, d = RMSProp(0.5, 0.9, 0.3), 2, 8, 7
-    flow = dvi.noisy_flow(problem, method, B, **{**EXACT, "max_directions": d, "window": 10})
+    method, B, n, d = RMSProp(0.3, 0.9, 0.3), 4, 8, 7
+    flow = dvi.noisy_flow(problem, method, B, **{**EXACT, "max_directions": d, "window": 10, "every": 1})
     batches, phi = problem.mini_batches(), (n - B) / (B * (n - 1))
     eye = torch.eye(d, dtype=torch.float64)
 
@@ -547,7 +551,7 @@ def test_a_dense_flow_agrees_with_the_librarys():
         return phi * G.T @ G / n
 
     def p_of(v):
-        return (v.sqrt() + 0.3) / 0.5
+        return (v.sqrt() + 0.3) / 0.3
 
     def block(H, p):
         lam, V = torch.linalg.eigh(H / (p.sqrt()[:, None] * p.sqrt()))
@@ -578,6 +582,7 @@ def test_a_dense_flow_agrees_with_the_librarys():
     assert float(Sigma.trace()) > 1e-4
     assert 0 < len(X) < d
     # the pairs of the flow are of finite size: here third derivatives were taken, and the rest is of fourth order
-    assert solution.series["trace"][-1] == pytest.approx(float(Sigma.trace()), rel=1e-3)
-    torch.testing.assert_close(solution.w, w, rtol=0, atol=1e-5)
+    assert solution.series["trace"][-1] == pytest.approx(float(Sigma.trace()), rel=3e-3)
+    torch.testing.assert_close(solution.w, w, rtol=0, atol=1e-4)
+    assert float(torch.linalg.vector_norm(w - problem.w0)) > 0.1
     torch.testing.assert_close(solution.nu["v"], v, rtol=1e-3, atol=1e-9)

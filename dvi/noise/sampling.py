@@ -45,7 +45,7 @@ class Sampling:
     max_directions: int = 10
     every: int = 4
     pairs: int | Literal["all"] = 1
-    tol: float = 0.05
+    tol: float = 0.1
     trust_every: int = 50
     trust: float = 1.0
     max_gib: float = 0.5
@@ -53,7 +53,9 @@ class Sampling:
     def __post_init__(self) -> None:
         for setting in fields(self):
             given = getattr(self, setting.name)
-            if setting.name not in ("replacement", "epochs") and not (setting.name == "pairs" and isinstance(given, str)):
+            if setting.name not in ("replacement", "epochs") and not (
+                setting.name == "pairs" and isinstance(given, str)
+            ):
                 value = number(given, f"Sampling: {setting.name}")
                 object.__setattr__(self, setting.name, value)
         for name, least in (("replicas", 1), ("max_directions", 1), ("every", 1), ("trust_every", 0)):

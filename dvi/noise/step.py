@@ -115,7 +115,7 @@ class NoisyStep(IntegratorBase):
         block = search(flow, y, None)
         k = len(block.M)
         size = (1 + remembered(flow.calculus.metric.at(y.t).Q())) * k
-        look = flow.look(y, block.U, block.HU, block.M, np.zeros((k, k)))
+        look = flow.look(y, block.U, block.HU, block.M, np.zeros((k, k)))  # no pair is tried, M stays as it is
         return NoisyMemory(block, np.zeros((size, size)), look, 0.0, 0.0, y.t)
 
     def step(self, flow: Flow, memory: NoisyMemory, y: State, h: float) -> StepResult:
@@ -146,6 +146,7 @@ class NoisyStep(IntegratorBase):
         k = len(block.M)
         seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k])
         after = replace(after, nu=flow.updated(after, seen))
+        block = replace(block, HU=seen.HU, M=seen.M)
         part = min(1.0, 1 / flow.sampling.window)
         kept = 0.5 * float(np.sum(block.M * Z[:k, :k]))
         following = replace(

@@ -117,7 +117,7 @@ def compare(
         raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, known))}; a tuple of names, each once.")
     if (batch_size is None) == bool(set(names) & set(NOISY)) or (batch_size is None and sampling is not None):
         raise ValueError(
-            f"batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs \"sgd\" and \"noisy\", and they "
+            f'batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs "sgd" and "noisy", and they '
             'need one, as in batch_size=32, runs=("sgd", "noisy", "central", "stable").'
         )
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
