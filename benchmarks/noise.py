@@ -115,7 +115,8 @@ def table(found: dict[str, Any]) -> str:
         spread = max(s["spread"])
         cost = "–" if it["cost"]["flow"] is None else f"{it['cost']['flow']:.1f}"
         lines.append(
-            f"| {name}{'' if it['status'] == 'SUCCESS' else ' (' + it['status'] + ')'} | {row(s['runs'])} (±{spread:.2f}) "
+            f"| {name if it['status'] == 'SUCCESS' else name + ', ' + it['status']} "
+            f"| {row(s['runs'])} (±{spread:.2f}) "
             f"| {row(s['flow'])} | {row(s['full'])} | {row([loss[k][-1] for k in ('runs', 'flow', 'full')], 4)} "
             f"| {row([d[k][-1] for k in ('flow', 'floor', 'full')])} "
             f"| {' / '.join(f'{lr[k][-1]:.3g}' for k in ('runs', 'flow', 'full'))} | {cost} |"

@@ -228,7 +228,8 @@ class ExampleProblem(Problem):
         refuse_unusable(self._data, "data", w0, any_dtype=True)
         self._mean = _Mean(losses)
         whole = _OfAll(self._mean, self._data)
-        super().__init__(whole, w0, **({"name": getattr(losses, "__name__", None)} | options))
+        options.setdefault("name", getattr(losses, "__name__", None))
+        super().__init__(whole, w0, **options)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the contents of the data."""

@@ -1,4 +1,4 @@
-"""Gradients of single examples and of batches: against a loop of torch's own, in chunks, counted; and what is refused."""
+"""Gradients of single examples and of batches: against torch's own one by one, in chunks, counted; what is refused."""
 
 import pytest
 import torch

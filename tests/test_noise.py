@@ -293,15 +293,15 @@ def test_the_ramp_stops_at_its_plateau(q, c, steps):
 
 def test_runs_on_the_ramp_stay_at_that_plateau():
     """Batches of one of the two examples, 1,000 replicas; time scales are 1/c."""
-    q, c = 0.6, 2e-3
+    q, c = 0.6, 4e-3
     plateau = 1 + (1 - q) ** 0.5
     optimizer = dvi.minibatch(ramp(q, c, plateau), GradientDescent(1.0), 1, replacement=True, replicas=1000)
     y = optimizer.spread_out(optimizer.initial)
     _, G = optimizer.batch(y.w, 0)
     kept = []
-    for step in range(1, 1501):
+    for step in range(1, 801):
         y, _, G = optimizer.advanced(y, G, step)
-        if step > 500:
+        if step > 300:
             kept.append(y.w.square().mean(dim=0)[0].item())
             last = y.w[:, 1].mean().item()
     assert last == pytest.approx(plateau, abs=0.02)  # of first order in c, and the scatter √c/√1000
@@ -354,11 +354,11 @@ def test_with_little_noise_the_flow_is_at_the_edge_linearly():
 
 
 def test_a_batch_of_all_examples_is_the_central_flow():
-    problem, method = dvi.problems.digits(n=30, width=4), RMSProp(0.01, 0.9, bias_correction=True)
-    runs = {"steps": 10, "progress": False, "warm_start": 3}
-    with_batch = dvi.compare(problem, method, batch_size=30, runs=("noisy", "central", "sgd"), **runs)
+    problem, method = dvi.problems.digits(n=12, width=2, classes=3), RMSProp(0.01, 0.9, bias_correction=True)
+    runs = {"steps": 5, "progress": False, "warm_start": 3, "check": False, "eigen_every": 0}
+    with_batch = dvi.compare(problem, method, batch_size=12, runs=("noisy", "central", "sgd"), **runs)
     without = dvi.compare(problem, method, runs=("central", "discrete"), **runs)
-    assert isinstance(dvi.noisy_flow(problem, method, 30), dvi.CentralFlow)
+    assert isinstance(dvi.noisy_flow(problem, method, 12, check=False), dvi.CentralFlow)
     for name in ("noisy", "central"):
         assert torch.equal(with_batch.runs[name].w, without.central.w)
         np.testing.assert_array_equal(with_batch.runs[name].loss, without.central.loss)
@@ -398,7 +398,7 @@ def test_on_batches_of_all_examples_the_optimizer_is_itself(method):
     _, G = many.batch(z.w, 0)
     for step in range(1, 12):
         y, _, g = one.step(y, g)
-        z, losses, G = many.advanced(z, G, step)
+        z, _, G = many.advanced(z, G, step)
         states.append(y.w)
     torch.testing.assert_close(z.w[0], y.w, rtol=0, atol=1e-12)  # the order in which examples are added up
     assert len(z.w) == 1
@@ -412,6 +412,7 @@ def small(**options):
 
 
 RACE = {"runs": ("sgd", "noisy", "stable"), "batch_size": 4, "save_every": 2, "progress": False, "eigen_every": 8}
+RACE |= {"check": False, "warm_start": 0}
 
 
 def same(a, b):
@@ -428,12 +429,12 @@ def same(a, b):
 
 @pytest.mark.parametrize("method", [GradientDescent(0.15), dvi.methods.Adam(2e-3)], ids=["gd", "adam"])
 def test_a_run_is_resumed_bit_for_bit(tmp_path, method):
-    sampling = dvi.Sampling(replicas=3, window=3)
+    sampling = dvi.Sampling(replicas=3, window=2, trust_every=8, max_directions=4)
     race = {**RACE, "sampling": sampling}
     path = tmp_path / "race.h5"
-    dvi.compare(small(), method, 8, path=path, **race)
-    longer = dvi.compare(small(), method, 20, path=path, resume=True, **race)
-    whole = dvi.compare(small(), method, 20, **race)
+    dvi.compare(small(), method, 10, path=path, **race)
+    longer = dvi.compare(small(), method, 14, path=path, resume=True, **race)
+    whole = dvi.compare(small(), method, 14, **race)
     same(longer, whole)
     same(dvi.load(path), whole)
     with pytest.raises(dvi.StoreError, match="batch_size"):
@@ -441,9 +442,10 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path, method):
 
 
 def test_seeds_decide_the_batches():
+    problem = small()
+
     def ends(seed):
-        race = dvi.compare(small(), GradientDescent(0.15), 6, **{**RACE, "sampling": dvi.Sampling(seed=seed, window=2)})
-        return race.sgd.w
+        return dvi.solve(dvi.minibatch(problem, GradientDescent(0.15), 4, seed=seed, window=1), 2, progress=False).w
 
     assert torch.equal(ends(1), ends(1))
     assert not torch.equal(ends(1), ends(2))
@@ -454,10 +456,10 @@ def test_what_is_shown_is_a_gaussian_average_of_each_replica():
     optimizer = dvi.minibatch(problem, RMSProp(0.01, 0.9, 1e-3), 4, sampling)
     race = dvi.solve(optimizer, 12, progress=False, eigen_every=4)
     y = optimizer.spread_out(optimizer.initial)
-    losses, G = optimizer.batch(y.w, 0)
+    _, G = optimizer.batch(y.w, 0)
     path, squares = [y], [G.square().sum(dim=1)]
     for step in range(1, 25):
-        y, losses, G = optimizer.advanced(y, G, step)
+        y, _, G = optimizer.advanced(y, G, step)
         path.append(y)
         squares.append(G.square().sum(dim=1))
     for t in (0, 5, 12):
@@ -472,9 +474,8 @@ def test_what_is_shown_is_a_gaussian_average_of_each_replica():
         spread = sum(w * (path[s].w - W).square().sum(dim=1) for w, s in zip(c, steps, strict=True)).mean()
         assert race.series["window_trace"][t] == pytest.approx(float(spread), rel=1e-8)
         assert race.series["apart"][t] == pytest.approx(float(torch.linalg.vector_norm(W[0] - W[1])), rel=1e-10)
-    P = optimizer.calculus.P({"v": y.nu["v"][0]}, 0.0)
-    assert np.isfinite(race.eigenvalues[[0, 4, 8, 12], 0]).all() and np.isnan(race.eigenvalues[1, 0])
-    assert P is not None
+    assert np.isfinite(race.eigenvalues[[0, 4, 8, 12], 0]).all()
+    assert np.isnan(race.eigenvalues[1, 0])
 
 
 def test_epochs_pass_through_every_example():
@@ -483,7 +484,7 @@ def test_epochs_pass_through_every_example():
         drawn = torch.cat([sampling.draw(4, 12, 3 * epoch + part) for part in range(3)], dim=1)
         assert drawn.sort(dim=1).values.tolist() == [list(range(12))] * 3
     assert sampling.draw(4, 12, 0).tolist() != sampling.draw(4, 12, 3).tolist()
-    with pytest.raises(ValueError, match="epochs.*sgd"):
+    with pytest.raises(ValueError, match=r"epochs.*sgd"):
         dvi.noisy_flow(small(), GradientDescent(0.1), 4, epochs=True)
     race = dvi.compare(small(), GradientDescent(0.1), 4, **{**RACE, "runs": ("sgd",), "sampling": sampling})
     assert race.sgd.about["batches"] == "in epochs"

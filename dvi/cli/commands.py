@@ -167,7 +167,9 @@ def _chosen(arguments: Sequence[str]) -> dict[str, str]:
 
 def _compare(arguments: Sequence[str]) -> Make:
     """The command with the flags of the problem, the method and the integrator that the arguments name."""
-    run = flags(dvi.compare, defaults=_DEFAULTS, without={*KINDS, "path", "progress", "throw", "test_inputs"})
+    run = flags(
+        dvi.compare, defaults=_DEFAULTS, without={*KINDS, "path", "progress", "throw", "test_inputs", "sampling"}
+    )
     kinds: dict[str, Any] = {"run": Annotated[Any, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=run)]}
     taken = {"help", *inspect.signature(compare).parameters, *inspect.signature(run).parameters}
     for flag, name in _chosen(arguments).items():

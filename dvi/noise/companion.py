@@ -34,9 +34,10 @@ class Companion:
     def of(cls, Q: Filter, M: Array, S: Array) -> Companion:
         """For a filter Q with numbers for coefficients, M = UᵀHU [k, k] and S = UᵀPU [k, k]."""
         k = len(M)
-        eye, gain = np.eye(k), np.linalg.inv(S)
+        eye = np.eye(k)
+        gain: Array = np.linalg.inv(S)
         if Q.trivial:
-            return cls(eye - gain @ M, -gain)
+            return cls(np.asarray(eye - gain @ M, dtype=np.float64), -gain)
         n, d = ([float(c) for c in part] for part in (Q.numerator, Q.denominator))
         inputs, outputs = len(n) - 1, max(1, len(d) - 1)
         size = 1 + inputs + outputs

@@ -127,8 +127,10 @@ class NoisyFlow(CompiledFlow):
         z = self._tried(R, y.t)
         if not z.any():
             seen = spread(self, self.batches, y, g, U)
-            N, bend = self.factor * seen.block, _times(self.factor, seen.bend)
-            return Look(float(loss), g, torch.zeros_like(g), N, self.factor * seen.total, 0.0, 0.0, bend, HU, M)
+            bend = _times(self.factor, seen.bend)
+            still = torch.zeros_like(g)
+            N, noise = self.factor * seen.block, self.factor * seen.total
+            return Look(float(loss), g, still, N, noise, 0.0, 0.0, bend, HU, M)
         whole = self.sampling.pairs == "all"
         share = 1.0 if whole else 1.0 / z.shape[1]  # of each pair in the average
         centre = 1.0 - share * z.shape[1]  # of what is at w itself
@@ -148,7 +150,7 @@ class NoisyFlow(CompiledFlow):
         for weight, one in parts:
             mean += weight * one.g
         force = mean - g
-        N = self.factor * sum(weight * one.block for weight, one in parts)
+        N = self.factor * np.sum([weight * one.block for weight, one in parts], axis=0)
         noise = self.factor * sum(weight * one.total for weight, one in parts)
         bend = y.nu
         if not self.calculus.stateless:

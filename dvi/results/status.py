@@ -56,8 +56,9 @@ class Status(Enum):
         "loss, or raise the integrator's budget=."
     )
     CHAOTIC = (
-        "The oscillations that mini-batches drive are too large for the flow with noise: the loss is no longer described "
-        "by its second derivatives there, and runs of the optimizer jump about. Take larger batches or a smaller lr."
+        "The oscillations that mini-batches drive are too large for the flow with noise: the loss is no longer "
+        "described by its second derivatives there, and runs of the optimizer jump about. Take larger batches or a "
+        "smaller lr."
     )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 

@@ -61,7 +61,7 @@ class SGDProcess(Process):
     @property
     def near_end(self) -> bool:
         """Whether a longer run would have begun another average by now, or have steps that this one lacks."""
-        return self.step + self._reach >= self.grid[-1] - 1e-9
+        return bool(self.step + self._reach >= self.grid[-1] - 1e-9)
 
     def _survey(self) -> None:
         self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
