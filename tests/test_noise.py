@@ -91,7 +91,7 @@ def quadratic(scale=1.0, d=4, n=6):
     """ℓᵢ = ½wᵀHw + cᵢ·w with Σcᵢ = 0: noise of covariance Σ cᵢcᵢᵀ/n, whatever w."""
     rng = np.random.default_rng(3)
     R = orthogonal(rng, d)
-    H = torch.from_numpy(scale * R @ np.diag([1.6, 0.9, 0.5, 0.25]) @ R.T)
+    H = torch.from_numpy(scale * R @ np.diag([1.6, 0.9, 0.5, 0.4]) @ R.T)
     c = rng.normal(size=(n, d))
     c = torch.from_numpy(c - c.mean(axis=0))
     problem = dvi.Problem.from_examples(
@@ -107,7 +107,7 @@ def test_on_a_quadratic_x_is_the_closed_form(beta):
     method = HeavyBall(1.0, beta) if beta else GradientDescent(1.0)
     flow = dvi.noisy_flow(problem, method, 2, **EXACT)
     assert flow.factor == pytest.approx(4 / (2 * 5))
-    solution = dvi.solve(flow, 110, progress=False)  # the slowest mode leaves 0.78²²⁰ or less
+    solution = dvi.solve(flow, 60, progress=False)  # the slowest mode of X leaves 0.6⁶⁰
     lam = np.diag(R.T @ H @ R)
     N = R.T @ C @ R * flow.factor
     expected = np.array([[N[i, j] * formula(lam[i], lam[j], beta) for j in range(4)] for i in range(4)])
@@ -117,7 +117,7 @@ def test_on_a_quadratic_x_is_the_closed_form(beta):
     trace = float(np.trace(expected))
     assert solution.series["trace"][-1] == pytest.approx(trace, rel=1e-10)
     assert solution.predicted_loss[-1] == pytest.approx(0.5 * np.trace(H @ (R @ expected @ R.T)), rel=1e-9)
-    assert float(solution.w.abs().max()) < 1e-12
+    assert float(solution.w.abs().max()) < 1e-6  # √0.6⁶⁰
     # the gradient of a batch: ⟨H², Σ⟩ + tr N
     batch = np.trace(H @ H @ R @ expected @ R.T) + flow.factor * np.trace(C)
     assert solution.series["batch_grad_sq"][-1] == pytest.approx(batch, rel=1e-9)
@@ -248,18 +248,18 @@ def test_where_f_is_not_quadratic_the_noise_enters_to_second_order():
 
 
 def test_replicas_of_a_users_optimizer_have_the_mean_nu_of_the_flow():
-    """Square, with weights that move: ν of the flow against 3,000 replicas."""
+    """Square, with weights that move: ν of the flow against 1,500 replicas."""
     problem, *_ = bent(0.3)
     settings = {"replacement": True, "window": 1e3}
     flow = dvi.noisy_flow(problem, Square(lr=0.05), 2, **{**EXACT, **settings})
     solution = dvi.solve(flow, 60, progress=False)
-    optimizer = dvi.minibatch(problem, Square(lr=0.05), 2, replicas=3000, **settings)
+    optimizer = dvi.minibatch(problem, Square(lr=0.05), 2, replicas=1500, **settings)
     y = optimizer.spread_out(optimizer.initial)
     _, G = optimizer.batch(y.w, 0)
     for step in range(1, 61):
         y, _, G = optimizer.advanced(y, G, step)
     v = y.nu["v"]
-    error = v.std(dim=0) / 3000**0.5
+    error = v.std(dim=0) / 1500**0.5
     # what the flow leaves out: P varies with its own batch, a share lr of the effect
     assert bool(((solution.nu["v"] - v.mean(dim=0)).abs() < 5 * error + 0.02 * v.mean(dim=0)).all())
     full = dvi.solve(dvi.discrete(problem, Square(lr=0.05)), 60, progress=False).nu["v"]
@@ -432,9 +432,9 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path, method):
     sampling = dvi.Sampling(replicas=3, window=2, trust_every=8, max_directions=4)
     race = {**RACE, "sampling": sampling}
     path = tmp_path / "race.h5"
-    dvi.compare(small(), method, 10, path=path, **race)
-    longer = dvi.compare(small(), method, 14, path=path, resume=True, **race)
-    whole = dvi.compare(small(), method, 14, **race)
+    dvi.compare(small(), method, 8, path=path, **race)
+    longer = dvi.compare(small(), method, 11, path=path, resume=True, **race)
+    whole = dvi.compare(small(), method, 11, **race)
     same(longer, whole)
     same(dvi.load(path), whole)
     with pytest.raises(dvi.StoreError, match="batch_size"):
@@ -541,7 +541,7 @@ def test_a_dense_flow_agrees_with_the_librarys():
         return 0.5 * (torch.tanh(x @ w[:4].view(2, 2) + w[4:6]) @ torch.stack([w[6], 0.5 - w[6]]) - y) ** 2
 
     problem = dvi.Problem.from_examples(losses, (x, y), torch.from_numpy(0.7 * rng.normal(size=7)))
-    method, B, n, d = RMSProp(0.3, 0.9, 0.3), 4, 8, 7
+    method, B, n, d = RMSProp(0.3, 0.9, 0.3), 7, 8, 7
     flow = dvi.noisy_flow(problem, method, B, **{**EXACT, "max_directions": d, "window": 10, "every": 1})
     batches, phi = problem.mini_batches(), (n - B) / (B * (n - 1))
     eye = torch.eye(d, dtype=torch.float64)
@@ -580,10 +580,10 @@ def test_a_dense_flow_agrees_with_the_librarys():
             N = N + 0.5 * sum(cov(w + sign * s.sqrt() * q) - cov(w) for sign in (1, -1))
         v = v + 0.1 * (g**2 + N.diagonal() + ((H @ Sigma) * H).sum(dim=1) - v)
     solution = dvi.solve(flow, 6, progress=False)
-    assert float(Sigma.trace()) > 1e-4
+    assert float(Sigma.trace()) > 1e-5
     assert 0 < len(X) < d
     # the pairs of the flow are of finite size: here third derivatives were taken, and the rest is of fourth order
     assert solution.series["trace"][-1] == pytest.approx(float(Sigma.trace()), rel=3e-3)
     torch.testing.assert_close(solution.w, w, rtol=0, atol=1e-4)
     assert float(torch.linalg.vector_norm(w - problem.w0)) > 0.1
-    torch.testing.assert_close(solution.nu["v"], v, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(solution.nu["v"], v, rtol=1e-2, atol=1e-9)

@@ -95,14 +95,13 @@ class NoisyFlow(CompiledFlow):
         method: MethodLike,
         batch_size: int,
         sampling: Sampling,
+        batches: MiniBatches,
         *,
         check: Check = True,
         max_gib: float = 4.0,
     ) -> None:
         super().__init__(problem, method, check=check, accuracy="second-order", max_gib=max_gib)
-        self.batch_size, self.sampling = batch_size, sampling
-        self.batches: MiniBatches = problem.mini_batches(sampling.max_gib)
-        sampling.check(batch_size, self.batches.n)
+        self.batch_size, self.sampling, self.batches = batch_size, sampling, batches
         self.factor = sampling.factor(batch_size, self.batches.n)
         self.initial = noisy_start(self, self.batches, self.factor)
 
@@ -310,14 +309,14 @@ def noisy_flow(
             "The flow of batches that pass through all examples in epochs is not there: their noise is correlated from "
             'one step to the next. Take independent batches, or run the optimizer itself (runs=("sgd",)).'
         )
-    n = problem.mini_batches(chosen.max_gib).n
-    chosen.check(batch_size, n)
-    if chosen.factor(batch_size, n) == 0:
+    batches: MiniBatches = problem.mini_batches(chosen.max_gib)
+    chosen.check(batch_size, batches.n)
+    if chosen.factor(batch_size, batches.n) == 0:
         flow = CentralFlow(problem, method, check=check, max_gib=max_gib)
         flow.name = "noisy"
         flow.notes.append("A batch is all examples: there is no noise, and this is the central flow.")
         return flow
-    return NoisyFlow(problem, method, batch_size, chosen, check=check, max_gib=max_gib)
+    return NoisyFlow(problem, method, batch_size, chosen, batches, check=check, max_gib=max_gib)
 
 
 __all__ = ["Look", "NoisyFlow", "Spread", "noisy_flow", "noisy_start", "spread"]
