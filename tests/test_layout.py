@@ -98,7 +98,15 @@ ABOVE = {
     "dvi/storage": ["dvi/results"],
     "dvi/plotting": ["dvi/results", "dvi/storage"],
     "dvi/runs": ["dvi/compiler", "dvi/noise", "dvi/stationarity", "dvi/results", "dvi/storage"],
-    "dvi/cli": ["dvi/compiler", "dvi/noise", "dvi/stationarity", "dvi/results", "dvi/storage", "dvi/plotting", "dvi/runs"],
+    "dvi/cli": [
+        "dvi/compiler",
+        "dvi/noise",
+        "dvi/stationarity",
+        "dvi/results",
+        "dvi/storage",
+        "dvi/plotting",
+        "dvi/runs",
+    ],
 }
 #: The one door upwards: a result draws and saves itself when it is asked to.
 DOORS = {("dvi/results", "dvi/plotting"), ("dvi/results", "dvi/storage")}

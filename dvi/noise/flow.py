@@ -57,7 +57,7 @@ class Look:
         noise: tr N.
         rest: the average of L(w+δ) − L(w) − ½δᵀHδ, the terms that ½⟨H, Σ⟩ leaves out; a random pair is the average in
             expectation only.
-        drawn: ½δᵀHδ of the pairs that were tried.
+        drawn: ½δᵀHδ of the pairs that were tried, with H at w itself; beyond: what L(w+δ) − L(w) has beside it.
         bend: ½∇²_g f[HΣH + N], like ν.
         HU, M: H times the block [d, k] and UᵀHU [k, k], brought up to date along the pairs: their gradients differ by
             2Hd, which costs nothing more.
@@ -70,6 +70,7 @@ class Look:
     noise: float
     rest: float
     drawn: float
+    beyond: float
     bend: Nu
     HU: Tensor
     M: Array
@@ -111,7 +112,7 @@ class NoisyFlow(CompiledFlow):
 
     # ---- what a step asks ------------------------------------------------------------------------------
 
-    def look(self, y: State, U: Tensor, HU: Tensor, M: Array, X: Array) -> Look:
+    def look(self, y: State, U: Tensor, HU: Tensor, M: Array, X: Array, sought: Array | None = None) -> Look:
         """What is seen at y with oscillation covariance UXUᵀ, by pairs w ± d.
 
         Args:
@@ -119,6 +120,7 @@ class NoisyFlow(CompiledFlow):
             U, HU: the block and H times it [d, k].
             M: UᵀHU [k, k].
             X: [k, k], positive semidefinite.
+            sought: UᵀHU by products with H, without what pairs of finite size have made of it (default: M).
         """
         loss, g = self.value_and_grad(y)
         size, V = np.linalg.eigh(X) if len(X) else (np.zeros(0), np.zeros((0, 0)))
@@ -129,13 +131,13 @@ class NoisyFlow(CompiledFlow):
             bend = _times(self.factor, seen.bend)
             still = torch.zeros_like(g)
             N, noise = self.factor * seen.block, self.factor * seen.total
-            return Look(float(loss), g, still, N, noise, 0.0, 0.0, bend, HU, M)
+            return Look(float(loss), g, still, N, noise, 0.0, 0.0, 0.0, bend, HU, M)
         whole = self.sampling.pairs == "all"
         share = 1.0 if whole else 1.0 / z.shape[1]  # of each pair in the average
         centre = 1.0 - share * z.shape[1]  # of what is at w itself
         at = spread(self, self.batches, y, g, U) if abs(centre) > 1e-12 else None
         parts: list[tuple[float, Spread]] = [] if at is None else [(centre, at)]
-        tried = []
+        tried, start = [], M
         for c in z.T:
             d = U @ like(c, U)
             pair = [spread(self, self.batches, State(y.w + s * d, y.nu, y.t), g, U) for s in (1.0, -1.0)]
@@ -143,8 +145,10 @@ class NoisyFlow(CompiledFlow):
             Hd = 0.5 * (pair[0].g - pair[1].g)
             M, HU = _secant(M, HU, c, host(U.T @ Hd)[0], Hd)
             tried.append((c, 0.5 * (pair[0].loss + pair[1].loss) - float(loss)))
-        drawn = share * sum(0.5 * float(c @ M @ c) for c, _ in tried)
-        rest = share * sum(more for _, more in tried) - drawn
+        H = start if sought is None else sought
+        risen = share * sum(more for _, more in tried)
+        rest = risen - share * sum(0.5 * float(c @ M @ c) for c, _ in tried)
+        drawn = share * sum(0.5 * float(c @ H @ c) for c, _ in tried)
         mean = torch.zeros_like(g)
         for weight, one in parts:
             mean += weight * one.g
@@ -157,7 +161,7 @@ class NoisyFlow(CompiledFlow):
             bend = _combined(weights, [one.bend for _, one in parts])
             rows = (HU @ like(R, HU)).T.contiguous()
             bend = pytree.tree_map(torch.add, bend, self.calculus.f_curvature_of(y.nu, y.t, g, rows))
-        return Look(float(loss), g, force, 0.5 * (N + N.T), float(noise), rest, drawn, bend, HU, M)
+        return Look(float(loss), g, force, 0.5 * (N + N.T), float(noise), rest, drawn, risen - drawn, bend, HU, M)
 
     def updated(self, y: State, look: Look) -> Nu:
         """ν after the update at y: ν + f(ν, g) + ½∇²_g f[HΣH + N]."""

@@ -47,7 +47,7 @@ class Sampling:
     pairs: int | Literal["all"] = 1
     tol: float = 0.1
     trust_every: int = 50
-    trust: float = 1.0
+    trust: float = 0.5
     max_gib: float = 0.5
 
     def __post_init__(self) -> None:

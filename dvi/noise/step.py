@@ -47,7 +47,8 @@ class Block:
 
     Attributes:
         found: the eigenpairs that were sought, of which the block is the leading part.
-        U, HU: [d, k], with UᵀP̃U = I where they were found; M: UᵀHU [k, k].
+        U, HU: [d, k], with UᵀP̃U = I where they were found; M: UᵀHU [k, k], both kept up to date along pairs.
+        first: M where the directions were found.
         t: when.
         sought: how many eigenpairs are sought.
     """
@@ -56,6 +57,7 @@ class Block:
     U: Tensor
     HU: Tensor
     M: Array
+    first: Array
     t: float
     sought: int
 
@@ -144,18 +146,17 @@ class NoisyStep(IntegratorBase):
         if after.t >= block.t + flow.sampling.every - 1e-9:
             block, Z = self._moved(flow, after, block, Z)
         k = len(block.M)
-        seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k])
+        seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k], block.first)
         after = replace(after, nu=flow.updated(after, seen))
         block = replace(block, HU=seen.HU, M=seen.M)
         part = min(1.0, 1 / flow.sampling.window)
-        kept = 0.5 * float(np.sum(block.M * Z[:k, :k]))
         following = replace(
             memory,
             block=block,
             Z=Z,
             look=seen,
-            rest=(1 - part) * memory.rest + part * seen.rest,
-            kept=(1 - part) * memory.kept + part * kept,
+            rest=(1 - part) * memory.rest + part * seen.beyond,
+            kept=(1 - part) * memory.kept + part * seen.drawn,
         )
 
         def inside(t: float) -> State:
@@ -223,6 +224,8 @@ class NoisyStep(IntegratorBase):
 
     def _refuse_chaos(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> None:
         ratio = memory.taylor(flow.sampling.window, y.t)
+        if not np.isfinite(memory.rest + memory.kept):
+            ratio = np.inf
         if ratio > flow.sampling.trust:
             raise ChaosError(
                 f"At t = {y.t:g} the oscillation is so large that the next Taylor terms of the averaged loss are "
@@ -261,7 +264,7 @@ def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
     k = min(above, most)
     frame = flow.frame(y, found.V[:, :k], found.AV[:, :k], third=False)
     spare = sought if above >= sought - 2 else max(1, above + 1)
-    return Block(found, frame.U, frame.HU, frame.M, y.t, spare)
+    return Block(found, frame.U, frame.HU, frame.M, frame.M, y.t, spare)
 
 
 __all__ = ["Block", "ChaosError", "NoisyMemory", "NoisyNode", "NoisyStep", "search"]
