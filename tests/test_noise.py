@@ -1,5 +1,7 @@
 """The flow with mini-batch noise where it is known exactly: quadratics, the ramp, and the limits without noise."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -439,6 +441,20 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path, method):
     same(dvi.load(path), whole)
     with pytest.raises(dvi.StoreError, match="batch_size"):
         dvi.compare(small(), method, 30, path=path, resume=True, **{**race, "batch_size": 6})
+
+
+def test_a_race_is_drawn_pickled_and_told(tmp_path):
+    pytest.importorskip("matplotlib")
+    sampling = dvi.Sampling(replicas=2, window=2, trust_every=4, max_directions=3)
+    race = dvi.compare(small(), GradientDescent(0.15), 6, **{**RACE, "sampling": sampling})
+    figure = race.plot(tmp_path / "race.png")
+    labels = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert {"optimizer on mini-batches, averaged", "flow with mini-batch noise", "predicted with noise"} <= labels
+    assert (tmp_path / "race.png").stat().st_size > 10_000
+    flow = pickle.loads(pickle.dumps(dvi.noisy_flow(small(), GradientDescent(0.15), 4, sampling)))
+    again = dvi.solve(flow, 6, save_every=2, progress=False)
+    assert torch.equal(again.w, race.noisy.w)
+    assert race.noisy.series["loss_rate"][0] == pytest.approx(-0.15 * race.noisy.series["grad_sq"][0], rel=1e-6)
 
 
 def test_seeds_decide_the_batches():

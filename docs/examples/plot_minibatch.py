@@ -51,9 +51,9 @@ for batch_size in sizes:
     print(f"B = {batch_size:3d}: sharpness of runs {runs:.2f} ± {error:.2f}, of the flow {flow:.2f}")
 
 # %%
-# Without noise the central flow is at the edge.
+# Without noise the central flow is at the edge.  It begins once gradient descent has settled.
 
-full = dvi.compare(problem, method, steps, runs=("central",), warm_start=0, save_every=25, progress=False).central
+full = dvi.compare(problem, method, steps, runs=("central",), save_every=25, progress=False).central
 B, runs, error, flow, run_loss, flow_loss = np.array(rows).T
 
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")

@@ -16,6 +16,10 @@ from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, host
 
 
+#: Steps below which the average of what single pairs show is not to be trusted, whatever the window.
+_FEW = 10.0
+
+
 class ChaosError(StepError):
     """The oscillation is too large for the terms that the flow keeps: the runs that it describes are chaotic."""
 
@@ -87,7 +91,8 @@ class NoisyMemory:
 
     def taylor(self, window: float, t: float) -> float:
         """The next Taylor term of the averaged loss over the one that is kept; NaN before averages are filled."""
-        return abs(self.rest) / self.kept if t >= self.began + window and self.kept > 0 else np.nan
+        filled = t >= self.began + max(window, _FEW) - 1e-9
+        return abs(self.rest) / self.kept if filled and self.kept > 0 else np.nan
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class NoisyStep(IntegratorBase):
         seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k], block.first)
         after = replace(after, nu=flow.updated(after, seen))
         block = replace(block, HU=seen.HU, M=seen.M)
-        part = min(1.0, 1 / flow.sampling.window)
+        part = 1 / max(flow.sampling.window, _FEW)
         following = replace(
             memory,
             block=block,
