@@ -35,9 +35,9 @@ class Companion:
         """For a filter Q with numbers for coefficients, M = UᵀHU [k, k] and S = UᵀPU [k, k]."""
         k = len(M)
         eye = np.eye(k)
-        gain: Array = np.linalg.inv(S)
+        gain = np.asarray(np.linalg.inv(S), dtype=np.float64)
         if Q.trivial:
-            return cls(np.asarray(eye - gain @ M, dtype=np.float64), -gain)
+            return cls(eye - gain @ M, -gain)
         n, d = ([float(c) for c in part] for part in (Q.numerator, Q.denominator))
         inputs, outputs = len(n) - 1, max(1, len(d) - 1)
         size = 1 + inputs + outputs
