@@ -51,15 +51,16 @@ for batch_size in sizes:
     print(f"B = {batch_size:3d}: sharpness of runs {runs:.2f} ± {error:.2f}, of the flow {flow:.2f}")
 
 # %%
-# Without noise the central flow is at the edge.  It begins once gradient descent has settled.
+# The central flow of the full batch begins once gradient descent has settled; it is read at the same steps.
 
-full = dvi.compare(problem, method, steps, runs=("central",), save_every=25, progress=False).central
+full = dvi.compare(problem, method, steps, runs=("central",), progress=False).central
+at = np.array([100, 125, 150]) - int(full.about["warm_start"])
 B, runs, error, flow, run_loss, flow_loss = np.array(rows).T
 
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
 for ax, points, curve, spread, level in (
-    (axes[0], runs, flow, error, full.eigenvalues[-3:, 0].mean()),
-    (axes[1], run_loss, flow_loss, None, full.predicted_loss[-3:].mean()),
+    (axes[0], runs, flow, error, full.eigenvalues[at, 0].mean()),
+    (axes[1], run_loss, flow_loss, None, full.predicted_loss[at].mean()),
 ):
     ax.axhline(level, color="0.55", ls=(0, (1.2, 1.2)), lw=1.3, label="central flow of the full batch")
     ax.plot(B, curve, "k", lw=1.2, label="flow with mini-batch noise")
@@ -70,7 +71,7 @@ for ax, points, curve, spread, level in (
     ax.set_xlabel("batch size (of 240 examples)")
 axes[0].axhline(2, color="0.8", lw=0.8, zorder=0)
 axes[0].set(ylabel="effective sharpness", ylim=(0, 2.25), title="(a) sharpness at steps 100 to 150")
-axes[1].set(ylabel="train loss, averaged", ylim=(0, None), title="(b) loss there")
+axes[1].set(ylabel="train loss, averaged", ylim=(0, 1.1 * run_loss.max()), title="(b) loss at these steps")
 handles, labels = axes[0].get_legend_handles_labels()
 figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 figure.savefig(folder / "minibatch.png", dpi=160)
