@@ -15,7 +15,6 @@ from dvi.solvers.errors import StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, host
 
-
 #: Steps below which the average of what single pairs show is not to be trusted, whatever the window.
 _FEW = 10.0
 
