@@ -32,6 +32,9 @@ from dvi.methods import (
     SpecError,
     from_torch,
 )
+from dvi.noise.flow import NoisyFlow, noisy_flow
+from dvi.noise.optimizer import MiniBatchOptimizer, minibatch
+from dvi.noise.sampling import Sampling
 from dvi.problems import DerivativeError, Problem, ProblemError
 from dvi.reports import Report
 from dvi.results.comparison import Comparison
@@ -87,6 +90,8 @@ __all__ = [
     "MacroStep",
     "MemoryLimitError",
     "Method",
+    "MiniBatchOptimizer",
+    "NoisyFlow",
     "NotPositiveDefiniteError",
     "Preconditioner",
     "Problem",
@@ -95,6 +100,7 @@ __all__ = [
     "Report",
     "RunError",
     "RungeKutta",
+    "Sampling",
     "Scalar",
     "SemiImplicit",
     "Solution",
@@ -116,6 +122,8 @@ __all__ = [
     "from_torch",
     "load",
     "methods",
+    "minibatch",
+    "noisy_flow",
     "problems",
     "solve",
     "solvers",

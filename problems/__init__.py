@@ -11,6 +11,7 @@ from dvi.problems.exact.berthier import TwoScales
 from dvi.problems.exact.edge import Circle, MatrixSweep
 from dvi.problems.exact.toy import Cubic, Quadratic, two_scales
 from dvi.problems.ledger import Ledger
+from dvi.problems.minibatch import ExampleProblem, MiniBatches
 from dvi.problems.module import ModuleProblem
 from dvi.problems.networks.activations import BetaGELU
 from dvi.problems.networks.cnn import CNN, PoolingCNN
@@ -32,10 +33,12 @@ __all__ = [
     "Circle",
     "Cubic",
     "DerivativeError",
+    "ExampleProblem",
     "Ledger",
     "LossChangedError",
     "Mamba",
     "MatrixSweep",
+    "MiniBatches",
     "ModuleProblem",
     "NotFiniteError",
     "PoolingCNN",

@@ -92,8 +92,8 @@ def count(data: Examples) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def take(data: Examples, which: slice) -> Examples:
-    """Return some of the examples, as views; numbers, words and None among them are for all examples."""
+def take(data: Examples, which: slice | Tensor) -> Examples:
+    """Return some of the examples, of a slice as views; numbers, words and None among them are for all examples."""
     return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else leaf[which], data)
 
 

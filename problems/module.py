@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from dvi.problems.fingerprint import fingerprint
 from dvi.problems.flat_model import FlatModel, kept_tensors
 from dvi.problems.inspection import Watcher, attentive, past_w
 from dvi.problems.loading import is_source, read
+from dvi.problems.minibatch import MiniBatches
 from dvi.problems.originals import Originals
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
@@ -221,9 +223,34 @@ class ModuleProblem(Problem):
         self._check_weights(w)
         self._model.load_into(model, w)
 
+    def mini_batches(self, max_gib: float = 0.5) -> MiniBatches:
+        """The examples, one by one and in batches.  What is added to the loss is added to that of every batch.
+
+        Args:
+            max_gib: memory for the gradients of a chunk of examples.
+
+        Raises:
+            ProblemError: if the loss is no mean over examples that count the same and do not see one another.
+
+        """
+        for path, module in self._model.module.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+                raise ProblemError(
+                    f"module {path or '(the model itself)'} ({type(module).__name__}) normalises by the statistics of "
+                    "its batch, so that the gradient of an example depends on the others in it: call model.eval() "
+                    "first, or take GroupNorm or LayerNorm; or leave batch_size out for the full-batch flow"
+                )
+        if count(self._inputs) is None or (self._targets is not None and count(self._targets) != count(self._inputs)):
+            raise ProblemError(
+                "mini-batches need inputs and targets that are tensors with one first dimension, the examples"
+            )
+        return MiniBatches(
+            self, _BatchLoss(self._loss, self._added), (self._inputs, self._targets), self._model.install, max_gib
+        )
+
     def _parts_of(self, w0: Tensor, penalty: Penalty | None, weight_decay: float) -> list[Part]:
         """Return the loss as a sum over chunks of examples, and what is added to it."""
-        added = _Added(self._model, penalty, weight_decay)
+        self._added = added = _Added(self._model, penalty, weight_decay)
         if self._chunk_size is None:
             return [_Chunk(self._loss, self._inputs, self._targets, 1.0, added)]
         n = count(self._inputs)
@@ -372,6 +399,31 @@ class _Added:
                 raise ProblemError(f"penalty gives a scalar tensor from the parameters by name, not {what}")
             total = total + extra
         return total
+
+
+@dataclass
+class _BatchLoss:
+    """The loss of some examples, and what is added to it."""
+
+    loss: _Loss
+    added: _Added
+
+    def __call__(self, pieces: tuple[Tensor, ...], data: Examples) -> Tensor:
+        inputs, targets = data
+        w = cast(Tensor, _Pieces(pieces))  # of which the model takes slices only
+        value = self.loss.of(self.loss.outputs(w, inputs), targets)
+        return value + self.added(torch.cat(pieces)) if self.added else value
+
+
+class _Pieces:
+    """Weights that are not one vector: its slices, by where they begin."""
+
+    def __init__(self, pieces: tuple[Tensor, ...]) -> None:
+        ends = accumulate(len(piece) for piece in pieces)
+        self._found = {end - len(piece): piece for end, piece in zip(ends, pieces, strict=True)}
+
+    def __getitem__(self, where: slice) -> Tensor:
+        return self._found[where.start]
 
 
 @dataclass

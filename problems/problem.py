@@ -25,6 +25,11 @@ from dvi.problems.ledger import Ledger
 from dvi.problems.negated import Negated
 from dvi.problems.timing import measure
 
+NO_EXAMPLES = (
+    "this problem is one loss of flat weights and knows no examples to draw mini-batches of: make it with "
+    "dvi.Problem.from_module(model, criterion, inputs, targets) or dvi.Problem.from_examples(losses, data, w0)"
+)
+
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
@@ -63,6 +68,9 @@ class Problem:
 
     #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
     weight_decay: float = 0.0
+    #: ``from_examples(losses, data, w0, …)``: the mean of a loss over examples, for mini-batches.
+    #: This is :class:`~dvi.problems.ExampleProblem`, which takes this place when it is defined.
+    from_examples: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -345,6 +353,13 @@ class Problem:
             self.ledger.weights = {**self.ledger.weights, **measured}
             self._measured = True
         return dict(self.ledger.weights)
+
+    def mini_batches(self, max_gib: float = 0.5) -> Any:
+        """The examples of the loss, one by one and in batches; only problems that are made of examples have some.
+
+        See :class:`~dvi.problems.MiniBatches`.
+        """
+        raise ProblemError(NO_EXAMPLES)
 
     def outputs(self, w: Tensor, inputs: Any) -> Any:
         """Return what the model makes of ``inputs``; only problems made from a module have one.

@@ -251,7 +251,7 @@ def _compare(arguments: Sequence[str]) -> Make:
     run = flags(
         dvi.compare,
         defaults=_DEFAULTS,
-        without={*KINDS, "path", "progress", "throw", "test_inputs", "scheduler", "start"},
+        without={*KINDS, "path", "progress", "throw", "test_inputs", "sampling", "scheduler", "start"},
     )
     kinds: dict[str, Any] = {"run": Annotated[Any, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=run)]}
     taken = {"help", *inspect.signature(compare).parameters, *inspect.signature(run).parameters}

@@ -231,6 +231,21 @@ class SpecCalculus:
             out = pytree.tree_map(torch.add, out, slope)
         return out
 
+    def f_curvature_of(self, nu: Nu, t: float, g: Tensor, rows: Tensor) -> Nu:
+        """½∇²_g f[C] of a covariance C = Σ rᵢrᵢᵀ of gradients, given the rows rᵢ [m, d]; like ν."""
+        method = self.metric.at(t)
+        if self.local:
+            return self.f_curvature_at(nu, t, g, rows.square().sum(dim=0))
+        bent = self.replays.each(curvature, method, (nu, g), rows, rows)
+        return pytree.tree_map(lambda x: 0.5 * x.sum(dim=0), bent)
+
+    def f_curvature_at(self, nu: Nu, t: float, g: Tensor, variances: Tensor) -> Nu:
+        """½∇²_g f[C] of an f that is local, which reads of C its diagonal alone [d]; like ν."""
+        found = self.replays(diagonal_curvature, self.metric.at(t), nu, g)
+        return pytree.tree_map(
+            lambda c: 0.5 * still(variances, c * variances) if c.shape == g.shape else torch.zeros_like(c), found
+        )
+
     def _diagonal(self, method: Method, nu: Nu, g: Tensor) -> Nu:
         """∂f/∂ν where it is diagonal, with the memory that is lent to parts of ν without one."""
         J = self.replays(diagonal_slope, method, nu, g)

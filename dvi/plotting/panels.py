@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvi.plotting.style import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, Look, of_flow, rank
+from dvi.plotting.style import AVERAGED, DOTS, EVERY, LAYERS, PREDICTED, PREDICTED_NOISY, Look, of_flow, rank
 from dvi.results.averages import gaussian_average
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Solution
@@ -115,8 +115,9 @@ def averaged(
                 line(axes, run.t, _inner_average(run, values[process], sigma), AVERAGED)
             else:
                 line(axes, run.t, values[process], of_flow(process))
+                _band(axes, run, values[process], run.series.get(name + "_spread"), of_flow(process))
         for process, average in predicted.items():
-            line(axes, race.runs[process].t, average, PREDICTED)
+            line(axes, race.runs[process].t, average, PREDICTED_NOISY if process == "noisy" else PREDICTED)
         fit(axes, usable(*values.values()), zero=True, log=log)
 
     return Panel(title, label, draw, remark if predicted else "")
@@ -186,8 +187,9 @@ def _leading(run: Solution, count: int) -> tuple[Array, Array]:
 def distances(race: Comparison) -> Panel | None:
     """Distances in weight space from the optimizer to each flow, or between the flows where it did not run."""
     optimizer = race.runs.get("discrete")
+    centre = next((name for name in ("discrete", "sgd") if name in race.runs), None)
     # a distance between two flows says nothing about the optimizer
-    shown = {pair: values for pair, values in race.distance.items() if optimizer is None or "discrete" in pair}
+    shown = {pair: values for pair, values in race.distance.items() if centre is None or centre in pair}
     if not any(np.isfinite(values).any() for values in shown.values()):
         return None
     between = " and ".join(of_flow(name)[0] for name in next(iter(shown)))
@@ -199,12 +201,14 @@ def distances(race: Comparison) -> Panel | None:
             line(axes, optimizer.t, step, EVERY)
             tops.append(_top(step, 99.5))
         for pair, values in reversed(shown.items()):
-            label, options = of_flow(next(name for name in pair if name != "discrete"))
-            line(axes, race.t, values, ("_" if optimizer is None else label, options))
+            label, options = of_flow(next(name for name in pair if name != (centre or "discrete")))
+            line(axes, race.t, values, ("_" if centre is None else label, options))
             tops.append(_top(values))
         from_zero(axes, tops)
 
     remark = f"between {between}" if optimizer is None else "from the optimizer to each flow; pale: ‖w$_{t+1}$ − w$_t$‖"
+    if centre == "sgd":
+        remark = "from the averages of single replicas to each flow"
     return Panel("distance in weight space", "distance ‖w − w′‖ (units of w)", draw, remark)
 
 
@@ -239,7 +243,7 @@ def _oscillations(race: Comparison, sigma: float) -> Panel | None:
                 line(axes, run.t, mean, AVERAGED)
                 tops.append(min(2.5 * _top(mean), _top(trace)))
             else:
-                line(axes, run.t, trace, PREDICTED)
+                line(axes, run.t, trace, PREDICTED_NOISY if name == "noisy" else PREDICTED)
                 tops.append(_top(trace))
         from_zero(axes, tops)
 
@@ -312,6 +316,12 @@ def line(axes: Axes, t: Array, values: Array, look: Look) -> None:
     label, options = look
     if np.isfinite(values).any():
         axes.plot(t[:n], values, label=label, rasterized=n > _RASTER, **options)
+
+
+def _band(axes: Axes, run: Solution, values: Array, spread: Array | None, look: Look) -> None:
+    """A band of one standard deviation of replicas about their mean, where they were recorded."""
+    if spread is not None and np.isfinite(spread).any():
+        axes.fill_between(run.t, values - spread, values + spread, color=look[1]["color"], alpha=0.2, lw=0)
 
 
 def from_zero(axes: Axes, tops: Iterable[float]) -> None:

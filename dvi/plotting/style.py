@@ -14,10 +14,13 @@ Look = tuple[str, dict[str, Any]]
 EVERY: Look = ("optimizer, every step", {"color": "#a9cdec", "lw": 0.6})
 AVERAGED: Look = ("optimizer, averaged (σ)", {"color": "#3b82c4", "lw": 2.4, "solid_capstyle": "round"})
 PREDICTED: Look = ("predicted time average", {"color": "#b2182b", "lw": 1.2, "ls": (0, (4, 1.6))})
+PREDICTED_NOISY: Look = ("predicted with noise", {"color": "#1b7837", "lw": 1.2, "ls": (0, (4, 1.6))})
 FLOWS: dict[str, Look] = {
     "central": ("central flow", {"color": "black", "lw": 1.1}),
     "map": ("central map", {"color": "#e08214", "lw": 1.1, "ls": (0, (7, 1, 1, 1))}),
     "stable": ("stable flow", {"color": "#8c8c8c", "lw": 1.3, "ls": (0, (1.2, 1.2))}),
+    "sgd": ("optimizer on mini-batches, averaged", {"color": "#3b82c4", "lw": 2.4, "solid_capstyle": "round"}),
+    "noisy": ("flow with mini-batch noise", {"color": "#1b7837", "lw": 1.3}),
     "ablated": ("ablated flow", {"color": "0.45", "lw": 1.0, "ls": (0, (6, 2, 1, 2, 1, 2))}),
 }
 DOTS: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 1.9, "mew": 0, "color": "#3b82c4", "alpha": 0.6}
@@ -29,9 +32,9 @@ EDGES: dict[str, Any] = {"color": "#d62728", "ls": (0, (1, 2)), "lw": 0.8, "zord
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"]
 
 #: Labels in the order of the legend; others follow.
-LEGEND = [label for label, _ in (EVERY, AVERAGED, PREDICTED, *FLOWS.values())]
+LEGEND = [label for label, _ in (EVERY, AVERAGED, PREDICTED, PREDICTED_NOISY, *FLOWS.values())]
 #: Processes from the bottom to the top of a panel; others lie on top.
-LAYERS = ["discrete", "stable", "map", "central"]
+LAYERS = ["sgd", "discrete", "stable", "map", "central"]
 
 
 def of_flow(name: str) -> Look:

@@ -60,6 +60,11 @@ class Status(Enum):
         "oscillate, or the loss has kinks there, or the optimizer itself is about to diverge. Lower lr, smooth the "
         "loss, or raise the integrator's budget=."
     )
+    CHAOTIC = (
+        "The oscillations that mini-batches drive are too large for the flow with noise: the loss is no longer "
+        "described by its second derivatives there, and runs of the optimizer jump about. Take larger batches or a "
+        "smaller lr."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

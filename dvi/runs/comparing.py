@@ -16,6 +16,9 @@ from dvi.compiler.exact_rates import Accuracy
 from dvi.compiler.flows import CentralFlow, CentralMap, CompiledFlow, StableFlow
 from dvi.compiler.optimizer import Discrete
 from dvi.interop.binding import MethodLike, bind, read
+from dvi.noise.flow import noisy_flow
+from dvi.noise.optimizer import MiniBatchOptimizer
+from dvi.noise.sampling import Sampling
 from dvi.problems import Problem
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
@@ -51,6 +54,8 @@ RUNS: dict[str, type[CompiledFlow]] = {
     "stationary": StationaryFlow,
     "stationary-ablated": AblatedStationaryFlow,
 }
+#: Those that take mini-batches.
+NOISY = ("sgd", "noisy")
 
 
 def compare(
@@ -61,6 +66,8 @@ def compare(
     runs: Sequence[str] = ("discrete", "central", "stable"),
     integrator: Integrator | None = None,
     accuracy: Accuracy | None = None,
+    batch_size: int | None = None,
+    sampling: Sampling | None = None,
     warm_start: WarmStart = "auto",
     scheduler: Any = None,
     start: State | Literal["state", "fresh"] | None = None,
@@ -85,9 +92,12 @@ def compare(
         steps: how long, in unit times (steps of the optimizer).
         runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated" (see
             :func:`dvi.ablated_flow`), "stationary" (see :func:`dvi.stationary_flow`) and "stationary-ablated", the same
-            without its curvature penalty.
+            without its curvature penalty; and with a batch size "sgd", replicas of the optimizer on mini-batches, and
+            "noisy" (:func:`dvi.noisy_flow`).
         integrator: for the central flow (default: :func:`dvi.runs.solving.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
+        batch_size: examples in a mini-batch, for "sgd" and "noisy"; the other runs take all examples at every step.
+        sampling: how batches are drawn, see :class:`dvi.Sampling`.
         warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
             sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
             "stationary": no steps, but ν at its stationary value (:func:`dvi.stationary`), so that runs of different
@@ -123,8 +133,14 @@ def compare(
     from dvi.storage.hdf5 import Keeper
 
     names = (runs,) if isinstance(runs, str) else tuple(runs)
-    if isinstance(runs, str) or not names or not set(names) <= set(RUNS) or len(set(names)) < len(names):
-        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, RUNS))}; a tuple of names, each once.")
+    known = (*RUNS, *NOISY)
+    if isinstance(runs, str) or not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, known))}; a tuple of names, each once.")
+    if (batch_size is None) == bool(set(names) & set(NOISY)) or (batch_size is None and sampling is not None):
+        raise ValueError(
+            f'batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs "sgd" and "noisy", and they '
+            'need one, as in batch_size=32, runs=("sgd", "noisy", "central", "stable").'
+        )
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
     check_names(measures)
     if not isinstance(warm_start, str):
@@ -134,12 +150,17 @@ def compare(
         writable(path)
     problem, method = bind(problem, read(method, scheduler, start if isinstance(start, str) else None))
     given = None if isinstance(start, str) else start
-    compiled = {
-        name: RUNS[name](
-            problem, method, check=check and i == 0, accuracy="second-order" if name == "map" else accuracy
-        )
-        for i, name in enumerate(runs)
-    }
+    compiled: dict[str, CompiledFlow] = {}
+    for i, name in enumerate(runs):
+        first_check = check and i == 0
+        if batch_size is not None and name == "sgd":
+            compiled[name] = MiniBatchOptimizer(problem, method, batch_size, sampling or Sampling(), check=first_check)
+        elif batch_size is not None and name == "noisy":
+            compiled[name] = noisy_flow(problem, method, batch_size, sampling, check=first_check)
+        else:
+            compiled[name] = RUNS[name](
+                problem, method, check=first_check, accuracy="second-order" if name == "map" else accuracy
+            )
     first = next(iter(compiled.values()))
     observer = Observer(tuple(coordinates), test_inputs, tuple(measures), measure_every)
     kind = next(
@@ -154,6 +175,8 @@ def compare(
     }
     if measures:
         arguments |= {"measures": list(measures), "measure_every": float(measure_every)}
+    if batch_size is not None:
+        arguments |= {"batch_size": batch_size, "sampling": repr(sampling or Sampling())}
     keeper = Keeper(path, every=checkpoint_every, device=problem.device)
     saved = keeper.checkpoint() if resume else None
     status: Status = Status.SUCCESS
@@ -263,7 +286,10 @@ def _remembered(y: State, started: bool) -> dict[str, Any]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a - b))
+    """‖a − b‖; of replicas [R, d], the mean."""
+    if a.ndim == b.ndim == 1:
+        return float(torch.linalg.vector_norm(a - b))
+    return float(torch.linalg.vector_norm(a - b, dim=-1).mean())
 
 
 def _of_the_optimizer(processes: dict[str, Process]) -> str:

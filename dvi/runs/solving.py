@@ -16,14 +16,19 @@ from dvi.compiler.flows import CompiledFlow
 from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
 from dvi.methods import NotPositiveDefiniteError
 from dvi.methods.errors import ScheduleError
+from dvi.noise.flow import NoisyFlow
+from dvi.noise.optimizer import MiniBatchOptimizer
+from dvi.noise.step import ChaosError, NoisyStep
 from dvi.problems import LossChangedError, ProblemError
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
 from dvi.results.status import Status
 from dvi.runs.measures import check_names
+from dvi.runs.noisy_process import NoisyProcess
 from dvi.runs.observables import Observer
 from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.runs.process import FlowProcess, MapProcess, Process
+from dvi.runs.sgd_process import SGDProcess
 from dvi.solvers.ccp import CCPError
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
@@ -132,6 +137,7 @@ def classify(error: BaseException) -> Status:
         return error.status
     for kind, status in (
         (LossChangedError, Status.LOSS_CHANGED),
+        (ChaosError, Status.CHAOTIC),
         (CCPError, Status.NO_SOLUTION),
         (ConvergenceError, Status.NOT_CONVERGED),
         (NotPositiveDefiniteError, Status.NOT_POSITIVE_DEFINITE),
@@ -187,6 +193,8 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
     """What a flow is integrated with unless the user says otherwise: the first of ours that accepts it."""
+    if isinstance(flow, NoisyFlow):
+        return NoisyStep()
     candidates = (MacroStep(), SemiImplicit(), SemiImplicit(dt=1.0), Quasistatic())
     return next((integrator for integrator in candidates if not integrator.accepts(flow)), candidates[0])
 
@@ -204,7 +212,13 @@ def make_process(
     if isinstance(flow, Discrete):
         if integrator is not None:
             raise ValueError("The optimizer itself takes its own steps: leave integrator out.")
+        if isinstance(flow, MiniBatchOptimizer):
+            return SGDProcess(flow, start, grid, observer, eigen_every)
         return DiscreteProcess(flow, start, grid, observer, eigen_every)
+    if isinstance(flow, NoisyFlow):
+        if integrator is not None:
+            raise ValueError("The flow with noise takes the optimizer's own steps: leave integrator out.")
+        return NoisyProcess(flow, start, grid, observer)
     driver = Driver(default_integrator(flow) if integrator is None else integrator)
     if refusal := driver.accepts(flow):
         raise ValueError(refusal)

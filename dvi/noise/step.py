@@ -1,0 +1,274 @@
+"""One step of the flow with noise: the optimizer's own step with the force of the oscillation, and X beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from dvi.noise.companion import Companion, remembered
+from dvi.noise.flow import Look, NoisyFlow
+from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
+from dvi.solvers.errors import StepError
+from dvi.solvers.integrator import IntegratorBase
+from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, host
+
+#: Steps below which the average of what single pairs show is not to be trusted, whatever the window.
+_FEW = 10.0
+
+
+class ChaosError(StepError):
+    """The oscillation is too large for the terms that the flow keeps: the runs that it describes are chaotic."""
+
+
+@dataclass(frozen=True)
+class NoisyNode(Node):
+    """What was seen at one moment, and what only a flow with noise has.
+
+    Attributes:
+        rest: what the averaged loss has beyond L + ½⟨H, Σ⟩.
+        noise: tr N, which the squared norm of a mini-batch's gradient has beyond that of the gradient.
+        taylor: the next Taylor term of the averaged loss over the one that is kept, averaged over the window.
+        radius: the spectral radius of the map of X; NaN where it was not looked at.
+        outside: the share of a step's noise that falls outside the block; NaN where it was not looked at.
+        lowest: the least effective eigenvalue in the block.
+    """
+
+    rest: float = 0.0
+    noise: float = 0.0
+    taylor: float = np.nan
+    radius: float = np.nan
+    outside: float = np.nan
+    lowest: float = np.nan
+
+
+@dataclass(frozen=True)
+class Block:
+    """The directions in which the oscillation is followed.
+
+    Attributes:
+        found: the eigenpairs that were sought, of which the block is the leading part.
+        U, HU: [d, k], with UᵀP̃U = I where they were found; M: UᵀHU [k, k], both kept up to date along pairs.
+        first: M where the directions were found.
+        t: when.
+        sought: how many eigenpairs are sought.
+    """
+
+    found: Eigenblock
+    U: Tensor
+    HU: Tensor
+    M: Array
+    first: Array
+    t: float
+    sought: int
+
+
+@dataclass(frozen=True)
+class NoisyMemory:
+    """What a step hands to the next.
+
+    Attributes:
+        block: the directions.
+        Z: covariance of (x, the filter's memory) in the block.
+        look: what was seen at the present state.
+        rest, kept: averages over the window of the next Taylor term, and of the one that is kept.
+        began: when the run began, unit times; checked: when the trust was last looked at.
+        radius, outside: what was seen there.
+    """
+
+    block: Block
+    Z: Array
+    look: Look
+    rest: float
+    kept: float
+    began: float
+    checked: float = field(default=-np.inf)
+    radius: float = field(default=np.nan)
+    outside: float = field(default=np.nan)
+
+    def taylor(self, window: float, t: float) -> float:
+        """The next Taylor term of the averaged loss over the one that is kept; NaN before averages are filled."""
+        filled = t >= self.began + max(window, _FEW) - 1e-9
+        return abs(self.rest) / self.kept if filled and self.kept > 0 else np.nan
+
+
+@dataclass(frozen=True)
+class NoisyStep(IntegratorBase):
+    """The integrator of :class:`dvi.NoisyFlow`, and of no other: whole steps, with the settings that the flow has."""
+
+    def accepts(self, flow: Flow) -> str:
+        """The flow with noise only."""
+        return "" if isinstance(flow, NoisyFlow) else "NoisyStep drives dvi.noisy_flow only: leave integrator out."
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Every step is one of the optimizer's."""
+        return True
+
+    def horizon(self, memory: NoisyMemory) -> float:
+        """A step does not depend on where the run ends."""
+        return 1.0
+
+    def restart(self, flow: Flow, memory: NoisyMemory, y: State) -> NoisyMemory:
+        """A jump of a schedule changes P, which the next step sees."""
+        return memory
+
+    def init(self, flow: Flow, y: State) -> NoisyMemory:
+        """All runs start from one point: X = 0."""
+        flow = cast(NoisyFlow, flow)
+        block = search(flow, y, None)
+        k = len(block.M)
+        size = (1 + remembered(flow.calculus.metric.at(y.t).Q())) * k
+        look = flow.look(y, block.U, block.HU, block.M, np.zeros((k, k)))  # no pair is tried, M stays as it is
+        return NoisyMemory(block, np.zeros((size, size)), look, 0.0, 0.0, y.t)
+
+    def step(self, flow: Flow, memory: NoisyMemory, y: State, h: float) -> StepResult:
+        """One step of the optimizer.
+
+        Raises:
+            ChaosError: if the oscillation is too large for the terms that the flow keeps.
+            StepError: if less than a whole step is asked for.
+        """
+        if h < 1 - 1e-6:
+            raise StepError("The flow with noise is made of whole steps: let steps be a whole number.")
+        flow = cast(NoisyFlow, flow)
+        memory = self._trusted(flow, memory, y)
+        self._refuse_chaos(flow, memory, y)
+        block, look = memory.block, memory.look
+        node = self._node(flow, memory, y)
+        now = flow.calculus.metric.at(y.t)
+        P = now.P(y.nu)
+        velocity, filtered = _stride(flow, memory, y)
+        w = y.w + velocity
+        Z = memory.Z
+        if len(block.M):
+            (S,) = host(block.U.T @ P.apply(block.U))
+            Z = Companion.of(now.Q(), block.M, 0.5 * (S + S.T)).step(Z, look.N)
+        after = State(w, y.nu, y.t + 1, filtered)
+        if after.t >= block.t + flow.sampling.every - 1e-9:
+            block, Z = self._moved(flow, after, block, Z)
+        k = len(block.M)
+        seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k], block.first)
+        after = replace(after, nu=flow.updated(after, seen))
+        block = replace(block, HU=seen.HU, M=seen.M)
+        part = 1 / max(flow.sampling.window, _FEW)
+        following = replace(
+            memory,
+            block=block,
+            Z=Z,
+            look=seen,
+            rest=(1 - part) * memory.rest + part * seen.beyond,
+            kept=(1 - part) * memory.kept + part * seen.drawn,
+        )
+
+        def inside(t: float) -> State:
+            s = min(max(t - y.t, 0.0), 1.0)
+            return y if s == 0 else after if s == 1 else State(y.w + s * (w - y.w), y.nu, t)
+
+        return StepResult(after, following, node, inside)
+
+    def observe(self, flow: Flow, memory: NoisyMemory, y: State) -> Node:
+        """What the next step would begin with."""
+        flow = cast(NoisyFlow, flow)
+        return self._node(flow, self._trusted(flow, memory, y), y)
+
+    # ---- inside ----------------------------------------------------------------------------------------
+
+    def _node(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyNode:
+        block, look = memory.block, memory.look
+        k = len(block.M)
+        return NoisyNode(
+            t=y.t,
+            loss=look.loss,
+            grad_sq=float(look.g @ look.g),
+            eigenvalues=block.found.eigenvalues,
+            U=block.U,
+            HU=block.HU,
+            X=memory.Z[:k, :k],
+            X_time=y.t,
+            g=look.g,
+            rate=Rate(_stride(flow, memory, y)[0], y.nu),
+            rest=look.rest,
+            noise=look.noise,
+            taylor=memory.taylor(flow.sampling.window, y.t),
+            radius=memory.radius,
+            outside=memory.outside,
+            lowest=float(block.M.diagonal().min(initial=np.inf)) if k else np.nan,
+        )
+
+    def _moved(self, flow: NoisyFlow, y: State, block: Block, Z: Array) -> tuple[Block, Array]:
+        """The block sought anew, and the covariance in its frame."""
+        new = search(flow, y, block)
+        PU = flow.precondition(y, block.U)
+        over, S = host(new.U.T @ PU, block.U.T @ PU)
+        k, into = len(block.M), len(new.M)
+        copies = len(Z) // k if k else 1 + remembered(flow.calculus.metric.at(y.t).Q())
+        # x is a vector in the frame, what the filter remembers are gradients: g = PU(UᵀPU)⁻¹ĝ
+        turn = np.zeros((copies * into, copies * k))
+        gradients = over @ np.linalg.inv(S) if k else over
+        for i in range(copies):
+            turn[i * into : (i + 1) * into, i * k : (i + 1) * k] = gradients if i else over
+        Z = turn @ Z @ turn.T
+        return new, 0.5 * (Z + Z.T)
+
+    def _trusted(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyMemory:
+        """Look at the spectral radius of X's map, and at what falls outside the block, if it is time."""
+        every = flow.sampling.trust_every
+        if not every or y.t < memory.checked + every - 1e-9:
+            return memory
+        block = memory.block
+        radius = 0.0
+        if len(block.M):
+            (S,) = host(block.U.T @ flow.calculus.metric.at(y.t).P(y.nu).apply(block.U))
+            map = Companion.of(flow.calculus.metric.at(y.t).Q(), block.M, 0.5 * (S + S.T))
+            radius = map.radius(flow.multiplied(y, block.U))
+        return replace(memory, checked=y.t, radius=radius, outside=flow.outside(y, block.U))
+
+    def _refuse_chaos(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> None:
+        ratio = memory.taylor(flow.sampling.window, y.t)
+        if not np.isfinite(memory.rest + memory.kept):
+            ratio = np.inf
+        if ratio > flow.sampling.trust:
+            raise ChaosError(
+                f"At t = {y.t:g} the oscillation is so large that the next Taylor terms of the averaged loss are "
+                f"{ratio:.2g} times the one that the flow keeps (½⟨H, Σ⟩ = {memory.kept:.3g}). Runs with batches of "
+                f"{flow.batch_size} jump about here, and no flow in w and Σ describes them: take larger batches or a "
+                "smaller lr, or raise trust= to go on all the same."
+            )
+
+
+def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any]:
+    """The optimizer's own step −P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
+    now, g = flow.calculus.metric.at(y.t), memory.look.g + memory.look.force
+    P = now.P(y.nu)
+    flow.calculus.require(P, y.t, memory.look.g)
+    m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
+    return -P.solve(m), filtered
+
+
+def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
+    """The directions at y that relax within the window, the leading ones if there are more than allowed."""
+    most = min(flow.sampling.max_directions, len(y.w))
+    method = CriticalSubspace(tol=flow.sampling.tol, seed=flow.sampling.seed)
+    A = flow.effective_hessian(y)
+    if last is None:
+        found, sought = method.start(A, y.w, np.inf), min(4, most)
+    else:
+        found, sought = last.found, last.sought
+    while True:
+        found = method.follow(A, found, np.inf, least=sought)
+        above = int((found.eigenvalues[:sought] > flow.cut(y.t)).sum())
+        if above < sought or sought == most:
+            break
+        sought = min(most, sought + (4 if last is None else 2))
+        if last is not None:
+            break
+    k = min(above, most)
+    frame = flow.frame(y, found.V[:, :k], found.AV[:, :k], third=False)
+    spare = sought if above >= sought - 2 else max(1, above + 1)
+    return Block(found, frame.U, frame.HU, frame.M, frame.M, y.t, spare)
+
+
+__all__ = ["Block", "ChaosError", "NoisyMemory", "NoisyNode", "NoisyStep", "search"]

@@ -1,0 +1,81 @@
+"""The flow with noise in progress: recorded as other flows, with what only it has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from dvi.noise.flow import NoisyFlow
+from dvi.noise.step import NoisyNode, NoisyStep
+from dvi.results.solution import Solution
+from dvi.results.status import Status
+from dvi.runs.observables import Observation, Observer
+from dvi.runs.process import FlowProcess
+from dvi.solvers.protocol import Array, State
+
+#: What a node has beside a flow's observation; those in the first row hold until they are looked at again.
+_OWN = ("radius", "outside", "lowest", "taylor", "noise", "rest", "directions")
+
+
+class NoisyProcess(FlowProcess):
+    """The flow with noise, one step of the optimizer at a time.
+
+    Raises:
+        ValueError: if a recorded time is not a whole number of steps.
+    """
+
+    def __init__(self, flow: NoisyFlow, start: State, grid: Array, observer: Observer) -> None:
+        if np.abs(grid - np.round(grid)).max() > 1e-9:
+            raise ValueError("The flow with noise takes whole steps: steps and save_every must be whole numbers.")
+        super().__init__(flow, NoisyStep(), start, grid, observer)
+
+    def _survey(self) -> None:
+        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
+
+    def _observe(self, y: State, node: Any) -> Observation:
+        node = cast(NoisyNode, node)
+        seen = super()._observe(y, node)
+        seen["osc_loss"] += node.rest
+        for name in _OWN:
+            seen[name] = node.k if name == "directions" else getattr(node, name)
+        return seen
+
+    def solution(self, status: Status, about: dict[str, Any]) -> Solution:
+        """The flow on the grid."""
+        found = super().solution(status, about)
+        at = np.array([node["t"] for node in self.nodes])
+        series = dict(found.series)
+        for name in _OWN:
+            values = np.array([float(node[name]) for node in self.nodes])
+            series[name] = np.interp(found.t, at, values) if len(at) else np.empty(0)
+        series["batch_grad_sq"] = series.get("predicted_grad_sq", np.empty(0)) + series["noise"]
+        flow = cast(NoisyFlow, self.flow)
+        about = {**found.about, "batch_size": flow.batch_size, "batches": flow.sampling.in_words}
+        about.pop("unit_steps", None)
+        return replace(found, series=series, breakpoints=[], notes=[*found.notes, *self._told(series)], about=about)
+
+    def _told(self, series: dict[str, Array]) -> list[str]:
+        """What the user should know of the block, and when not to trust the flow."""
+        if not len(self.nodes):
+            return []
+        flow = cast(NoisyFlow, self.flow)
+        k, cut = series["directions"], flow.cut(self.y.t)
+        low = np.nanmin(series["lowest"]) if np.isfinite(series["lowest"]).any() else np.nan
+        notes = [
+            f"noisy flow: oscillations are followed in {int(k.min())} to {int(k.max())} directions, those with an "
+            f"effective eigenvalue above {cut:.3g}, which relax within {flow.sampling.window:g} steps"
+            + (
+                f", as far as max_directions={flow.sampling.max_directions} allows: down to {low:.3g}. What is left "
+                f"out has up to {np.nanmax(series['outside']):.0%} of the noise of a step."
+                if k.max() >= flow.sampling.max_directions and low > cut and np.isfinite(series["outside"]).any()
+                else "."
+            )
+        ]
+        if float(np.nanmax(series["taylor"], initial=0.0)) > 0.3:
+            notes.append(
+                "noisy flow: the next Taylor term of the averaged loss came to "
+                f"{np.nanmax(series['taylor']):.0%} of the one that is kept; the flow is less exact there."
+            )
+        return notes
