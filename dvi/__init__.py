@@ -31,7 +31,7 @@ from dvi.methods import (
     Scalar,
     SpecError,
 )
-from dvi.problems import DerivativeError, Problem, ProblemError
+from dvi.problems import DerivativeError, Problem, ProblemError, RanksError, distribute
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
@@ -90,6 +90,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quasistatic",
+    "RanksError",
     "RunError",
     "RungeKutta",
     "Scalar",
@@ -109,6 +110,7 @@ __all__ = [
     "compare",
     "derive",
     "discrete",
+    "distribute",
     "duality",
     "load",
     "methods",

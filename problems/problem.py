@@ -20,6 +20,7 @@ from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
 from dvi.problems.ledger import Ledger
+from dvi.problems.ranks import ALONE, Ranks
 from dvi.problems.timing import measure
 
 NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
@@ -75,21 +76,32 @@ class Problem:
             raise ProblemError(f"max_directions counts directions, at least 1; got {max_directions!r}")
         self.w0 = _flat_weights(w0)
         self.name = name or getattr(loss, "__name__", None) or type(self).__name__
-        self.ledger = Ledger()
-        self._derivatives: Derivatives
-        if derivatives == "autodiff":
-            self._derivatives = Autodiff(self._parts, self.ledger, max_directions)
-        elif derivatives == "mixed":
-            self._derivatives = Mixed(self._parts, self.ledger, max_directions)
-        elif derivatives == "finite-difference":
-            self._derivatives = FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
-        else:
-            raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {derivatives!r}')
-        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self.derivatives: Backend = derivatives
-        self._measured = False
+        self._max_directions = max_directions
+        self._ranks: Ranks = ALONE
+        self._begin()
         self._kinks_told = False
         self._try_loss()
+
+    def _begin(self) -> None:
+        """Make the ledger and the backend of the parts."""
+        self.ledger = Ledger()
+        self._derivatives: Derivatives
+        if self.derivatives == "autodiff":
+            self._derivatives = Autodiff(self._parts, self.ledger, self._max_directions)
+        elif self.derivatives == "mixed":
+            self._derivatives = Mixed(self._parts, self.ledger, self._max_directions)
+        elif self.derivatives == "finite-difference":
+            self._derivatives = FiniteDifference(self._parts, self.ledger, central=self.dtype != torch.float64)
+        else:
+            raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {self.derivatives!r}')
+        self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
+        self._measured = False
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that compute this loss together (:func:`dvi.distribute`); by default this one alone."""
+        return self._ranks
 
     def fingerprints(self) -> dict[str, str]:
         """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
@@ -131,11 +143,15 @@ class Problem:
         """
         self._check_weights(w)
         self.ledger.values += 1
-        total = w.new_zeros(())
-        with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
-            for part in self._parts:
-                total += part(w.detach().clone()).detach()
-        return self._finite_loss(total)
+
+        def own() -> Tensor:
+            total = w.new_zeros(())
+            with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
+                for part in self._parts:
+                    total += part(w.detach().clone()).detach()
+            return total
+
+        return self._finite_loss(self._ranks.total(own, (), w))
 
     def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
         """Return the loss L(w) [] and its gradient [d].
@@ -149,11 +165,16 @@ class Problem:
         """
         self._check_weights(w)
         self.ledger.gradients += 1
-        value, gradient = value_and_gradient(self._parts, w)
+
+        def own() -> tuple[Tensor, Tensor]:
+            value, gradient = value_and_gradient(self._parts, w)
+            self._derivatives.remember(w, gradient)
+            return value, gradient
+
+        value, gradient = self._ranks.value_and_gradient(own, w)
         if checked and not bool(torch.isfinite(value) & torch.isfinite(gradient).all()):
             self._finite_loss(value)
             _finite(gradient, "gradient")
-        self._derivatives.remember(w, gradient)
         return value, gradient
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
@@ -170,7 +191,8 @@ class Problem:
         self._check_block(V, "V")
         if V.shape[1] == 0:
             return V.clone()
-        return _finite(self._derivatives.hvp(w, _rows(V)).T, "Hessian-vector product")
+        rows = self._ranks.total(lambda: self._derivatives.hvp(w, _rows(V)), (V.shape[1], self.dim), w, w, V)
+        return _finite(rows.T, "Hessian-vector product")
 
     def hessian_gradient(self, w: Tensor, U: Tensor, squares: bool = False) -> Tensor:
         """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order; ``squares``: i = j only, [k, d].
@@ -188,8 +210,9 @@ class Problem:
         if k == 0:
             return U.new_zeros(0, self.dim)
         if squares:
-            return _finite(self._derivatives.squares(w, _rows(U)), "third derivative")
-        rows = self._derivatives.pairs(w, _rows(U))
+            rows = self._ranks.total(lambda: self._derivatives.squares(w, _rows(U)), (k, self.dim), w)
+            return _finite(rows, "third derivative")
+        rows = self._ranks.total(lambda: self._derivatives.pairs(w, _rows(U)), (k * (k + 1) // 2, self.dim), w)
         i, j = torch.triu_indices(k, k, device=self.device)
         rows[i != j] *= math.sqrt(2)
         return _finite(rows, "third derivative")
@@ -209,7 +232,8 @@ class Problem:
         weights, directions = self._principal_directions(U, X)
         if len(weights) == 0:
             return torch.zeros_like(w)
-        return _finite(weights @ self._derivatives.squares(w, directions), "third derivative")
+        row = self._ranks.total(lambda: weights @ self._derivatives.squares(w, directions), (self.dim,), w)
+        return _finite(row, "third derivative")
 
     def hessian_derivative(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices Uᵀ (d/dε H(w+εv)) U [m, k, k] for U [d, k] and each column v of V [d, m].
@@ -225,7 +249,8 @@ class Problem:
         k, m = U.shape[1], V.shape[1]
         if k == 0 or m == 0:
             return U.new_zeros(m, k, k)
-        return _finite(self._derivatives.along(w, _rows(U), _rows(V)), "third derivative")
+        matrices = self._ranks.total(lambda: self._derivatives.along(w, _rows(U), _rows(V)), (m, k, k), w)
+        return _finite(matrices, "third derivative")
 
     def check(self, w: Tensor | None = None, *, gradient_only: bool = False) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
@@ -240,27 +265,32 @@ class Problem:
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
-        with self.ledger.paused():
+        kinks = False
+        with self._ranks.together(), self.ledger.paused():  # each rank checks its own part of the loss
             at, finding, cause = w.detach(), None, None
             try:
                 if gradient_only:
                     verdict = Verdict(examine_gradient(self._parts, at), at, False)
                 else:
                     verdict = examine(self._parts, self._derivatives, at)
-                at, finding = verdict.at, verdict.finding
+                at, finding, kinks = verdict.at, verdict.finding, verdict.kinks
             except DerivativeError as error:
                 cause = error
             if wrong := finding or cause:
                 raise refusal(self, wrong, lambda: self._blame(at)) from cause
-        if verdict.kinks and not self._kinks_told:
+        if any(self._ranks.gather(kinks)) and not self._kinks_told:
             self._kinks_told = True
-            tell_of_kinks(self.name)
+            if self._ranks.first:
+                tell_of_kinks(self.name)
 
     def kinks_between(self, w: Tensor, x: Tensor) -> bool:
         """Whether the loss has a kink between the weights ``w`` and ``x`` [d]; the few gradients are not counted."""
         self._check_weights(w)
         self._check_weights(x)
-        return kinks_between(self._parts, w.detach(), x.detach())
+        found = False
+        with self._ranks.together():
+            found = kinks_between(self._parts, w.detach(), x.detach())
+        return any(self._ranks.gather(found))
 
     def uncertainty(self, w: Tensor | None = None) -> dict[str, float]:
         """Relative errors of derivatives made by differences, along the gradient at ``w`` (default: w0); {} if exact.
@@ -269,8 +299,10 @@ class Problem:
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
-        with self.ledger.paused():
-            return self._derivatives.uncertainty(w.detach())
+        own: dict[str, float] = {}
+        with self._ranks.together(), self.ledger.paused():
+            own = self._derivatives.uncertainty(w.detach())
+        return {kind: max(found[kind] for found in self._ranks.gather(own)) for kind in own}
 
     def measure_weights(self, repeats: int = 5) -> dict[str, float]:
         """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.
@@ -279,7 +311,8 @@ class Problem:
         """
         if not self._measured:
             with self.ledger.paused():
-                measured = measure(self, repeats)
+                own = measure(self, repeats)
+            measured = self._ranks.share(lambda: own)  # costs decide steps, so they are the same on all ranks
             self.ledger.weights = {**self.ledger.weights, **measured}
             self._measured = True
         return dict(self.ledger.weights)

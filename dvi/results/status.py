@@ -55,6 +55,10 @@ class Status(Enum):
         "oscillate, or the loss has kinks there, or the optimizer itself is about to diverge. Lower lr, smooth the "
         "loss, or raise the integrator's budget=."
     )
+    RANKS = (
+        "The processes of a distributed run could not go on together: one has ended, or their weights differ. Look at "
+        "what that process said; then go on from the run's file with resume=True, on as many ranks or another number."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:
