@@ -21,6 +21,7 @@ import tyro
 import dvi
 from dvi.cli.names import KINDS, Make, UsageError, in_words, made, maker
 from dvi.cli.options import flags
+from dvi.runs.launched import first, launched, shared, who
 from dvi.runs.solving import default_integrator
 from dvi.storage.files import writable
 
@@ -36,7 +37,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run a shell command; the exit code, see :func:`dvi.cli.main`."""
     before = sys.path[:]  # to which the folders of the user's files are added
     try:
-        return _run(list(arguments))
+        with launched():
+            return _run(list(arguments))
+    except dvi.RanksError as error:
+        say(str(error))
+        return FAILED
     except dvi.RunError as error:  # before anything was computed: the start itself is impossible
         say(str(error))
         return FAILED
@@ -109,6 +114,7 @@ def compare(
       dvi compare --problem digits-cnn --method gd --lr 0.02 --n 200 --steps 500 --runs discrete central
       dvi compare --problem my.py:problem --method my.py:Adagrad --method.lr 0.1 --out runs/mine
       dvi compare --problem digits-mlp --method rmsprop --lr 2e-3 --steps 1000 --out runs/x --resume
+      torchrun --nproc-per-node 2 -m dvi compare --problem digits-mlp --method rmsprop --out runs/x
 
     Args:
         out: folder for race.h5 and race.png; made if missing. By default runs/PROBLEM-METHOD.
@@ -120,18 +126,20 @@ def compare(
     if out is None:
         out = Path("runs") / "-".join(name.rpartition(":")[2] for name in (problem, method))
     file, drawing = out / "race.h5", out / "race.png"
-    if os.path.exists(file) and not (run.keywords["resume"] or overwrite):
+    quiet, plot = quiet or not first(), plot and first()
+    if first() and os.path.exists(file) and not (run.keywords["resume"] or overwrite):
         raise UsageError(f"{file} exists: --resume goes on from it, --overwrite replaces it, or choose another --out.")
     if threads is not None:
         if threads < 1:
             raise UsageError(f"--threads {threads}: must be 1 or more.")
         torch.set_num_threads(threads)
-    loss, optimizer = made("problem", problem, problem_options), made("method", method, method_options)
+    loss, optimizer = shared(made("problem", problem, problem_options)), made("method", method, method_options)
     how = made("integrator", integrator, integrator_options)
     if integrator == "auto" and how is not None:  # the tolerance of the integrator that suits the flow
         flow = dvi.central_flow(loss, optimizer, accuracy=run.keywords["accuracy"], check=False)
         how = replace(default_integrator(flow), tol=how)  # type: ignore[type-var]  # a dataclass with a tol
-    writable(file)  # before the run, not after it
+    if first():
+        writable(file)  # before the run, not after it
     if plot:
         _picture(drawing)
     written, failure = [file], None
@@ -260,8 +268,8 @@ def _pictures(files: tuple[Path, ...], out: Path | None) -> list[Path]:
 
 
 def say(text: str) -> None:
-    """Tell the user something that went wrong."""
-    print(f"dvi: {text}", file=sys.stderr)
+    """Tell the user something that went wrong; of several ranks each says its own."""
+    print(f"dvi{who()}: {text}", file=sys.stderr)
 
 
 def report(result: dvi.Comparison | dvi.Solution) -> list[str]:
