@@ -84,10 +84,11 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
     twin._parts, twin._ranks = tuple(parts), ranks
     twin._begin()
     ranks.ledger = twin.ledger
-    with twin.ledger.paused():
+    with twin.ledger.paused(), problem.ledger.paused():
         twin._value_at_w0 = float(twin.value(twin.w0))
-    if not shards:
-        refuse_different(twin._value_at_w0, problem._value_at_w0, SHARED)
+        if not shards:
+            at = ranks.share(problem.near)
+            refuse_different(float(twin.value(at)), float(problem.value(at)), SHARED)
     return twin
 
 

@@ -266,7 +266,7 @@ class ModuleProblem(Problem):
             whole: whether the examples are those of all ranks, from which this one takes its own.
 
         """
-        w0, n, reduction = self.w0, self.examples, None
+        n, reduction = self.examples, None
         with ranks.together():
             if n is None:
                 raise ProblemError(
@@ -277,9 +277,10 @@ class ModuleProblem(Problem):
             if whole and n < ranks.size:
                 raise ProblemError(f"{n} examples cannot be shared among {ranks.size} ranks: start fewer of them")
             if n > 1:  # one example alone says neither mean nor sum
-                reduction = self._reduction(w0, SHARED)
-            if reduction is not None and not whole:  # otherwise the loss of all examples is known, and compared later
-                self._refuse_unequal_examples(w0, self._chunks(n, reduction, (n + 1) // 2), SHARED)
+                at = self.near()
+                reduction = self._reduction(at, SHARED)
+                if not whole:  # otherwise the loss of all examples is known, and compared later
+                    self._refuse_unequal_examples(at, self._chunks(n, reduction, (n + 1) // 2), SHARED)
         kinds = {kind for kind in ranks.gather(reduction) if kind is not None}
         of = sum(ranks.gather(n or 0))
         with ranks.together():

@@ -429,6 +429,21 @@ class Problem:
                 "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
             )
 
+    def near(self) -> Tensor:
+        """Weights [d] near w0 in no special position: at w0 examples may be alike, which hides how they are weighed.
+
+        w0 itself, where the loss is not finite there.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.w0)
+        at = self.w0 + 0.05 * max(0.1, float(self.w0.square().mean().sqrt())) * noise
+        try:
+            with self.ledger.paused():
+                self.value(at)
+        except NotFiniteError:
+            return self.w0
+        return at
+
     def _agrees(self, one: float, other: float) -> bool:
         """Are these the same value of the loss, but for the order in which a device adds up?"""
         return abs(one - other) <= 1e3 * torch.finfo(self.dtype).eps * max(abs(one), abs(other))
