@@ -223,7 +223,7 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()
+            reason = str(error).strip().split(". This ")[0].splitlines()  # what follows there is advice
             raise RanksError(
                 f"rank {self.rank} of {self.size} cannot reach the others: one has ended, or has not answered within "
                 "the timeout of the process group. What it said last stands above or in its own log; a run that keeps "
