@@ -22,8 +22,8 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
     """Return the problem over all ranks of a process group: each computes with its own examples.
 
     Every rank calls this, and then whatever it calls of the library, with the same arguments.  Loss, gradient,
-    Hessian-vector products and third derivatives are summed over ranks, one ``all_reduce`` for each gradient, block of
-    products or batch of third derivatives; the weights w [d] and all that follows are the same on every rank.
+    Hessian-vector products and third derivatives are summed over ranks: one ``all_reduce`` for each gradient, block of
+    products or batch of third derivatives.  The weights w [d] and all that follows are the same on every rank.
 
     A problem made from a module is split by its examples, in order.  If its loss is a mean, the shares weigh
     n_r / n, whatever their sizes; a penalty and weight decay count once.  Another problem is split by its parts, which
@@ -87,7 +87,7 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
     with twin.ledger.paused(), problem.ledger.paused():
         twin._value_at_w0 = float(twin.value(twin.w0))
         if not shards:
-            at = ranks.share(problem.near)
+            at = ranks.share(problem._near)
             refuse_different(float(twin.value(at)), float(problem.value(at)), SHARED)
     return twin
 

@@ -277,7 +277,7 @@ class ModuleProblem(Problem):
             if whole and n < ranks.size:
                 raise ProblemError(f"{n} examples cannot be shared among {ranks.size} ranks: start fewer of them")
             if n > 1:  # one example alone says neither mean nor sum
-                at = self.near()
+                at = self._near()
                 reduction = self._reduction(at, SHARED)
                 if not whole:  # otherwise the loss of all examples is known, and compared later
                     self._refuse_unequal_examples(at, self._chunks(n, reduction, (n + 1) // 2), SHARED)

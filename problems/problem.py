@@ -429,7 +429,7 @@ class Problem:
                 "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
             )
 
-    def near(self) -> Tensor:
+    def _near(self) -> Tensor:
         """Weights [d] near w0 in no special position: at w0 examples may be alike, which hides how they are weighed.
 
         w0 itself, where the loss is not finite there.

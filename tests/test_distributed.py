@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import on_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from live_memory import measured, swept
 from on_ranks import Pool, catalogue, context, derivatives, ends, parts, race, small, term
 
 import dvi
@@ -354,3 +356,28 @@ def test_the_shell_command_under_torchrun(tmp_path):
         dvi.problems.digits(n=50, width=4), GradientDescent(0.3), 8, runs=("discrete", "central"), progress=False
     )
     assert np.abs(race.central.loss - whole.central.loss).max() <= 1e-9
+
+
+# ---- memory ---------------------------------------------------------------------------------------------
+
+
+def formula():
+    """The function on the page."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    namespace = {"print": lambda *_: None}
+    exec(re.search(r"^def vectors.*?(?=^```)", page, re.MULTILINE | re.DOTALL)[0], namespace)
+    return namespace["vectors"]
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "kind"),
+    [(10_000, 4, "finite-difference"), (10_000, 4, "mixed"), (10_000, 7, "autodiff"), (100_000, 4, "autodiff")],
+)
+def test_a_run_holds_as_many_vectors_as_the_page_says(d, k, kind):
+    """Tensors that are alive, in vectors of w's length; the search for directions may take fewer than is said."""
+    found, vectors = measured(*swept(d, k, kind)), formula()
+    assert max(found) == k
+    for directions, held in found.items():
+        assert held <= 1.03 * vectors(directions), (directions, held)  # small matrices and numbers lie beside
+        if directions >= 4:
+            assert held >= 0.95 * vectors(directions), (directions, held)
