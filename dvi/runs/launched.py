@@ -44,7 +44,7 @@ def launched() -> Iterator[None]:
 
 def first() -> bool:
     """Whether this is the process that speaks and writes files."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def who() -> str:
