@@ -35,7 +35,7 @@ from dvi.methods import (
 from dvi.noise.flow import NoisyFlow, noisy_flow
 from dvi.noise.optimizer import MiniBatchOptimizer, minibatch
 from dvi.noise.sampling import Sampling
-from dvi.problems import DerivativeError, Problem, ProblemError
+from dvi.problems import DerivativeError, Problem, ProblemError, RanksError, distribute
 from dvi.reports import Report
 from dvi.results.comparison import Comparison
 from dvi.results.run_error import RunError
@@ -97,6 +97,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quasistatic",
+    "RanksError",
     "Report",
     "RunError",
     "RungeKutta",
@@ -118,6 +119,7 @@ __all__ = [
     "compare",
     "derive",
     "discrete",
+    "distribute",
     "duality",
     "from_torch",
     "load",

@@ -6,7 +6,8 @@ if __name__ != "dvi.problems":  # a second copy under another name would load ev
 from dvi.problems.catalogue.smooth import smoothed
 from dvi.problems.catalogue.tasks import cifar10, digits, fashion, sorting
 from dvi.problems.derivatives.safe import differentiable_layers
-from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
+from dvi.problems.distributed import distribute
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError, RanksError
 from dvi.problems.exact.berthier import TwoScales
 from dvi.problems.exact.edge import Circle, MatrixSweep
 from dvi.problems.exact.toy import Cubic, Quadratic, two_scales
@@ -45,12 +46,14 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Quadratic",
+    "RanksError",
     "ResNet",
     "TwoScales",
     "ViT",
     "cifar10",
     "differentiable_layers",
     "digits",
+    "distribute",
     "fashion",
     "smoothed",
     "sorting",

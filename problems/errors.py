@@ -15,3 +15,7 @@ class NotFiniteError(DerivativeError):
 
 class LossChangedError(ProblemError):
     """The loss at w0 is not what it was when the problem was made: it is no function of the weights alone."""
+
+
+class RanksError(RuntimeError):
+    """Processes that compute a loss together cannot go on: one has ended, or they no longer have the same weights."""

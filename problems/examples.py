@@ -97,7 +97,12 @@ def take(data: Examples, which: slice | Tensor) -> Examples:
     return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else leaf[which], data)
 
 
-def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:
+#: How examples are divided, and what to do where that is not possible.
+CHUNKED = ("taken in chunks", "Without chunk_size")
+SHARED = ("shared among ranks", "On one rank")
+
+
+def find_reduction(loss_of: Callable[[slice], float], n: int, words: tuple[str, str] = CHUNKED) -> int:
     """Return 1 if the loss is a mean over examples, 0 if a sum: chunks weigh (their share of examples) to this power.
 
     Tried on two or three examples, split unevenly where there are three.
@@ -106,15 +111,15 @@ def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:
         ProblemError: if it is neither.
 
     """
-    size = min(n, 3)
+    size, (divided, otherwise) = min(n, 3), words
     try:
         whole, first, rest = (loss_of(slice(*ends)) for ends in ((0, size), (0, 1), (1, size)))
     except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, ProblemError):
             raise
         raise ProblemError(
-            f"to be taken in chunks, the model treats examples one by one; here it fails on a few of them: {error}.  "
-            "Without chunk_size it gets all at once"
+            f"to be {divided}, the model treats examples one by one; here it fails on a few of them: {error}.  "
+            f"{otherwise} it gets all at once"
         ) from error
     mean = (first + (size - 1) * rest) / size
     # Losses of a few examples, in float32 at worst, with kernels that may round differently for each size.
@@ -124,17 +129,17 @@ def find_reduction(loss_of: Callable[[slice], float], n: int) -> int:
     if abs(whole - (first + rest)) <= tolerance:
         return 0
     raise ProblemError(
-        f"to be taken in chunks, a criterion is a mean or a sum over examples, and the model treats them one by one; "
+        f"to be {divided}, a criterion is a mean or a sum over examples, and the model treats them one by one; "
         f"here examples 1 to {size} give {whole:.6g}, the first {first:.6g} and the others {rest:.6g}, "
         f"which makes neither a mean ({mean:.6g}) nor a sum ({first + rest:.6g}).  "
-        "Without chunk_size any criterion will do"
+        f"{otherwise} any criterion will do"
     )
 
 
-def refuse_different(in_chunks: float, whole: float) -> None:
+def refuse_different(in_chunks: float, whole: float, words: tuple[str, str] = CHUNKED) -> None:
     """Raise :class:`ProblemError` if the loss of all examples is not what its chunks add up to."""
     if abs(in_chunks - whole) > 1e-4 * abs(whole):
         raise ProblemError(
-            f"taken in chunks the loss is {in_chunks:.6g}, at once {whole:.6g}: some examples count for more than "
-            "others (padding, class weights).  Without chunk_size any criterion will do"
+            f"{words[0]} the loss is {in_chunks:.6g}, at once {whole:.6g}: some examples count for more than "
+            f"others (padding, class weights).  {words[1]} any criterion will do"
         )

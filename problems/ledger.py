@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-KINDS = ("gradients", "hvps", "third_derivatives", "values", "ccp_solves")
+KINDS = ("gradients", "hvps", "third_derivatives", "values", "ccp_solves", "collectives", "collective_bytes")
 
-# Relative to one value_and_grad.  A complementarity problem is a few numbers on the host: free.
+# Relative to one value_and_grad.  A complementarity problem is a few numbers on the host: free.  What collectives cost
+# depends on the network between ranks, and is not known here.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "gradients": 1.0,
     "hvps": 2.5,
     "third_derivatives": 9.0,
     "values": 1 / 3,
     "ccp_solves": 0.0,
+    "collectives": 0.0,
+    "collective_bytes": 0.0,
 }
 
 
@@ -33,6 +36,8 @@ class Ledger:
         third_derivatives: contractions T[u, v], one per pair of directions.
         values: forward-only evaluations.
         ccp_solves: complementarity problems solved (counted by whoever solves them).
+        collectives: sums over ranks (:func:`dvi.distribute`).
+        collective_bytes: bytes that each rank handed over to them.
         weights: cost of one of each, in gradients.
 
     """
@@ -42,6 +47,8 @@ class Ledger:
     third_derivatives: int = 0
     values: int = 0
     ccp_solves: int = 0
+    collectives: int = 0
+    collective_bytes: int = 0
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS), repr=False)
 
     def __post_init__(self) -> None:

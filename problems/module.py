@@ -18,6 +18,8 @@ from dvi.problems.derivatives.locate import name_culprit
 from dvi.problems.derivatives.protocol import Part
 from dvi.problems.errors import ProblemError
 from dvi.problems.examples import (
+    CHUNKED,
+    SHARED,
     Examples,
     arguments,
     count,
@@ -35,6 +37,7 @@ from dvi.problems.minibatch import MiniBatches
 from dvi.problems.originals import Originals
 from dvi.problems.outputs import curvature
 from dvi.problems.problem import Backend, Problem
+from dvi.problems.ranks import ALONE, Ranks
 
 Criterion = Callable[..., Tensor]
 Output = str | int | Callable[[Any], Any]
@@ -113,6 +116,7 @@ class ModuleProblem(Problem):
         self._inputs, self._targets = own(inputs), own(targets)
         self._chunk_size = chunk_size
         self._loss = _Loss(self._model, criterion, output)
+        self._added = _Added(self._model, penalty, float(weight_decay))
         # The user's own parameters: a loss that reads them reads past w.
         owners = {"the criterion": criterion, "the model": model}
         self._foreign = {
@@ -124,7 +128,7 @@ class ModuleProblem(Problem):
         }
         self._foreign |= kept_tensors(model)
         super().__init__(
-            self._parts_of(w0, penalty, float(weight_decay)),
+            self._parts_of(w0),
             w0,
             derivatives=derivatives,
             max_directions=max_directions,
@@ -165,7 +169,10 @@ class ModuleProblem(Problem):
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
         contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._model.fixed()}
-        return {name: fingerprint(tensors) for name, tensors in contents.items()}
+        return {
+            name: fingerprint(tensors, self._ranks if name != "fixed tensors" else ALONE)
+            for name, tensors in contents.items()
+        }
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
         """Return what the model with weights ``w`` [d] makes of ``inputs``, which are of the form of the problem's.
@@ -233,6 +240,8 @@ class ModuleProblem(Problem):
             ProblemError: if the loss is no mean over examples that count the same and do not see one another.
 
         """
+        if self._ranks is not ALONE:
+            raise ProblemError("mini-batches of a distributed problem are not there: make them in one process")
         for path, module in self._model.module.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise ProblemError(
@@ -248,45 +257,100 @@ class ModuleProblem(Problem):
             self, _BatchLoss(self._loss, self._added), (self._inputs, self._targets), self._model.install, max_gib
         )
 
-    def _parts_of(self, w0: Tensor, penalty: Penalty | None, weight_decay: float) -> list[Part]:
+    def _parts_of(self, w0: Tensor) -> list[Part]:
         """Return the loss as a sum over chunks of examples, and what is added to it."""
-        self._added = added = _Added(self._model, penalty, weight_decay)
         if self._chunk_size is None:
-            return [_Chunk(self._loss, self._inputs, self._targets, 1.0, added)]
-        n = count(self._inputs)
-        if n is None or (self._targets is not None and count(self._targets) != n):
+            return [_Chunk(self._loss, self._inputs, self._targets, 1.0, self._added)]
+        n = self.examples
+        if n is None:
             given = [count(self._inputs), None if self._targets is None else count(self._targets)]
             raise ProblemError(
                 "to be taken in chunks, inputs and targets are tensors that share a first dimension, the examples; "
                 f"here {given[0] or 'no number of'} inputs and {given[1] or 'no number of'} targets. "
                 "Without chunk_size any structure will do"
             )
-        size = min(self._chunk_size, n)
-        chunks = [slice(a, min(a + size, n)) for a in range(0, n, size)]
+        reduction = self._reduction(w0)
+        chunks = self._chunks(n, reduction, n)
+        self._refuse_unequal_examples(w0, chunks)
+        return [*chunks, self._added] if self._added else [*chunks]
 
-        def part(examples: slice, weight: float) -> _Chunk:
-            inputs = take(self._inputs, examples)
-            targets = None if self._targets is None else take(self._targets, examples)
-            return _Chunk(self._loss, inputs, targets, weight)
+    @property
+    def examples(self) -> int | None:
+        """The number of examples, None where the data are no list of examples."""
+        n = count(self._inputs)
+        return n if self._targets is None or count(self._targets) == n else None
+
+    def _part(self, examples: slice, weight: float) -> _Chunk:
+        targets = None if self._targets is None else take(self._targets, examples)
+        return _Chunk(self._loss, take(self._inputs, examples), targets, weight)
+
+    def _reduction(self, w0: Tensor, words: tuple[str, str] = CHUNKED) -> int:
+        """Return 1 if the loss of the data is a mean over examples, 0 if a sum."""
 
         def loss_of(examples: slice) -> float:
             with torch.enable_grad():
-                return float(part(examples, 1.0)(w0).detach())
+                return float(self._part(examples, 1.0)(w0).detach())
 
-        reduction = find_reduction(loss_of, n)
-        parts: list[Part] = [part(chunk, ((chunk.stop - chunk.start) / n) ** reduction) for chunk in chunks]
-        self._refuse_unequal_examples(w0, chunks, parts)
-        return [*parts, added] if added else parts
+        return find_reduction(loss_of, self.examples or 0, words)
 
-    def _refuse_unequal_examples(self, w0: Tensor, chunks: list[slice], parts: list[Part]) -> None:
+    def _chunks(self, of: int, reduction: int, size: int | None = None) -> list[_Chunk]:
+        """The loss of the examples, at most so many at a time, as a part of the loss of that many examples."""
+        n = self.examples or 0
+        size = min(n, size or n, self._chunk_size or n)
+        slices = [slice(a, min(a + size, n)) for a in range(0, n, size)]
+        return [self._part(chunk, ((chunk.stop - chunk.start) / of) ** reduction) for chunk in slices]
+
+    def _refuse_unequal_examples(self, w0: Tensor, chunks: list[_Chunk], words: tuple[str, str] = CHUNKED) -> None:
         """The reduction was found on a few examples; padding or class weights may show only on others."""
         with torch.enable_grad():
-            outputs = [self._loss.outputs(w0, take(self._inputs, chunk)) for chunk in chunks]
+            outputs = [self._loss.outputs(w0, chunk.inputs) for chunk in chunks]
             if all(isinstance(out, Tensor) and out.ndim for out in outputs):
                 whole = self._loss.of(torch.cat(outputs), self._targets)
             else:  # outputs of another form are not put together: a forward pass over all examples
                 whole = _Chunk(self._loss, self._inputs, self._targets, 1.0)(w0)
-            refuse_different(sum(float(part(w0).detach()) for part in parts), float(whole.detach()))
+            refuse_different(sum(float(chunk(w0).detach()) for chunk in chunks), float(whole.detach()), words)
+
+    def _shard(self, ranks: Ranks, whole: bool) -> list[Part]:
+        """Keep the examples of this rank alone, and return its part of the loss.
+
+        Args:
+            ranks: who shares the examples.
+            whole: whether the examples are those of all ranks, from which this one takes its own.
+
+        """
+        n, reduction = self.examples, None
+        with ranks.together():
+            if n is None:
+                raise ProblemError(
+                    "inputs and targets are no tensors that share a first dimension, so their examples cannot be "
+                    "shared among ranks. Let each rank make dvi.Problem(loss, w0) of its own term of the loss, and "
+                    "say dvi.distribute(problem, shards=True)"
+                )
+            if whole and n < ranks.size:
+                raise ProblemError(f"{n} examples cannot be shared among {ranks.size} ranks: start fewer of them")
+            if n > 1:  # one example alone says neither mean nor sum
+                at = self._near()
+                reduction = self._reduction(at, SHARED)
+                if not whole:  # otherwise the loss of all examples is known, and compared later
+                    self._refuse_unequal_examples(at, self._chunks(n, reduction, (n + 1) // 2), SHARED)
+        kinds = {kind for kind in ranks.gather(reduction) if kind is not None}
+        of = sum(ranks.gather(n or 0))
+        with ranks.together():
+            if whole:
+                of = n or 0
+                start, stop = (of * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+                self._inputs = own(take(self._inputs, slice(start, stop)))
+                self._targets = None if self._targets is None else own(take(self._targets, slice(start, stop)))
+            if len(kinds) > 1:
+                raise ProblemError("on some ranks the loss is a mean over examples, on others a sum: use one criterion")
+            if not kinds and ranks.size > 1:
+                raise ProblemError(
+                    "each rank has a single example, which does not tell a mean over examples from a sum: hand over "
+                    "all examples on every rank (shards=False), or use fewer ranks"
+                )
+        chunks = self._chunks(of, min(kinds, default=1))
+        # What is added to the loss of the data counts once.
+        return [*chunks, self._added] if self._added and ranks.first else [*chunks]
 
     def _blame(self, w: Tensor) -> str:
         whole = (self._inputs, self._targets)

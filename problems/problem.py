@@ -23,6 +23,7 @@ from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, un
 from dvi.problems.l2 import Penalised
 from dvi.problems.ledger import Ledger
 from dvi.problems.negated import Negated
+from dvi.problems.ranks import ALONE, Ranks
 from dvi.problems.timing import measure
 
 NO_EXAMPLES = (
@@ -89,14 +90,25 @@ class Problem:
             raise ProblemError(f"max_directions counts directions, at least 1; got {max_directions!r}")
         self.w0 = _flat_weights(w0)
         self.name = name or getattr(loss, "__name__", None) or type(self).__name__
-        self.ledger = Ledger()
         self.derivatives: Backend = derivatives
         self._max_directions = max_directions
+        self._ranks: Ranks = ALONE
+        self._amended = ""  # what has changed the loss since it was handed over: penalised, negated
+        self._begin()
+        self._kinks_told = False
+        self._try_loss()
+
+    def _begin(self) -> None:
+        """Make the ledger and the backend of the parts."""
+        self.ledger = Ledger()
         self._derivatives: Derivatives = self._backend()
         self.ledger.weights = {**self.ledger.weights, **self._derivatives.weights}
         self._measured = False
-        self._kinks_told = False
-        self._try_loss()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that compute this loss together (:func:`dvi.distribute`); by default this one alone."""
+        return self._ranks
 
     def _backend(self) -> Derivatives:
         if self.derivatives == "autodiff":
@@ -128,14 +140,19 @@ class Problem:
             raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
         if not bool(((given >= 0) & torch.isfinite(given)).all()):
             raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
-        parts: tuple[Part, ...] = (Penalised(self._parts[0], given.detach().clone()), *self._parts[1:])
+        parts = self._parts
+        if self._ranks.first:  # the ranks' parts are summed, and the penalty counts once
+            parts = (Penalised(parts[0], given.detach().clone()), *parts[1:])
         new = self._changed(parts, self.w0, f"{self.name} + L2")
         new.weight_decay = max(self.weight_decay, float(given.max()))
+        new._amended = "penalised"
         return new
 
     def negated(self) -> Self:
         """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""
-        return self._changed(tuple(Negated(part) for part in self._parts), self.w0, f"−{self.name}")
+        new = self._changed(tuple(Negated(part) for part in self._parts), self.w0, f"−{self.name}")
+        new._amended = "negated"
+        return new
 
     def starting_at(self, w: Tensor) -> Self:
         """This problem with the weights ``w`` [d] in place of w0, and a ledger of its own.
@@ -150,10 +167,7 @@ class Problem:
     def _changed(self, parts: tuple[Part, ...], w0: Tensor, name: str) -> Self:
         new = copy.copy(self)
         new._parts, new.w0, new.name = parts, w0, name
-        new.ledger = Ledger()
-        new._derivatives = new._backend()
-        new.ledger.weights = {**new.ledger.weights, **new._derivatives.weights}
-        new._measured = False
+        new._begin()
         new._try_loss()
         return new
 
@@ -201,11 +215,15 @@ class Problem:
         """
         self._check_weights(w)
         self.ledger.values += 1
-        total = w.new_zeros(())
-        with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
-            for part in self._parts:
-                total += part(w.detach().clone()).detach()
-        return self._finite_loss(total)
+
+        def own() -> Tensor:
+            total = w.new_zeros(())
+            with torch.enable_grad():  # w asks for none, but a loss may differentiate by its inputs
+                for part in self._parts:
+                    total += part(w.detach().clone()).detach()
+            return total
+
+        return self._finite_loss(self._ranks.total(own, (), w))
 
     def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
         """Return the loss L(w) [] and its gradient [d].
@@ -219,11 +237,16 @@ class Problem:
         """
         self._check_weights(w)
         self.ledger.gradients += 1
-        value, gradient = value_and_gradient(self._parts, w)
+
+        def own() -> tuple[Tensor, Tensor]:
+            value, gradient = value_and_gradient(self._parts, w)
+            self._derivatives.remember(w, gradient)
+            return value, gradient
+
+        value, gradient = self._ranks.value_and_gradient(own, w)
         if checked and not bool(torch.isfinite(value) & torch.isfinite(gradient).all()):
             self._finite_loss(value)
             _finite(gradient, "gradient")
-        self._derivatives.remember(w, gradient)
         return value, gradient
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
@@ -240,7 +263,8 @@ class Problem:
         self._check_block(V, "V")
         if V.shape[1] == 0:
             return V.clone()
-        return _finite(self._derivatives.hvp(w, _rows(V)).T, "Hessian-vector product")
+        rows = self._ranks.total(lambda: self._derivatives.hvp(w, _rows(V)), (V.shape[1], self.dim), w, w, V)
+        return _finite(rows.T, "Hessian-vector product")
 
     def hessian_gradient(self, w: Tensor, U: Tensor, squares: bool = False) -> Tensor:
         """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order; ``squares``: i = j only, [k, d].
@@ -258,8 +282,9 @@ class Problem:
         if k == 0:
             return U.new_zeros(0, self.dim)
         if squares:
-            return _finite(self._derivatives.squares(w, _rows(U)), "third derivative")
-        rows = self._derivatives.pairs(w, _rows(U))
+            rows = self._ranks.total(lambda: self._derivatives.squares(w, _rows(U)), (k, self.dim), w)
+            return _finite(rows, "third derivative")
+        rows = self._ranks.total(lambda: self._derivatives.pairs(w, _rows(U)), (k * (k + 1) // 2, self.dim), w)
         i, j = torch.triu_indices(k, k, device=self.device)
         rows[i != j] *= math.sqrt(2)
         return _finite(rows, "third derivative")
@@ -279,7 +304,8 @@ class Problem:
         weights, directions = self._principal_directions(U, X)
         if len(weights) == 0:
             return torch.zeros_like(w)
-        return _finite(weights @ self._derivatives.squares(w, directions), "third derivative")
+        row = self._ranks.total(lambda: weights @ self._derivatives.squares(w, directions), (self.dim,), w)
+        return _finite(row, "third derivative")
 
     def hessian_derivative(self, w: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return the matrices Uᵀ (d/dε H(w+εv)) U [m, k, k] for U [d, k] and each column v of V [d, m].
@@ -295,7 +321,8 @@ class Problem:
         k, m = U.shape[1], V.shape[1]
         if k == 0 or m == 0:
             return U.new_zeros(m, k, k)
-        return _finite(self._derivatives.along(w, _rows(U), _rows(V)), "third derivative")
+        matrices = self._ranks.total(lambda: self._derivatives.along(w, _rows(U), _rows(V)), (m, k, k), w)
+        return _finite(matrices, "third derivative")
 
     def check(self, w: Tensor | None = None, *, gradient_only: bool = False) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
@@ -310,27 +337,32 @@ class Problem:
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
-        with self.ledger.paused():
+        kinks = False
+        with self._ranks.together(), self.ledger.paused():  # each rank checks its own part of the loss
             at, finding, cause = w.detach(), None, None
             try:
                 if gradient_only:
                     verdict = Verdict(examine_gradient(self._parts, at), at, False)
                 else:
                     verdict = examine(self._parts, self._derivatives, at)
-                at, finding = verdict.at, verdict.finding
+                at, finding, kinks = verdict.at, verdict.finding, verdict.kinks
             except DerivativeError as error:
                 cause = error
             if wrong := finding or cause:
                 raise refusal(self, wrong, lambda: self._blame(at)) from cause
-        if verdict.kinks and not self._kinks_told:
+        if any(self._ranks.gather(kinks)) and not self._kinks_told:
             self._kinks_told = True
-            tell_of_kinks(self.name)
+            if self._ranks.first:
+                tell_of_kinks(self.name)
 
     def kinks_between(self, w: Tensor, x: Tensor) -> bool:
         """Whether the loss has a kink between the weights ``w`` and ``x`` [d]; the few gradients are not counted."""
         self._check_weights(w)
         self._check_weights(x)
-        return kinks_between(self._parts, w.detach(), x.detach())
+        found = False
+        with self._ranks.together():
+            found = kinks_between(self._parts, w.detach(), x.detach())
+        return any(self._ranks.gather(found))
 
     def uncertainty(self, w: Tensor | None = None) -> dict[str, float]:
         """Relative errors of derivatives made by differences, along the gradient at ``w`` (default: w0); {} if exact.
@@ -339,8 +371,10 @@ class Problem:
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
-        with self.ledger.paused():
-            return self._derivatives.uncertainty(w.detach())
+        own: dict[str, float] = {}
+        with self._ranks.together(), self.ledger.paused():
+            own = self._derivatives.uncertainty(w.detach())
+        return {kind: max(found[kind] for found in self._ranks.gather(own)) for kind in own}
 
     def measure_weights(self, repeats: int = 5) -> dict[str, float]:
         """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.
@@ -349,7 +383,8 @@ class Problem:
         """
         if not self._measured:
             with self.ledger.paused():
-                measured = measure(self, repeats)
+                own = measure(self, repeats)
+            measured = self._ranks.share(lambda: own)  # costs decide steps, so they are the same on all ranks
             self.ledger.weights = {**self.ledger.weights, **measured}
             self._measured = True
         return dict(self.ledger.weights)
@@ -472,6 +507,21 @@ class Problem:
                 "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
                 "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
             )
+
+    def _near(self) -> Tensor:
+        """Weights [d] near w0 in no special position: at w0 examples may be alike, which hides how they are weighed.
+
+        w0 itself, where the loss is not finite there.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.w0)
+        at = self.w0 + 0.05 * max(0.1, float(self.w0.square().mean().sqrt())) * noise
+        try:
+            with self.ledger.paused():
+                self.value(at)
+        except NotFiniteError:
+            return self.w0
+        return at
 
     def _agrees(self, one: float, other: float) -> bool:
         """Are these the same value of the loss, but for the order in which a device adds up?"""

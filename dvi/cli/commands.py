@@ -23,6 +23,7 @@ from dvi.cli.names import KINDS, Make, UsageError, in_words, made, maker
 from dvi.cli.options import flags
 from dvi.cli.paper import COMMANDS
 from dvi.cli.sweep import sweep_
+from dvi.runs.launched import first, launched, who
 from dvi.runs.solving import default_integrator
 from dvi.storage.files import writable
 
@@ -38,7 +39,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run a shell command; the exit code, see :func:`dvi.cli.main`."""
     before = sys.path[:]  # to which the folders of the user's files are added
     try:
-        return _run(list(arguments))
+        with launched():
+            return _run(list(arguments))
+    except dvi.RanksError as error:
+        say(str(error))
+        return FAILED
     except KeyboardInterrupt:
         say("Interrupted. What was computed is kept: the same command goes on with it.")
         return INTERRUPTED
@@ -139,6 +144,7 @@ def compare(
       dvi compare --problem digits-cnn --method gd --lr 0.02 --n 200 --steps 500 --runs discrete central
       dvi compare --problem my.py:problem --method my.py:Adagrad --method.lr 0.1 --out runs/mine
       dvi compare --problem digits-mlp --method rmsprop --lr 2e-3 --steps 1000 --out runs/x --resume
+      torchrun --nproc-per-node 2 -m dvi compare --problem digits-mlp --method rmsprop --out runs/x
 
     Args:
         out: folder for race.h5 and race.png; made if missing. By default runs/PROBLEM-METHOD.
@@ -150,7 +156,8 @@ def compare(
     if out is None:
         out = Path("runs") / "-".join(name.rpartition(":")[2] for name in (problem, method))
     file, drawing = out / "race.h5", out / "race.png"
-    if os.path.exists(file) and not (run.keywords["resume"] or overwrite):
+    quiet, plot = quiet or not first(), plot and first()
+    if first() and os.path.exists(file) and not (run.keywords["resume"] or overwrite):
         raise UsageError(f"{file} exists: --resume goes on from it, --overwrite replaces it, or choose another --out.")
     if threads is not None:
         if threads < 1:
@@ -159,7 +166,8 @@ def compare(
     loss, optimizer, how = _ingredients(
         problem, method, integrator, problem_options, method_options, integrator_options, run.keywords["accuracy"]
     )
-    writable(file)  # before the run, not after it
+    if first():
+        writable(file)  # before the run, not after it
     if plot:
         _picture(drawing)
     written, failure = [file], None
@@ -358,8 +366,8 @@ def _pictures(files: tuple[Path, ...], out: Path | None) -> list[Path]:
 
 
 def say(text: str) -> None:
-    """Tell the user something that went wrong."""
-    print(f"dvi: {text}", file=sys.stderr)
+    """Tell the user something that went wrong; of several ranks each says its own."""
+    print(f"dvi{who()}: {text}", file=sys.stderr)
 
 
 def table(result: dvi.Comparison | dvi.Solution) -> list[str]:

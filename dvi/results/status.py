@@ -65,6 +65,10 @@ class Status(Enum):
         "described by its second derivatives there, and runs of the optimizer jump about. Take larger batches or a "
         "smaller lr."
     )
+    RANKS = (
+        "The processes of a distributed run could not go on together: one has ended, or their weights differ. Look at "
+        "what that process said; then go on from the run's file with resume=True, on as many ranks or another number."
+    )
     DERIVATIVES = "The loss or one of its derivatives failed along the way; the message says which and what to do."
 
     def __str__(self) -> str:

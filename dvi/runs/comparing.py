@@ -146,10 +146,15 @@ def compare(
     if not isinstance(warm_start, str):
         (warm_start,) = numbers(warm_start=warm_start)
     grid = time_grid(steps, save_every)
-    if path is not None:
-        writable(path)
     problem, method = bind(problem, read(method, scheduler, start if isinstance(start, str) else None))
     given = None if isinstance(start, str) else start
+    ranks = problem.ranks
+    keeps, resume = ranks.share(lambda: (path is not None, resume))
+    if not ranks.first:  # which alone writes and shows progress
+        path, progress = None, False
+    with ranks.together():
+        if path is not None:
+            writable(path)
     compiled: dict[str, CompiledFlow] = {}
     for i, name in enumerate(runs):
         first_check = check and i == 0
@@ -178,7 +183,7 @@ def compare(
     if batch_size is not None:
         arguments |= {"batch_size": batch_size, "sampling": repr(sampling or Sampling())}
     keeper = Keeper(path, every=checkpoint_every, device=problem.device)
-    saved = keeper.checkpoint() if resume else None
+    saved, longer = keeper.checkpoint(ranks) if resume else None, False
     status: Status = Status.SUCCESS
     failure: BaseException | None = None
     if saved is None:
@@ -188,11 +193,12 @@ def compare(
             begin, told, status, failure = given or first.initial, [], error.status, error
     else:
         begin, told = given or first.initial, saved["notes"]
-    if path is not None:
+    if keeps:
         origin = begin.t if saved is None else next(iter(saved["processes"].values()))["origin"]
         words = {name: value for name, value in (about | arguments).items() if name not in ("method", "dvi", "torch")}
         data = {"test_inputs": test_inputs} | _remembered(given or first.initial, started=given is not None)
-        keeper.identify(identity(first, words, data, origin, grid), saved)
+        whose = identity(first, words, data, origin, grid)
+        longer = ranks.share(lambda: keeper.identify(whose, saved))
     processes = {
         name: make_process(flow, integrator if name == "central" else None, begin, grid, observer, eigen_every)
         for name, flow in compiled.items()
@@ -205,9 +211,9 @@ def compare(
         distance = {tuple(pair): list(values) for pair, values in saved["distance"]}
         for name, process in processes.items():
             process.restore(saved["processes"][name])
-            if saved["longer"]:
+            if longer:
                 process.rewind(saved["mark"]["processes"][name])
-        if saved["longer"]:
+        if longer:
             done = saved["mark"]["done"]
             distance = {pair: values[:done] for pair, values in distance.items()}
     about["warm_start"] = next(iter(processes.values())).origin
@@ -232,7 +238,7 @@ def compare(
         return {"done": done, "processes": {name: process.mark() for name, process in processes.items()}}
 
     mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would come through, too
-    if path is not None:
+    if keeps:
         freeze(checkpoint())  # what cannot be stored is refused before anything is computed
     if failure is not None:  # nothing to go on from: a file without a checkpoint says so
         race = result(status)
@@ -252,6 +258,7 @@ def compare(
                 w = {}
                 for at_work, process in processes.items():
                     w[at_work] = process.weights(done)
+                ranks.agree([process.whereabouts for process in processes.values()], f"at t = {grid[done]:g}")
                 row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
                 for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled
                     distance[pair][done:] = [value]

@@ -81,6 +81,11 @@ class Process(ABC):
         return spent.gradient_equivalents / max(self.y.t - self.origin, 1e-9)
 
     @property
+    def whereabouts(self) -> Any:
+        """What all ranks of a distributed problem have in common: weights, state, momentum, time."""
+        return self.y.w, self.y.nu, self.y.m, self.y.t
+
+    @property
     def near_end(self) -> bool:
         """Whether a step depended on where the run ends: from there on, a longer run is another one."""
         return False

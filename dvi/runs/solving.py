@@ -19,7 +19,7 @@ from dvi.methods.errors import ScheduleError
 from dvi.noise.flow import NoisyFlow
 from dvi.noise.optimizer import MiniBatchOptimizer
 from dvi.noise.step import ChaosError, NoisyStep
-from dvi.problems import LossChangedError, ProblemError
+from dvi.problems import LossChangedError, ProblemError, RanksError
 from dvi.results.run_error import RunError
 from dvi.results.solution import Solution
 from dvi.results.status import Status
@@ -104,11 +104,14 @@ def solve(
     about = describe(flow, steps) | {"warm_start": start.t}
     kept: list[Array] = []
     todo = len(grid) if failure is None else 0
-    with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, progress) as bar:
+    ranks = flow.problem.ranks
+    shown = progress and ranks.first
+    with progress_bar(todo, f"{flow.name} flow" if flow.constrained else flow.name, shown) as bar:
         try:
             flow.problem.check_unchanged()
             for i in range(todo):
                 w = process.weights(i)
+                ranks.agree(process.whereabouts, f"at t = {grid[i]:g}")
                 bar.set_postfix_str(f"{process.cost:.3g} gradients per unit", refresh=False)
                 if "w" in save:
                     kept.append(w.detach().cpu().numpy())
@@ -128,7 +131,10 @@ def solve(
 
 # ---- shared with compare ------------------------------------------------------------------------------
 
-FAILURES = (RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, FloatingPointError)
+FAILURES = (
+    *(RunError, ScheduleError, CCPError, SolverError, NotPositiveDefiniteError, ProblemError, RanksError),
+    FloatingPointError,
+)
 
 
 def classify(error: BaseException) -> Status:
@@ -136,6 +142,7 @@ def classify(error: BaseException) -> Status:
     if isinstance(error, RunError):
         return error.status
     for kind, status in (
+        (RanksError, Status.RANKS),
         (LossChangedError, Status.LOSS_CHANGED),
         (ChaosError, Status.CHAOTIC),
         (CCPError, Status.NO_SOLUTION),
@@ -280,7 +287,8 @@ def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = Non
         return y, []
     why = f" (effective sharpness {sharpness:.2f} at the start)" if auto else ""
     note = f"Warm start: {taken} steps of the real optimizer before time 0{why}."
-    logger.warning("%s", note)
+    if flow.problem.ranks.first:
+        logger.warning("%s", note)
     return y, [note]
 
 

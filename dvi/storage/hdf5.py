@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dvi.problems import Ledger
+from dvi.problems.ranks import Ranks
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Cost, Solution
 from dvi.results.status import Status
@@ -92,12 +93,24 @@ class Keeper:
         if self.path is not None:
             _h5py()
 
-    def checkpoint(self) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is no file yet.
+    def checkpoint(self, ranks: Ranks) -> dict[str, Any] | None:
+        """The state to go on from, or None where there is no file yet; the first rank reads it for all.
 
         Raises:
             StoreError: if the file is damaged or has no checkpoint.
         """
+        data = ranks.share(self._stored)
+        if data is None:
+            return None
+        saved: dict[str, Any] = from_bytes(data, self.device)
+        if "mark" not in saved or not isinstance(saved["identity"], dict):
+            raise StoreError(
+                f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
+                "from. Its results can still be loaded; to run on, start again at another path."
+            )
+        return saved
+
+    def _stored(self) -> bytes | None:
         if self.path is None:
             raise ValueError("resume=True needs the path of the file to go on from.")
         if not os.path.exists(self.path):
@@ -107,26 +120,20 @@ class Keeper:
                 raise StoreError(
                     f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from."
                 )
-            data = bytes(file["checkpoint"][()])
-        saved: dict[str, Any] = from_bytes(data, self.device)
-        if "mark" not in saved or not isinstance(saved["identity"], dict):
-            raise StoreError(
-                f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
-                "from. Its results can still be loaded; to run on, start again at another path."
-            )
-        return saved
+            return bytes(file["checkpoint"][()])
 
-    def identify(self, identity: dict[str, Any], saved: dict[str, Any] | None) -> None:
+    def identify(self, identity: dict[str, Any], saved: dict[str, Any] | None) -> bool:
         """Say what makes the run this one, to be kept in its file, and see that the state to go on from is of it.
 
-        Puts "longer" into ``saved``: are more steps asked for than before?
+        Returns:
+            whether more steps are asked for than before.
 
         Raises:
             StoreError: if the file belongs to another run, naming what differs, or to a longer one.
         """
         self.identity = identity
         if saved is None:
-            return
+            return False
         before, now = (float(known["words"]["steps"]) for known in (saved["identity"], identity))
         other = difference(saved["identity"], identity)
         if other:
@@ -139,7 +146,7 @@ class Keeper:
                 f"{self.path} belongs to another run, of {before:g} steps, and {now:g} are asked for. A run can be "
                 "made longer, not shorter: ask for as many steps or more, or use another path."
             )
-        saved["longer"] = now > before
+        return now > before
 
     def maybe(self, current: Callable[[], tuple[Comparison, dict[str, Any]]]) -> None:
         """Update the file if it is time.  A failure is told, and the run goes on."""

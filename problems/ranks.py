@@ -1,0 +1,249 @@
+"""Who computes a loss: one process, or several that each have some of its examples.
+
+Derivatives are linear in the loss.  Each rank differentiates its own examples, and what it found is summed by one
+``all_reduce`` outside autograd.  All that follows is computed by every rank from the same sums, so that all take the
+same steps; whether they do is looked at along the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError, RanksError
+from dvi.problems.ledger import Ledger
+
+T = TypeVar("T")
+
+#: Errors that every rank raises as what they are.  Of others the rank where they happened knows more.
+_COMMON = {kind.__name__: kind for kind in (ProblemError, DerivativeError, NotFiniteError, LossChangedError)}
+
+
+class Ranks:
+    """One process that has the whole loss: nothing is to be summed or compared.
+
+    Attributes:
+        rank: which process this is, from 0.
+        size: how many there are.
+
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks and writes files."""
+        return self.rank == 0
+
+    def total(self, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, *same: Tensor) -> Tensor:
+        """Return the sum over ranks of what ``compute`` gives on each, a new tensor; one collective.
+
+        An error of one rank is raised on all.
+
+        Args:
+            compute: this rank's term, a new tensor.
+            shape: its shape.
+            like: a tensor of its dtype and device.
+            same: tensors that are to be the same on all ranks, bit for bit; a mark of them goes along.
+
+        Raises:
+            RanksError: if they are not, or if another rank has ended.
+
+        """
+        return compute()
+
+    def value_and_gradient(self, compute: Callable[[], tuple[Tensor, Tensor]], w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss [] and gradient [d] at w [d], summed as by :meth:`total` in one collective."""
+        return compute()
+
+    def gather(self, what: T) -> list[T]:
+        """Return what every rank hands over, on every rank; small things, as Python objects."""
+        return [what]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Return on every rank what the first makes; an error of its is raised on all."""
+        return make()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside nothing is exchanged; what one rank raises there, all raise at the end."""
+        yield
+
+    def agree(self, state: Any, where: str) -> None:
+        """See that all ranks have the same state (a pytree of tensors and plain data), bit for bit.
+
+        Raises:
+            RanksError: if they do not, on all ranks.
+
+        """
+
+    def in_turn(self, update: Callable[[bytes], None], mine: Tensor) -> None:
+        """Hand the bytes [n] of all ranks to ``update`` on every rank, in the order of ranks."""
+        update(mine.cpu().numpy().tobytes())
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        """A group of processes is one thing: copies of a problem share it."""
+        return self
+
+
+ALONE = Ranks()
+
+PIECE = 2**24  # bytes sent at a time to make a fingerprint of data
+
+
+class Group(Ranks):
+    """The processes of a group of ``torch.distributed``.
+
+    Args:
+        group: the process group; None for all processes.
+        ledger: where collectives and their bytes are counted.
+
+    """
+
+    def __init__(self, group: Any, ledger: Ledger) -> None:
+        self._group, self.ledger = group, ledger
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def total(self, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, *same: Tensor) -> Tensor:
+        """See :meth:`Ranks.total`.  A rank that fails adds NaN, which tells the others without another message."""
+        error: Exception | None = None
+        try:
+            mine = compute().contiguous()
+        except Exception as caught:
+            mine, error = like.new_full(shape, torch.nan), caught
+        if same:  # small beside T rows, which are summed in place
+            digits = {torch.float64: 53, torch.float32: 24}[like.dtype] - (self.size - 1).bit_length()
+            mark = (_mark(same) % 2 ** min(digits, 40)).to(like)  # so small that a sum of as many is exact
+            packed = torch.cat([mine.reshape(-1), mark])
+            self._sum(packed)
+            if not bool(packed[-1] == self.size * mark):
+                raise self._differ("at an evaluation of the loss")
+            mine = packed[:-1].view(shape)
+        else:
+            self._sum(mine)
+        if not bool(torch.isfinite(mine).all()):  # on all ranks, since all have the same sum
+            self._raise_common(error)
+        return mine
+
+    def value_and_gradient(self, compute: Callable[[], tuple[Tensor, Tensor]], w: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Ranks.value_and_gradient`."""
+
+        def packed() -> Tensor:
+            value, gradient = compute()
+            return torch.cat([gradient, value[None]])
+
+        both = self.total(packed, (len(w) + 1,), w, w)
+        return both[-1], both[:-1]
+
+    def gather(self, what: T) -> list[T]:
+        """See :meth:`Ranks.gather`."""
+        found: list[Any] = [None] * self.size
+        with self._reached():
+            dist.all_gather_object(found, what, group=self._group)
+        return found
+
+    def share(self, make: Callable[[], T]) -> T:
+        """See :meth:`Ranks.share`."""
+        made: list[Any] = [None]
+        with self.together():
+            if self.first:
+                made = [make()]
+        with self._reached():
+            dist.broadcast_object_list(made, group=self._group, group_src=0)
+        return made[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :meth:`Ranks.together`."""
+        error: Exception | None = None
+        try:
+            yield
+        except RanksError:
+            raise
+        except Exception as caught:
+            error = caught
+        self._raise_common(error)
+
+    def agree(self, state: Any, where: str) -> None:
+        """See :meth:`Ranks.agree`."""
+        leaves = pytree.tree_leaves(state)
+        mark = _mark([x for x in leaves if isinstance(x, Tensor)])
+        mark = mark + crc32(repr([x for x in leaves if not isinstance(x, Tensor)]).encode())
+        marks = [torch.empty_like(mark) for _ in range(self.size)]
+        with self._reached():
+            dist.all_gather(marks, mark, group=self._group)
+        if len(set(torch.cat(marks).tolist())) > 1:
+            raise self._differ(where)
+
+    def in_turn(self, update: Callable[[bytes], None], mine: Tensor) -> None:
+        """See :meth:`Ranks.in_turn`."""
+        for source, length in enumerate(self.gather(len(mine))):
+            for start in range(0, length, PIECE):
+                stop = min(start + PIECE, length)
+                piece = mine[start:stop].clone() if source == self.rank else mine.new_empty(stop - start)
+                with self._reached():
+                    dist.broadcast(piece, group=self._group, group_src=source)
+                update(piece.cpu().numpy().tobytes())
+
+    def _sum(self, x: Tensor) -> None:
+        self.ledger.collectives += 1
+        self.ledger.collective_bytes += x.numel() * x.element_size()
+        with self._reached():
+            dist.all_reduce(x, group=self._group)
+
+    def _raise_common(self, error: Exception | None) -> None:
+        """Raise on every rank what one of them has met."""
+        mine = None if error is None else (type(error).__name__, type(error) in _COMMON.values(), str(error))
+        for rank, found in enumerate(self.gather(mine)):
+            if found is None:
+                continue
+            name, common, words = found
+            if error is not None and (rank == self.rank or not common):
+                raise error
+            if common:
+                raise _COMMON[name](f"{words}\n(on rank {rank} of {self.size})")
+            raise RanksError(f"rank {rank} of {self.size} cannot go on: {name}: {words}")
+
+    def _differ(self, where: str) -> RanksError:
+        return RanksError(
+            f"rank {self.rank} of {self.size} found {where} that the ranks do not have the same weights, so they are "
+            "no longer one run. Processors, libraries or numbers of threads that differ round differently: start all "
+            "ranks on machines of one kind, with the same torch and OMP_NUM_THREADS"
+        )
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().split(". This ")[0].splitlines()  # what follows there is advice
+            raise RanksError(
+                f"rank {self.rank} of {self.size} cannot reach the others: one has ended, or has not answered within "
+                "the timeout of the process group. What it said last stands above or in its own log; a run that keeps "
+                f"a file goes on from it with resume=True, on any number of ranks ({reason[-1] if reason else error})"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to travel: another process is in other groups."""
+        raise TypeError(
+            "a problem that is distributed over ranks cannot be pickled: send the problem it was made of, and call "
+            "dvi.distribute there"
+        )
+
+
+def _mark(tensors: Iterable[Tensor]) -> Tensor:
+    """A number [1] made of the bits of tensors, read as whole numbers and added: the same in any order of addition."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    mark = torch.zeros(1, dtype=torch.int64)
+    for x in tensors:
+        real = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+        bits = real.contiguous().reshape(-1).view(kinds[real.element_size()])
+        mark = 1_000_003 * mark.to(x.device) + bits.sum(dtype=torch.int64)  # wraps, on every device alike
+    return mark
