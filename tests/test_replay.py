@@ -177,7 +177,7 @@ CALLS = []
 
 @pytest.mark.parametrize(("lr", "replayed"), [(0.1, True), (lambda t: 0.1 / (1 + t), False)])
 def test_a_flow_that_was_asked_often_differentiates_f_no_more(lr, replayed):
-    """f is asked for its value alone.  With a schedule the method is another one at every moment, and is differentiated."""
+    """Only for its value.  With a schedule the method is another one at every moment, and is differentiated."""
     rng = np.random.default_rng(0)
     flow = dvi.central_flow(CubicLoss.random(rng, 4).problem(np.ones(4)), Counted(lr, 0.9), check=False)
     U, w = torch.tensor(rng.normal(size=(4, 2))), torch.ones(4, dtype=torch.float64)
