@@ -178,7 +178,7 @@ def run(flow, steps, tol=1e-3, **options):
 @pytest.mark.parametrize(
     ("n", "width", "method", "steps"),
     [
-        (150, 16, GradientDescent(0.2), 300),
+        (100, 16, GradientDescent(0.2), 160),
         (100, 12, RMSPropNorm(0.1, 0.99, eps=1e-8, bias_correction=True), 200),
     ],
 )

@@ -466,14 +466,14 @@ def test_the_central_flow_goes_through_the_edge(kind):
     problem = network()
     method = kind.make(kind.edge, problem.shapes)
     integrator = dvi.MacroStep(1e-3) if method.Q().trivial else None
-    race = dvi.compare(problem, method, 8, integrator=integrator, eigen_every=0, progress=False)
+    race = dvi.compare(problem, method, 12, integrator=integrator, eigen_every=0, progress=False)
     central, warm = race.central, race.about["warm_start"]
     assert central.breakpoints[0][1] == "enter"
     assert central.breakpoints[0][0] < 4
     # an arrival is overrun by the second order of a step, an eigenvector is known to 1e-3 and its eigenvalue to 1e-6
     assert np.nanmax(central.eigenvalues) < 2 + 5e-3
     # cP − H ⪰ 0 on the critical directions, which are looked for anew
-    lin = dvi.central_flow(problem, method, check=False).linearise(central.w, central.nu, t=warm + 8)
+    lin = dvi.central_flow(problem, method, check=False).linearise(central.w, central.nu, t=warm + 12)
     assert len(lin.gap) >= 1
     assert np.linalg.eigvalsh(lin.gap.numpy())[0] > -5e-3
     # and the CCP there, its β symmetric or not, has a solution that oscillates
