@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import dvi
+from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.solvers.protocol import Frame
 
 torch.set_num_threads(1)
 
@@ -79,6 +82,24 @@ def symmetric_cube(rng, d):
 
 def orthogonal(rng, d):
     return np.linalg.qr(rng.normal(size=(d, d)))[0]
+
+
+def frame_of(flow, y, U):
+    """The frame of directions U [d, k] at y that need be no eigenvectors, nor normalised."""
+    HU = flow.problem.hvp(y.w, U)
+    M = (U.T @ HU).numpy()
+    return Frame(y.w, U, HU, 0.5 * (M + M.T), flow.third_derivatives(y, U))
+
+
+class Distrustful(EigenTracker):
+    """A tracker that believes no estimate: the macro step makes its model anew at every step."""
+
+    def trusted(self, *_):
+        return False
+
+    @classmethod
+    def like(cls, tracker):
+        return cls(**{field.name: getattr(tracker, field.name) for field in fields(tracker)})
 
 
 class AdaGrad(dvi.Method):

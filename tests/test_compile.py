@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CubicLoss, examples, orthogonal
+from conftest import CubicLoss, examples, frame_of, orthogonal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacrev
@@ -376,7 +376,7 @@ def test_a_frame_moved_along_a_cubic_keeps_its_gap_and_basis_independence(case):
     anchor = flow.frame(State(torch.tensor(w), case.nu, case.t), *(torch.zeros(len(w), 0, dtype=torch.float64),) * 2)
     assert anchor.k == 0
     U = torch.tensor(case.U)
-    frame = flow._frame(State(torch.tensor(w), case.nu, case.t), U, flow.problem.hvp(torch.tensor(w), U))
+    frame = frame_of(flow, State(torch.tensor(w), case.nu, case.t), U)
     moved = w + 0.3 * case.rng.normal(size=len(w))
     y = State(torch.tensor(moved), case.nu, case.t)
     P = case.method.at(case.t).P(case.nu).apply(U).numpy()

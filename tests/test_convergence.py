@@ -67,7 +67,7 @@ def test_sweep_is_exact_at_grid_points_for_a_constant_learning_rate(k):
     assert sharp.eigenvalues[-1, :k] == pytest.approx(np.full(k, 2.0), abs=1e-9)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("k", [1, 3, 5])
 def test_sweep_with_a_decaying_schedule_is_first_order_and_leaves_on_time(k):
     toy = rising_and_falling(k)
     found = []

@@ -159,11 +159,33 @@ def test_a_flow_is_the_same_before_and_after_its_derivatives_are_traced(name, se
     often = fresh()
     for i in range(WARM + 2):
         at(often, i)
-    known = often.calculus.replays._known
-    assert any(replay._graph is not None for replay in known.values()) == (name != "scheduled")
     for found, expected in zip(at(often, 99), at(fresh(), 99), strict=True):
         # the same operations but for the order of sums over a batch
         torch.testing.assert_close(found, expected, rtol=1e3 * EPS, atol=1e3 * EPS * float(expected.abs().max()))
+
+
+class Counted(dvi.methods.RMSProp):
+    """RMSProp that counts how often its f is asked."""
+
+    def f(self, nu, g):
+        CALLS.append(1)
+        return super().f(nu, g)
+
+
+CALLS = []
+
+
+@pytest.mark.parametrize(("lr", "replayed"), [(0.1, True), (lambda t: 0.1 / (1 + t), False)])
+def test_a_flow_that_was_asked_often_differentiates_f_no_more(lr, replayed):
+    """Only for its value.  With a schedule the method is another one at every moment, and is differentiated."""
+    rng = np.random.default_rng(0)
+    flow = dvi.central_flow(CubicLoss.random(rng, 4).problem(np.ones(4)), Counted(lr, 0.9), check=False)
+    U, w = torch.tensor(rng.normal(size=(4, 2))), torch.ones(4, dtype=torch.float64)
+    for _ in range(WARM + 2):
+        CALLS.clear()
+        flow.linearise(w, flow.initial.nu, U, t=0.5).drift(np.eye(2))
+        w = 1.01 * w
+    assert (len(CALLS) == 1) == replayed
 
 
 class Floor(dvi.Method):

@@ -175,9 +175,13 @@ PLACES = {
 }
 
 
+# With a state ν there is more to store, wherever a run is stopped: in the optimizer, a flow, or while writing.
+STOPPED = [("gd", place) for place in PLACES]
+STOPPED += [("rmsprop", place) for place in ("in the optimizer", "in a flow", "in the loss", "while writing")]
+
+
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ["gd", "rmsprop"])
+@pytest.mark.parametrize(("name", "place"), STOPPED)
 def test_a_run_that_was_stopped_goes_on_to_the_same_result(name, place, whole, tmp_path):
     path = tmp_path / "race.h5"
     owner, function, count = PLACES[place]
@@ -315,8 +319,9 @@ LONGER = {
 }
 
 
-@pytest.mark.parametrize("what", LONGER)
-@pytest.mark.parametrize("name", ["gd", "rmsprop"])
+@pytest.mark.parametrize(
+    ("name", "what"), [*(("gd", what) for what in LONGER), ("rmsprop", "euler"), ("rmsprop", "macro")]
+)
 def test_a_finished_run_can_be_made_longer_bit_for_bit(name, what, tmp_path, monkeypatch):
     """Also twice, after an interruption, and where the end was no multiple of save_every."""
     make, method = RACES[name]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import AdaGrad, CubicLoss, examples
+from conftest import AdaGrad, CubicLoss, examples, frame_of
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -112,7 +112,7 @@ def test_a_large_coupled_state_is_refused():
 
 @pytest.mark.parametrize("name", SAME)
 @given(seed=seeds)
-@examples(5)
+@examples(2)
 def test_a_step_of_one_is_the_optimizers(name, seed):
     """The central map where nothing oscillates: 30 steps of the optimizer, to the roundings of both."""
     cubic, w = bowl(seed)
@@ -153,7 +153,8 @@ def test_the_semi_implicit_step_is_of_second_order(seed):
 
 @pytest.mark.parametrize("make", [GradientDescent, lambda lr: RMSProp(lr / 5, 0.98), lambda lr: HeavyBall(lr / 2, 0.5)])
 def test_second_order_in_the_learning_rate(make):
-    """Halving η (and doubling the steps): this distance falls by about four, the paper's is over ten times larger.
+    """Halving η (and doubling the steps): this distance falls by about four; the paper's, which falls by two, is over
+    ten times larger even where η is largest.
 
     Started after as many steps of the optimizer, past the transient of an average that starts empty.
     """
@@ -173,7 +174,7 @@ def test_second_order_in_the_learning_rate(make):
             progress=False,
         )
         ends[lr] = float((second.w - y.w).norm())
-        if isinstance(method, HeavyBall):
+        if isinstance(method, HeavyBall) or lr < 0.08:
             continue
         paper = dvi.solve(
             dvi.stable_flow(problem, method), steps, integrator=dvi.RungeKutta(4, h=0.25), start=start, progress=False
@@ -232,7 +233,7 @@ def test_the_gap_at_the_end_of_a_step(name, seed, dt):
     flow = dvi.central_flow(cubic.problem(w), STEPPED[name](0.1), check=False, accuracy="second-order")
     y = State(torch.tensor(w), flow.initial.nu, 3.0, flow.initial.m)
     _, g = flow.value_and_grad(y)
-    frame = flow._frame(y, U, flow.problem.hvp(y.w, U))
+    frame = frame_of(flow, y, U)
     s = flow.stagger(y, g, dt)
     step = flow.implicit_step(s, g, frame, dt)
     X = smat(rng.normal(size=3))
@@ -261,11 +262,11 @@ def test_blocks_agree_with_single_steps():
     for method in (GradientDescent(0.35), RMSProp(2e-3, 0.95)):
         flow = dvi.central_flow(problem, method, check=False, accuracy="second-order")
         options = {"progress": False, "warm_start": "auto"}
-        fine = dvi.solve(flow, 50, integrator=dvi.SemiImplicit(0.5, tol=0), **options)
-        blocks = dvi.solve(flow, 50, integrator=dvi.SemiImplicit(0.5, tol=3e-4), **options)
+        fine = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(0.5, tol=0), **options)
+        blocks = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(0.5, tol=3e-4), **options)
         assert len(fine.X[-1]) >= 1
         assert float((fine.w - blocks.w).norm()) < 30 * 3e-4  # at most some tens of blocks, each within tol
-        assert blocks.ledger.per_unit_time(0, 50) < 0.7 * fine.ledger.per_unit_time(0, 50)
+        assert blocks.ledger.per_unit_time(0, 30) < 0.7 * fine.ledger.per_unit_time(0, 30)
         assert np.nanmax(blocks.eigenvalues) < 2.02
         assert np.nanmax(fine.eigenvalues) < 2.02
 

@@ -13,7 +13,6 @@ from torch import nn
 
 import dvi
 from dvi.problems import Problem, ProblemError, smoothed
-from dvi.problems.derivatives.kinks import Piece
 
 F64 = torch.float64
 
@@ -80,8 +79,9 @@ def test_it_has_no_kinks_and_right_derivatives(name, caplog):
     problem.check()
     assert not caplog.records
     kinked = Problem.from_module(model_with(name), F.mse_loss, normal(12, 6, seed=1), normal(12, 3, seed=2))
-    assert Piece(problem._parts, problem.w0).only
-    assert not Piece(kinked._parts, kinked.w0).only
+    far = problem.w0 + normal(problem.dim, seed=3)
+    assert kinked.kinks_between(problem.w0, far)
+    assert not problem.kinks_between(problem.w0, far)
 
 
 def test_parameters_keep_names_and_values():

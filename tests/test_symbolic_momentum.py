@@ -173,7 +173,7 @@ def test_second_order_without_momentum():
 
 @pytest.mark.parametrize("name", ALL)
 @given(seeds, st.integers(2, 6), st.integers(1, 3))
-@examples(4)
+@examples(2)
 def test_alpha_beta_and_the_flows_are_the_compilers(name, seed, d, k):
     rng = np.random.default_rng(seed)
     k, method = min(d, k), ALL[name]

@@ -7,7 +7,6 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvi.solvers.eigen import linalg as tall
 from dvi.solvers.eigen.linalg import beside, combined, gram, orthonormal_against, upright
 
 seeds = st.integers(0, 2**32 - 1)
@@ -111,9 +110,12 @@ def test_no_block_is_converted_as_a_whole(dtype, monkeypatch):
     """The buffer holds a piece of each vector; longer vectors need no more memory."""
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **kw: made.append(shape) or empty(*shape, **kw))
-    S = torch.ones(3 * 2**14, 2, dtype=dtype, device="cpu")
-    gram([S], [S])
-    assert made == [(4, tall._PIECE_HOST)]
+    for d in (2**16, 2**17):
+        S = torch.ones(d, 2, dtype=dtype, device="cpu")
+        gram([S], [S])
+    short, long = made
+    assert short == long
+    assert np.prod(short) <= S.numel() / 2
 
 
 def test_device_is_that_of_the_blocks():
