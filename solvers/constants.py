@@ -32,7 +32,6 @@ class Constants:
         sharp: residual of critical eigenvectors at a tolerance of 1e-3; it follows its root (chosen on digits).
         rest: a direction with less than this part of the largest variance is as good as at rest.
         whole: updates for each direction after which all pairs of third derivatives are taken (chosen on digits).
-        reverses: cosine of two defects in a row below which the second takes the first one back: an angle of 120°.
         unit_steps: taken before a longer step is tried again (chosen on a transformer with cross-entropy).
         window: unit times over which the budget is averaged; what unit steps cost is known only after so many.
         budget: gradients per unit time where none is given: ten times what a usual case costs.
@@ -54,7 +53,6 @@ class Constants:
     sharp: float = 3e-3
     rest: float = 1e-2
     whole: float = 2.0
-    reverses: float = -0.5
     unit_steps: float = 15.0
     window: float = 20.0
     budget: float = 100.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
@@ -33,7 +32,7 @@ class Corrected:
         bend: what the bend of T has been worth, in the norm of w, over the root of the interval's length H.
         slip: the same of the correction of the impulse.
         sag: by how much an effective eigenvalue was above 2 before it.
-        defect: the displacement of w for the bend of T [d] (None: nothing has oscillated).
+        measured: whether there was anything to measure: something has oscillated.
     """
 
     y: State
@@ -41,7 +40,7 @@ class Corrected:
     bend: float = 0.0
     slip: float = 0.0
     sag: float = 0.0
-    defect: Tensor | None = None
+    measured: bool = False
 
     def ratio(self, tol: float) -> float:
         """The defect over what an interval may leave to its end: the tolerance, and 2 passed by a little."""
@@ -68,13 +67,13 @@ def correct(
     H = y.t - context.spectrum.t
     lin = flow.linearised(y, g, new)
     X, rest = R @ step.mean @ R.T, H * (R @ step.X @ R.T)
-    bend, defect = 0.0, None
+    bend, measured = 0.0, False
     if moments.zeroth.any():
         S = R.T @ R  # of a direction that has left nothing is known, and nothing is taken back
         late = moments.bent(H, context.slope)
         foreseen = flow.linearised(y, g, context.ahead(H)).kick(S @ late @ S)
         change = combine([(1.0, lin.kick(R @ late @ R.T).parts), (-1.0, foreseen.parts)])
-        bend, defect = displacement(flow, y, g, change, H) / H**SHARE, change[0]
+        bend, measured = displacement(flow, y, g, change, H) / H**SHARE, True
         if not np.isfinite(bend):
             return Corrected(y, X, bend)
         y = step.repaired(displaced(y, change))
@@ -89,4 +88,4 @@ def correct(
         slip = displacement(flow, y, g, kick.parts, H) / H**SHARE
         y = step.repaired(displaced(y, kick.parts))
         flow.velocity(y, g)  # still in the domain?
-    return Corrected(y, X + impulse / H, bend, slip, sag, defect)
+    return Corrected(y, X + impulse / H, bend, slip, sag, measured)

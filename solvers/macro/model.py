@@ -149,7 +149,7 @@ class StepContext:
         until: the moment until which no update is needed.
         interval: how long the next interval between updates may be (0: not known).
         taken: which third derivatives the last update took (by default all of them).
-        defect: the displacement of w [d] by which the last update made up for the model's error (None: by nothing).
+        measured: did the last update measure the model's error?
     """
 
     loss: float
@@ -162,7 +162,7 @@ class StepContext:
     until: float = np.inf
     interval: float = 0.0
     taken: Taken = field(default_factory=Taken)
-    defect: Tensor | None = None
+    measured: bool = False
 
     def ahead(self, s: float) -> Frame:
         """The frame a time s after its update: T extrapolated, where a slope is known."""

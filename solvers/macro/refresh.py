@@ -55,7 +55,7 @@ def kept_until(
         and context.slope is not None
         and context.slope.covers(moments.zeroth)
         # of what had not acted before, no defect is known
-        and (context.defect is not None or not moments.zeroth.any())
+        and (context.measured or not moments.zeroth.any())
         and float(np.linalg.eigvalsh(step.lin.gap)[0]) > -CONSTANTS.sag
         and tracker.trusted(flow, step.y, context.spectrum, k, end + following)
     )
@@ -109,7 +109,7 @@ def refreshed(
         approach=approach,
         interval=H * growth(ratio, CONSTANTS.believed),
         taken=taken,
-        defect=corrected.defect,
+        measured=corrected.measured,
     )
 
 

@@ -10,8 +10,8 @@ and third derivatives, is made when it is needed; in between the constraint is a
     4  at an update the defect of the model is measured and made up for (:mod:`dvi.solvers.macro.defect`);
     5  one controller chooses the next step from the error, and the next interval between updates from the defect.
 
-A step ends where an eigenvalue is predicted to arrive at 2.  Where defects reverse one another at steps shorter than
-one of the optimizer, or the budget is spent, unit steps take over (:mod:`dvi.solvers.macro.unit`).
+A step ends where an eigenvalue is predicted to arrive at 2.  Unit steps take over (:mod:`dvi.solvers.macro.unit`) where
+steps are shorter than one of the optimizer and yet follow less than the oscillation resolves, or the budget is spent.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MacroMemory:
         h: the next step to try.
         context: what is known at the current state.
         amplitude: √tr Σ, smoothed over steps.
-        reversals: short steps in a row whose defects have reversed one another.
+        needless: updates in a row at the end of steps that resolve less than is worth it.
         unit: of the unit steps that are being taken (None: none are).
         left: when the last unit steps ended, and how many they were planned for.
         spent: what the last steps have cost.
@@ -63,7 +63,7 @@ class MacroMemory:
     h: float
     context: StepContext | None = None
     amplitude: float = 0.0
-    reversals: int = 0
+    needless: int = 0
     unit: UnitMemory | None = None
     left: tuple[float, float] = (-np.inf, 0.0)
     spent: Spending = field(default_factory=Spending)
@@ -203,7 +203,7 @@ class MacroStep(IntegratorBase):
         assert context is not None
         X = np.zeros((context.frame.k, context.frame.k))
         unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
-        return replace(memory, context=None, reversals=0, unit=unit, spent=Spending())
+        return replace(memory, context=None, needless=0, unit=unit, spent=Spending())
 
     def _unit_step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         assert memory.unit is not None
@@ -345,9 +345,9 @@ class MacroStep(IntegratorBase):
             h=h,
             context=new.context,
             amplitude=memory.amplitude_with(size),
-            reversals=self._reversals(memory, context, y, max(length, h), available, new),
+            needless=self._needless(memory, y, max(length, h), available, new),
         )
-        if now.reversals >= 2 and self.tol is None:
+        if now.needless >= 2 and self.tol is None:
             now = self._entered(now, new.y.t)
         largest = max(new.error, new.late)
         begin = node(
@@ -366,21 +366,15 @@ class MacroStep(IntegratorBase):
         strain = largest if largest > CONSTANTS.allowed else 0.0
         return StepResult(new.y, now, begin, inside, strain, new.missed)
 
-    def _reversals(
-        self, memory: MacroMemory, context: StepContext, y: State, longest: float, available: float, new: _Accepted
-    ) -> int:
-        """How many updates in a row have had defects that reverse one another, after steps shorter than one unit that
-        move w by less than the oscillation resolves: there the force is stiff, not fast.
+    def _needless(self, memory: MacroMemory, y: State, longest: float, available: float, new: _Accepted) -> int:
+        """How many updates in a row have come after steps shorter than one unit that move w by less than the
+        oscillation resolves: the force there is stiff, or the oscillation hides what such steps follow.
         """
         if not new.updated:
-            return memory.reversals
-        old, now = context.defect, new.context.defect
-        if old is None or now is None or longest >= 1 or available < 2:
-            return 0
-        if float((new.y.w - y.w).norm()) > CONSTANTS.resolved * memory.amplitude:
-            return 0
-        cosine = float(old @ now) / max(float(old.norm() * now.norm()), 1e-300)
-        return memory.reversals + 1 if cosine < CONSTANTS.reverses else 0
+            return memory.needless
+        moved = float((new.y.w - y.w).norm())
+        fine = longest < 1 <= available - 1 and moved <= CONSTANTS.resolved * memory.amplitude
+        return memory.needless + 1 if fine else 0
 
 
 def _shorter(h: float, error: float, final: bool) -> float:
