@@ -11,7 +11,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import Check
-from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
+from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr, kept
 from dvi.interop.binding import MethodLike
 from dvi.methods import Method, Nu
 from dvi.noise.flow import noisy_start
@@ -74,7 +74,7 @@ class MiniBatchOptimizer(Discrete):
         """
         now, t = self.calculus.metric.at(y.t), y.t + 1
         m, memory = (G, None) if y.m is None else now.Q().step(G, y.m)
-        W = y.w - self._each(lambda nu, m: now.P(nu).solve(m), y.nu, m)
+        W = kept(y.w, self.calculus.metric.decay(y.t)) - self._each(lambda nu, m: now.P(nu).solve(m), y.nu, m)
         if not bool(torch.isfinite(W.sum())):
             raise self._diverged(now, t, "weights are not finite")
         try:
