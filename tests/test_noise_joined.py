@@ -9,6 +9,7 @@ from torch import nn
 import dvi
 from dvi.methods import AdamW, GradientDescent, HeavyBall
 from dvi.noise.companion import Companion
+from dvi.problems import ProblemError
 
 EXACT = {"pairs": "all", "every": 1, "tol": 1e-9, "trust_every": 0, "trust": 1e9, "window": 1e3, "max_directions": 99}
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -156,3 +157,80 @@ def test_replicas_of_adamw_on_all_examples_are_the_optimizer():
         y, _, g = one.step(y, g)
         seen.append(y.w)
     torch.testing.assert_close(many[:, 0], torch.stack(seen), rtol=0, atol=1e-12)  # the order of sums over examples
+
+
+# ---- changed problems ---------------------------------------------------------------------------------------
+
+
+def gradients(problem):
+    """The gradients of single examples at w0, and of a batch of three."""
+    batches = problem.mini_batches()
+    singly = torch.cat([G for _, G in batches.each(problem.w0)])
+    _, one = batches.batches(problem.w0[None], torch.tensor([[0, 4, 7]]))
+    return singly, one[0]
+
+
+LAM = 0.7
+CHANGES = {
+    "penalised": (lambda p: p.penalised(LAM), lambda g, w: g + LAM * w),
+    "by weight": (
+        lambda p: p.penalised(torch.linspace(0, 1, p.dim).double()),
+        lambda g, w: g + torch.linspace(0, 1, len(w)).double() * w,
+    ),
+    "negated": (lambda p: p.negated(), lambda g, w: -g),
+    "negated, penalised": (lambda p: p.negated().penalised(LAM), lambda g, w: LAM * w - g),
+    "penalised, negated": (lambda p: p.penalised(LAM).negated(), lambda g, w: -g - LAM * w),
+}
+
+
+def plain_problem(kind):
+    if kind == "module":
+        return problem_of(network())
+    if kind == "chunks":
+        return problem_of(network(), chunk_size=5)
+    w0 = torch.linspace(-1, 1, 8).double()
+    return dvi.Problem.from_examples(
+        lambda w, x, y: (torch.tanh(x @ w[:6].view(3, 2)) * w[6:] - y).square().mean(1), (X, Y), w0
+    )
+
+
+@pytest.mark.parametrize("kind", ["module", "chunks", "examples"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_loss_changes_that_of_every_batch(kind, change):
+    plain = plain_problem(kind)
+    make, expected = CHANGES[change]
+    for before, after in zip(gradients(plain), gradients(make(plain)), strict=True):
+        torch.testing.assert_close(after, expected(before, plain.w0), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["module", "chunks", "examples"])
+def test_a_moved_start_is_where_batches_are_drawn(kind):
+    plain = plain_problem(kind)
+    w = plain.w0 + 0.3
+    moved = plain.penalised(LAM).starting_at(w)
+    losses, G = plain.mini_batches().batches(w[None], torch.tensor([[1, 2]]))
+    there, H = moved.mini_batches().batches(moved.w0[None], torch.tensor([[1, 2]]))
+    torch.testing.assert_close(H, G + LAM * w, rtol=0, atol=1e-14)
+    torch.testing.assert_close(there, losses + 0.5 * LAM * w.square().sum(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(dvi.noisy_flow(moved, GradientDescent(0.1), 3).initial.w, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_penalty_and_decay_of_the_module_are_in_every_batch(chunk_size):
+    def penalty(p):
+        return 0.3 * p["0.weight"].pow(4).sum()
+
+    plain = problem_of(network())
+    both = problem_of(network(), penalty=penalty, weight_decay=0.2, chunk_size=chunk_size)
+    w = plain.w0
+    extra = 0.2 * w
+    extra[plain.parameter_slices["0.weight"]] += 1.2 * w[plain.parameter_slices["0.weight"]] ** 3
+    for before, after in zip(gradients(plain), gradients(both), strict=True):
+        torch.testing.assert_close(after, before + extra, rtol=0, atol=1e-14)
+
+
+def test_a_sum_is_refused_by_name_whatever_is_added():
+    problem = dvi.Problem.from_module(network(), nn.MSELoss(reduction="sum"), X, Y)
+    for changed in (problem.penalised(LAM), problem.negated()):
+        with pytest.raises(ProblemError, match='reduction="mean"'):
+            changed.mini_batches()
