@@ -1,15 +1,19 @@
 """Mini-batches where they meet weight decay, changed problems and optimizers of torch."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import orthogonal
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import dvi
 from dvi.methods import AdamW, GradientDescent, HeavyBall
 from dvi.noise.companion import Companion
 from dvi.problems import ProblemError
+from dvi.solvers.protocol import State
 
 EXACT = {"pairs": "all", "every": 1, "tol": 1e-9, "trust_every": 0, "trust": 1e9, "window": 1e3, "max_directions": 99}
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -234,3 +238,99 @@ def test_a_sum_is_refused_by_name_whatever_is_added():
     for changed in (problem.penalised(LAM), problem.negated()):
         with pytest.raises(ProblemError, match='reduction="mean"'):
             changed.mini_batches()
+
+
+# ---- optimizers of torch ------------------------------------------------------------------------------------
+
+
+def two_groups(model, kind=torch.optim.AdamW, **more):
+    decaying = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decaying, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0, "lr": 5e-3}]
+    return kind(groups, lr=2e-2, **more)
+
+
+def trained(model, optimizer, batches):
+    """A user's loop over batches of examples; the weights after each step."""
+    seen = []
+    for which in batches:
+        optimizer.zero_grad()
+        nn.MSELoss()(model(X[which]), Y[which]).backward()
+        optimizer.step()
+        seen.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    return torch.stack(seen)
+
+
+KINDS = {
+    "AdamW": {"kind": torch.optim.AdamW},
+    "Adam, ascending": {"kind": torch.optim.Adam, "maximize": True},
+    "SGD": {"kind": torch.optim.SGD, "momentum": 0.8, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_from_a_state_are_torchs_own_steps(kind):
+    """Groups, penalty, sign, and what the optimizer remembers: against torch on the same batches."""
+    model = network()
+    optimizer = two_groups(model, **KINDS[kind])
+    problem = problem_of(model)
+    trained(model, optimizer, [range(12)] * 4)
+    settings = {"replicas": 2, "seed": 5}
+    run = dvi.minibatch(problem, optimizer, 3, **settings)
+    sampling, torchs = dvi.Sampling(**settings), []
+    for r in range(2):
+        again = copy.deepcopy(model)
+        other = two_groups(again, **KINDS[kind])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        torchs.append(trained(again, other, [sampling.draw(3, 12, step)[r] for step in range(6)]))
+    y = run.spread_out(run.initial)
+    _, G = run.batch(y.w, 0)
+    # replicas begin with the ν that a first update makes on average; here each takes its own
+    if not run.calculus.stateless:
+        y = State(y.w, run._each(lambda nu, g: _updated(run, nu, g), _before(run, y), G), y.t, y.m)
+    seen = []
+    for step in range(1, 7):
+        y, _, G = run.advanced(y, G, step)
+        seen.append(y.w)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(torchs, dim=1), rtol=0, atol=1e-12)  # order of sums
+
+
+def _before(run, y):
+    return run.spread_out(State(y.w[0], run.method.at(0.0).init(y.w[0]), 0.0)).nu
+
+
+def _updated(run, nu, g):
+    change = run.method.at(0.0).f(nu, g)
+    return pytree.tree_map(torch.add, nu, change)
+
+
+def test_a_race_of_a_torch_optimizer_goes_on_from_its_state():
+    model = network()
+    optimizer = two_groups(model)
+    problem = problem_of(model)
+    trained(model, optimizer, [range(12)] * 4)
+    here = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    settings = {"sampling": dvi.Sampling(replicas=2, window=2, trust_every=0), "progress": False, "eigen_every": 0}
+    race = dvi.compare(problem, optimizer, 4, batch_size=3, runs=("sgd", "noisy", "central"), warm_start=0, **settings)
+    assert race.distance["noisy", "central"][0] == 0
+    for flow in (dvi.noisy_flow(problem, optimizer, 3, trust_every=0), dvi.minibatch(problem, optimizer, 3)):
+        assert torch.equal(flow.initial.w, here)
+        assert flow.problem is not problem
+    alone = dvi.solve(dvi.noisy_flow(problem, optimizer, 3, settings["sampling"]), 4, progress=False)
+    assert torch.equal(alone.w, race.noisy.w)
+    # a batch of all examples is torch's own training
+    whole = replicas(problem, optimizer, 12, 4)
+    torch.testing.assert_close(whole[:, 0], trained(model, optimizer, [range(12)] * 4), rtol=0, atol=1e-12)
+
+
+def test_an_optimizers_penalty_is_counted_in_every_batch():
+    """weight_decay of torch.optim.SGD, and maximize=True, in the flow: as the problem with both made by hand."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, weight_decay=0.3, maximize=True)
+    problem = problem_of(model)
+    by_hand = problem.negated().penalised(0.3)
+    settings = {"trust_every": 0, "window": 5}
+    a = dvi.solve(dvi.noisy_flow(problem, optimizer, 3, **settings), 6, progress=False)
+    b = dvi.solve(dvi.noisy_flow(by_hand, GradientDescent(0.2), 3, **settings), 6, progress=False)
+    assert torch.equal(a.w, b.w)
+    np.testing.assert_array_equal(a.loss, b.loss)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from dvi.compiler.calculus import LossLeftDomainError
 from dvi.compiler.decay import entrywise
 from dvi.compiler.flows import CentralFlow, Check, CompiledFlow
-from dvi.interop.binding import MethodLike
+from dvi.interop.binding import MethodLike, bind
 from dvi.methods import Nu
 from dvi.noise.sampling import Sampling, generator
 from dvi.problems import MiniBatches, NotFiniteError, Problem
@@ -331,6 +331,7 @@ def noisy_flow(
             "The flow of batches that pass through all examples in epochs is not there: their noise is correlated from "
             'one step to the next. Take independent batches, or run the optimizer itself (runs=("sgd",)).'
         )
+    problem, method = bind(problem, method)  # the batches are of the loss that is minimised, from where it begins
     batches: MiniBatches = problem.mini_batches(chosen.max_gib)
     chosen.check(batch_size, batches.n)
     if chosen.factor(batch_size, batches.n) == 0:

@@ -37,7 +37,8 @@ class MiniBatchOptimizer(Discrete):
     ) -> None:
         super().__init__(problem, method, check="gradient" if check else False)
         self.batch_size, self.sampling = batch_size, sampling
-        self.batches: MiniBatches = problem.mini_batches(sampling.max_gib)
+        # of the problem that is minimised: an optimizer of torch brings a start, a penalty or a sign of its own
+        self.batches: MiniBatches = self.problem.mini_batches(sampling.max_gib)
         sampling.check(batch_size, self.batches.n)
         self.initial = noisy_start(self, self.batches, sampling.factor(batch_size, self.batches.n))
         self._vectorised = True
@@ -121,7 +122,7 @@ def minibatch(
 
     Args:
         problem: one that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
-        method: a :class:`dvi.Method`.
+        method: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
         batch_size: B, the examples in a batch.
         sampling: how batches are drawn, how many replicas there are, and over what time they are averaged.
         settings: fields of :class:`dvi.Sampling` in its place.
