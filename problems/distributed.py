@@ -48,10 +48,10 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
         )
     if problem.ranks.size > 1:
         raise ProblemError(f"{problem.name} is distributed over {problem.ranks.size} ranks already")
-    if problem._amended:
+    if problem.changes:
         raise ProblemError(
-            f"{problem.name} was {problem._amended} before it is distributed: distribute the problem first, and call "
-            f"{problem._amended}() of the result"
+            f"{problem.name} was penalised or negated before it is distributed, which would count once for every rank: "
+            "distribute the problem first, then call penalised() or negated() of the result"
         )
     twin = copy.copy(problem)
     ranks = Group(process_group, Ledger())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from dvi.problems.changed import Change
 from dvi.problems.derivatives.safe import differentiable_layers
 from dvi.problems.errors import NotFiniteError, ProblemError
 from dvi.problems.examples import Examples, count, find_reduction, own, refuse_unusable, take
@@ -37,8 +38,8 @@ class MiniBatches:
     Every way to ask for gradients counts in the problem's ledger: all n examples once are one gradient.
 
     Args:
-        problem: whose loss is the mean of ``loss`` over all examples.
-        loss: the mean loss [] of some examples.
+        problem: whose loss is the mean of ``loss`` over all examples, with the problem's changes (a penalty, a sign).
+        loss: the mean loss [] of some examples, without them.
         data: all examples, along the first dimension of each tensor.
         release: called with w0 when a computation has ended (a module is left with plain weights).
         max_gib: memory for the gradients of a chunk of examples.
@@ -73,6 +74,8 @@ class MiniBatches:
         self._spent = 0  # examples that were differentiated and do not yet make a whole gradient
         with problem.ledger.paused():
             self._look_at_reduction()
+            for change in problem.changes:
+                self._loss = _ChangedLoss(self._loss, change)
             self._vectorised = self._can_be_vectorised()
             self._look_at_mean()
         self._spent = 0
@@ -198,6 +201,16 @@ class MiniBatches:
                     "of classes or examples, padding that is left out of a mean, or a model that treats examples "
                     "together. Take them out, or leave batch_size out for the full-batch flow"
                 )
+
+
+class _ChangedLoss:
+    """The loss of some examples with a change of the problem's, which is the same for every batch."""
+
+    def __init__(self, loss: BatchLoss, change: Change) -> None:
+        self._loss, self._change = loss, change
+
+    def __call__(self, pieces: tuple[Tensor, ...], data: Examples) -> Tensor:
+        return self._change(self._loss(pieces, data), torch.cat(pieces))
 
 
 class ExampleProblem(Problem):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from dvi.problems.changed import Change, Changed, Negation, Penalty
 from dvi.problems.derivatives.autodiff import Autodiff
 from dvi.problems.derivatives.check import Verdict, examine, examine_gradient
 from dvi.problems.derivatives.finite_difference import FiniteDifference
@@ -20,9 +21,7 @@ from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradi
 from dvi.problems.derivatives.refusal import refusal
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
-from dvi.problems.l2 import Penalised
 from dvi.problems.ledger import Ledger
-from dvi.problems.negated import Negated
 from dvi.problems.ranks import ALONE, Ranks
 from dvi.problems.timing import measure
 
@@ -69,6 +68,8 @@ class Problem:
 
     #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
     weight_decay: float = 0.0
+    #: What :meth:`penalised` and :meth:`negated` made of the loss, in this order; a mini-batch's loss is changed alike.
+    changes: tuple[Change, ...] = ()
     #: ``from_examples(losses, data, w0, …)``: the mean of a loss over examples, for mini-batches.
     #: This is :class:`~dvi.problems.ExampleProblem`, which takes this place when it is defined.
     from_examples: ClassVar[Callable[..., Any]]
@@ -93,7 +94,6 @@ class Problem:
         self.derivatives: Backend = derivatives
         self._max_directions = max_directions
         self._ranks: Ranks = ALONE
-        self._amended = ""  # what has changed the loss since it was handed over: penalised, negated
         self._begin()
         self._kinks_told = False
         self._try_loss()
@@ -140,19 +140,17 @@ class Problem:
             raise ProblemError(f"weight_decay is a number or a tensor [{self.dim}]; got shape {list(given.shape)}")
         if not bool(((given >= 0) & torch.isfinite(given)).all()):
             raise ProblemError(f"weight_decay is zero or positive, and finite; got {weight_decay!r}")
-        parts = self._parts
+        penalty, parts = Penalty(given.detach().clone()), self._parts
         if self._ranks.first:  # the ranks' parts are summed, and the penalty counts once
-            parts = (Penalised(parts[0], given.detach().clone()), *parts[1:])
-        new = self._changed(parts, self.w0, f"{self.name} + L2")
+            parts = (Changed(parts[0], penalty), *parts[1:])
+        new = self._changed(parts, self.w0, f"{self.name} + L2", penalty)
         new.weight_decay = max(self.weight_decay, float(given.max()))
-        new._amended = "penalised"
         return new
 
     def negated(self) -> Self:
         """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""
-        new = self._changed(tuple(Negated(part) for part in self._parts), self.w0, f"−{self.name}")
-        new._amended = "negated"
-        return new
+        parts = tuple(Changed(part, Negation()) for part in self._parts)
+        return self._changed(parts, self.w0, f"−{self.name}", Negation())
 
     def starting_at(self, w: Tensor) -> Self:
         """This problem with the weights ``w`` [d] in place of w0, and a ledger of its own.
@@ -164,9 +162,10 @@ class Problem:
         self._check_weights(w)
         return self._changed(self._parts, w.detach().clone(), self.name)
 
-    def _changed(self, parts: tuple[Part, ...], w0: Tensor, name: str) -> Self:
+    def _changed(self, parts: tuple[Part, ...], w0: Tensor, name: str, *changes: Change) -> Self:
         new = copy.copy(self)
         new._parts, new.w0, new.name = parts, w0, name
+        new.changes = (*self.changes, *changes)
         new._begin()
         new._try_loss()
         return new

@@ -47,8 +47,7 @@ class Discrete(CompiledFlow):
         P = now.P(y.nu)
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
-        kept = _kept(y.w, decay_of(now, y.w, y.t))
-        w, t = kept - P.solve(m), y.t + 1
+        w, t = kept(y.w, decay_of(now, y.w, y.t)) - P.solve(m), y.t + 1
         if not _finite(w):  # before the loss sees them, which may fail in its own way
             raise _diverged(now, t, "weights are not finite")
         try:
@@ -61,8 +60,8 @@ class Discrete(CompiledFlow):
         return State(w, nu, t, memory), loss, g_next
 
 
-def _kept(w: Tensor, gamma: PerWeight | None) -> Tensor:
-    """(1 − γ)w."""
+def kept(w: Tensor, gamma: PerWeight | None) -> Tensor:
+    """(1 − γ)w for w [d], or for rows of them [r, d]."""
     if gamma is None:
         return w
     return (1 - gamma.number) * w if gamma.uniform else (1 - gamma.vector) * w

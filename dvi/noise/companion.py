@@ -2,10 +2,11 @@
 
 In a frame U [d, k] with M = UᵀHU and S = UᵀPU, the deviation Ux and the filter's memory obey a linear map,
 
-    ĝ = Mx + ε,      m̂ = Q ĝ,      x⁺ = x − S⁻¹ m̂,      E εεᵀ = N = Uᵀ(noise)U,
+    ĝ = Mx + ε,      m̂ = Q ĝ,      x⁺ = Kx − S⁻¹ m̂,      E εεᵀ = N = Uᵀ(noise)U,
 
 so that z = (x, past ĝ, past m̂) has z⁺ = Fz + Gε, and its covariance Z⁺ = FZFᵀ + GNGᵀ.  Without momentum, and in a frame
-of eigenvectors with UᵀPU = I, that is X⁺ = (I−Λ)X(I−Λ) + N.
+of eigenvectors with UᵀPU = I, that is X⁺ = (I−Λ)X(I−Λ) + N.  Weight decay Γ makes K = S⁻¹ UᵀP(I−Γ)U of K = I: without
+momentum P⁻¹(P(I−Γ) − H) is symmetric in the metric of P, so P and not P̃ projects on the frame.
 """
 
 from __future__ import annotations
@@ -31,13 +32,21 @@ class Companion:
     G: Array
 
     @classmethod
-    def of(cls, Q: Filter, M: Array, S: Array) -> Companion:
-        """For a filter Q with numbers for coefficients, M = UᵀHU [k, k] and S = UᵀPU [k, k]."""
+    def of(cls, Q: Filter, M: Array, S: Array, kept: Array | None = None) -> Companion:
+        """The map of an optimizer in a frame.
+
+        Args:
+            Q: a filter with numbers for coefficients.
+            M: UᵀHU [k, k].
+            S: UᵀPU [k, k].
+            kept: UᵀP(I−Γ)U [k, k] with weight decay Γ; None: the weights do not decay.
+        """
         k = len(M)
         eye = np.eye(k)
         gain = np.asarray(np.linalg.inv(S), dtype=np.float64)
+        K = eye if kept is None else gain @ kept
         if Q.trivial:
-            return cls(eye - gain @ M, -gain)
+            return cls(K - gain @ M, -gain)
         n, d = ([float(c) for c in part] for part in (Q.numerator, Q.denominator))
         inputs, outputs = len(n) - 1, max(1, len(d) - 1)
         size = 1 + inputs + outputs
@@ -54,7 +63,7 @@ class Companion:
             m[:, place(size - j)] -= d[j] * eye
         m = m / d[0]
         F, G = np.zeros((size * k, size * k)), np.zeros((size * k, k))
-        F[place(0), place(0)] = eye
+        F[place(0), place(0)] = K
         F[place(0)] -= gain @ m
         G[place(0)] = -gain * (n[0] / d[0])
         for i in range(1, inputs):

@@ -2,12 +2,13 @@
 
 Iterates are w + δ with E δ = 0 and E δδᵀ = Σ = UXUᵀ, gᵢ and Hᵢ are the gradient and the Hessian of example i:
 
-    w⁺ = w − P(ν)⁻¹ Q[∇L + ½∇³L[Σ]],
+    w⁺ = (1−γ)w − P(ν)⁻¹ Q[∇L + ½∇³L[Σ]],
     ν⁺ = ν + f(ν, g) + ½∇²_g f[HΣH + N],
     X⁺ = (I−Λ) X (I−Λ) + UᵀNU,            N = φ ( cov gᵢ + cov Hᵢδ ),
 
 one step of the optimizer at a time.  With momentum, X is a part of the covariance of (δ, the filter's memory), see
-:mod:`dvi.noise.companion`.  Pairs w ± d of the oscillation give ½∇³L[Σ], both terms of N, and the averaged loss.
+:mod:`dvi.noise.companion`, where weight decay γ is, too.  Pairs w ± d of the
+oscillation give ½∇³L[Σ], both terms of N, and the averaged loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dvi.compiler.calculus import LossLeftDomainError
+from dvi.compiler.decay import entrywise
 from dvi.compiler.flows import CentralFlow, Check, CompiledFlow
-from dvi.interop.binding import MethodLike
+from dvi.interop.binding import MethodLike, bind
 from dvi.methods import Nu
 from dvi.noise.sampling import Sampling, generator
 from dvi.problems import MiniBatches, NotFiniteError, Problem
@@ -108,8 +110,23 @@ class NoisyFlow(CompiledFlow):
         self.initial = noisy_start(self, self.batches, self.factor)
 
     def cut(self, t: float) -> float:
-        """Effective eigenvalues above this relax within the window: κλ > 1/window."""
-        return 1 / (self.sampling.window * self.calculus.speed(t))
+        """Effective eigenvalues above this relax within the window, of whatever weights: κ(1 − γ/2)λ + γ > 1/window."""
+        decay = self.calculus.decay(t)
+        return float(self._cut(t, np.array(0.0 if decay is None else float(decay.gamma.min()))))
+
+    def cuts(self, t: float, V: Tensor) -> Array:
+        """The same for each of some orthonormal eigenvectors V [d, k] of P̃^{−1/2}HP̃^{−1/2}: [k].
+
+        Where γ differs between weights, an eigenvector has a mean of them.
+        """
+        decay = self.calculus.decay(t)
+        gamma = np.zeros(V.shape[1])
+        if decay is not None:
+            (gamma,) = host(entrywise(decay.gamma, V.square()).sum(dim=0))
+        return self._cut(t, gamma)
+
+    def _cut(self, t: float, gamma: Array) -> Array:
+        return (1 / self.sampling.window - gamma) / (self.calculus.speed(t) * (1 - gamma / 2))
 
     # ---- what a step asks ------------------------------------------------------------------------------
 
@@ -314,6 +331,7 @@ def noisy_flow(
             "The flow of batches that pass through all examples in epochs is not there: their noise is correlated from "
             'one step to the next. Take independent batches, or run the optimizer itself (runs=("sgd",)).'
         )
+    problem, method = bind(problem, method)  # the batches are of the loss that is minimised, from where it begins
     batches: MiniBatches = problem.mini_batches(chosen.max_gib)
     chosen.check(batch_size, batches.n)
     if chosen.factor(batch_size, batches.n) == 0:

@@ -11,7 +11,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from dvi.compiler.flows import Check
-from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr
+from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr, kept
 from dvi.interop.binding import MethodLike
 from dvi.methods import Method, Nu
 from dvi.noise.flow import noisy_start
@@ -37,7 +37,8 @@ class MiniBatchOptimizer(Discrete):
     ) -> None:
         super().__init__(problem, method, check="gradient" if check else False)
         self.batch_size, self.sampling = batch_size, sampling
-        self.batches: MiniBatches = problem.mini_batches(sampling.max_gib)
+        # of the problem that is minimised: an optimizer of torch brings a start, a penalty or a sign of its own
+        self.batches: MiniBatches = self.problem.mini_batches(sampling.max_gib)
         sampling.check(batch_size, self.batches.n)
         self.initial = noisy_start(self, self.batches, sampling.factor(batch_size, self.batches.n))
         self._vectorised = True
@@ -74,7 +75,7 @@ class MiniBatchOptimizer(Discrete):
         """
         now, t = self.calculus.metric.at(y.t), y.t + 1
         m, memory = (G, None) if y.m is None else now.Q().step(G, y.m)
-        W = y.w - self._each(lambda nu, m: now.P(nu).solve(m), y.nu, m)
+        W = kept(y.w, self.calculus.metric.decay(y.t)) - self._each(lambda nu, m: now.P(nu).solve(m), y.nu, m)
         if not bool(torch.isfinite(W.sum())):
             raise self._diverged(now, t, "weights are not finite")
         try:
@@ -121,7 +122,7 @@ def minibatch(
 
     Args:
         problem: one that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
-        method: a :class:`dvi.Method`.
+        method: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
         batch_size: B, the examples in a batch.
         sampling: how batches are drawn, how many replicas there are, and over what time they are averaged.
         settings: fields of :class:`dvi.Sampling` in its place.

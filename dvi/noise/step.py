@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
+from dvi.compiler.decay import entrywise
 from dvi.noise.companion import Companion, remembered
 from dvi.noise.flow import Look, NoisyFlow
 from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
@@ -138,14 +139,11 @@ class NoisyStep(IntegratorBase):
         self._refuse_chaos(flow, memory, y)
         block, look = memory.block, memory.look
         node = self._node(flow, memory, y)
-        now = flow.calculus.metric.at(y.t)
-        P = now.P(y.nu)
         velocity, filtered = _stride(flow, memory, y)
         w = y.w + velocity
         Z = memory.Z
         if len(block.M):
-            (S,) = host(block.U.T @ P.apply(block.U))
-            Z = Companion.of(now.Q(), block.M, 0.5 * (S + S.T)).step(Z, look.N)
+            Z = _map(flow, block, y).step(Z, look.N)
         after = State(w, y.nu, y.t + 1, filtered)
         if after.t >= block.t + flow.sampling.every - 1e-9:
             block, Z = self._moved(flow, after, block, Z)
@@ -221,9 +219,7 @@ class NoisyStep(IntegratorBase):
         block = memory.block
         radius = 0.0
         if len(block.M):
-            (S,) = host(block.U.T @ flow.calculus.metric.at(y.t).P(y.nu).apply(block.U))
-            map = Companion.of(flow.calculus.metric.at(y.t).Q(), block.M, 0.5 * (S + S.T))
-            radius = map.radius(flow.multiplied(y, block.U))
+            radius = _map(flow, block, y).radius(flow.multiplied(y, block.U))
         return replace(memory, checked=y.t, radius=radius, outside=flow.outside(y, block.U))
 
     def _refuse_chaos(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> None:
@@ -240,12 +236,26 @@ class NoisyStep(IntegratorBase):
 
 
 def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any]:
-    """The optimizer's own step −P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
+    """The optimizer's own step −γw − P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
     now, g = flow.calculus.metric.at(y.t), memory.look.g + memory.look.force
     P = now.P(y.nu)
     flow.calculus.require(P, y.t, memory.look.g)
     m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
-    return -P.solve(m), filtered
+    decay = flow.calculus.decay(y.t)
+    return -P.solve(m) if decay is None else -P.solve(m) - decay.gamma * y.w, filtered
+
+
+def _map(flow: NoisyFlow, block: Block, y: State) -> Companion:
+    """How the oscillation in the block changes in a step from y."""
+    now, decay, U = flow.calculus.metric.at(y.t), flow.calculus.decay(y.t), block.U
+    PU = now.P(y.nu).apply(U)
+    if decay is None:
+        (S,) = host(U.T @ PU)
+        kept = None
+    else:
+        S, kept = host(U.T @ PU, PU.T @ entrywise(1 - decay.gamma, U))
+        kept = 0.5 * (kept + kept.T)
+    return Companion.of(now.Q(), block.M, 0.5 * (S + S.T), kept)
 
 
 def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
@@ -259,7 +269,8 @@ def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
         found, sought = last.found, last.sought
     while True:
         found = method.follow(A, found, np.inf, least=sought)
-        above = int((found.eigenvalues[:sought] > flow.cut(y.t)).sum())
+        relaxes = found.eigenvalues[:sought] > flow.cuts(y.t, found.V[:, :sought])
+        above = int(np.logical_and.accumulate(relaxes).sum())  # with weight decay, cuts differ between directions
         if above < sought or sought == most:
             break
         sought = min(most, sought + (4 if last is None else 2))
