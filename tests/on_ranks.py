@@ -168,6 +168,22 @@ def evaluate(group, options, sizes=None):
     return found, problem.ledger.counts, problem.fingerprints(), problem.examples
 
 
+def amended(problem):
+    return problem.penalised(0.3).negated().starting_at(problem.w0 + 0.1)
+
+
+def evaluate_amended(group):
+    return derivatives(amended(dvi.distribute(small(), group)))
+
+
+def distribute_amended(group):
+    return dvi.distribute(amended(small()), group)
+
+
+def draw_of_distributed(group):
+    return dvi.distribute(small(), group).mini_batches()
+
+
 def evaluate_catalogue(group, name):
     problem = dvi.distribute(catalogue(name), group)
     return {key: value for key, value in derivatives(problem).items() if key in ("gradient", "product", "contraction")}

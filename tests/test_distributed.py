@@ -111,6 +111,15 @@ def test_the_comparison_can_fail(ranks):
         compare(one, {name: (first[name] + second[name]) / 2 for name in first})
 
 
+def test_a_penalty_that_is_added_later_counts_once(ranks):
+    compare(on_ranks.amended(small()), equal(ranks(3, on_ranks.evaluate_amended)))
+
+
+def test_what_would_count_once_for_every_rank_is_refused(ranks):
+    assert "distribute the problem first" in words(ranks(2, on_ranks.distribute_amended), dvi.ProblemError)[0]
+    assert "in one process" in words(ranks(2, on_ranks.draw_of_distributed), dvi.ProblemError)[0]
+
+
 def test_collectives_are_few_and_large(ranks):
     """One for a gradient, one for a block, one for all third derivatives; each with as many bytes as it has numbers."""
     d = small().dim
