@@ -6,14 +6,14 @@ if __name__ != "dvi.problems":  # a second copy under another name would load ev
 from dvi.problems.catalogue.smooth import smoothed
 from dvi.problems.catalogue.tasks import cifar10, digits, fashion, sorting
 from dvi.problems.derivatives.safe import differentiable_layers
-from dvi.problems.distributed import distribute
+from dvi.problems.distributed.sharing import distribute
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError, RanksError
 from dvi.problems.exact.berthier import TwoScales
 from dvi.problems.exact.edge import Circle, MatrixSweep
 from dvi.problems.exact.toy import Cubic, Quadratic, two_scales
 from dvi.problems.ledger import Ledger
 from dvi.problems.minibatch import ExampleProblem, MiniBatches
-from dvi.problems.module import ModuleProblem
+from dvi.problems.modules.module import ModuleProblem
 from dvi.problems.networks.activations import BetaGELU
 from dvi.problems.networks.cnn import CNN, PoolingCNN
 from dvi.problems.networks.gpt import GPT

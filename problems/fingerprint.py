@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.problems.ranks import ALONE, Ranks
+from dvi.problems.distributed.ranks import ALONE, Ranks
 
 
 def fingerprint(tree: Any, ranks: Ranks = ALONE) -> str:

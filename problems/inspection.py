@@ -34,7 +34,7 @@ class Watcher(TorchFunctionMode):
         foreign: tensors of the user's own module, by identity, in words: its parameters, which train but are not w, and
             what its forward pass has left on it.
         stale: tensors that the copy of the module has from an earlier forward pass, by identity, in words.
-        stack: the modules under way, in words (:meth:`~dvi.problems.flat_model.FlatModel.traced`).
+        stack: the modules under way, in words (:meth:`~dvi.problems.modules.flat_model.FlatModel.traced`).
 
     Raises:
         ProblemError: at the operation at fault.

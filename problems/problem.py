@@ -19,10 +19,10 @@ from dvi.problems.derivatives.kinks import kinks_between, tell_of_kinks
 from dvi.problems.derivatives.mixed import Mixed
 from dvi.problems.derivatives.protocol import Derivatives, Part, value_and_gradient
 from dvi.problems.derivatives.refusal import refusal
+from dvi.problems.distributed.ranks import ALONE, Ranks
 from dvi.problems.errors import DerivativeError, LossChangedError, NotFiniteError, ProblemError
 from dvi.problems.inspection import Watcher, attentive, other_leaves, past_w, unwritten
 from dvi.problems.ledger import Ledger
-from dvi.problems.ranks import ALONE, Ranks
 from dvi.problems.timing import measure
 
 NO_EXAMPLES = (
@@ -169,6 +169,21 @@ class Problem:
         new._begin()
         new._try_loss()
         return new
+
+    def _shard(self, ranks: Ranks, whole: bool) -> Sequence[Part]:
+        """Keep this rank's share of the loss, and return its parts; ``whole``: of a loss that every rank has."""
+        if not whole:
+            return self._parts
+        parts = self._parts
+        with ranks.together():
+            if len(parts) < ranks.size:
+                raise ProblemError(
+                    f"a loss of {len(parts)} parts cannot be shared among {ranks.size} ranks. Make the problem of as "
+                    "many parts or more, dvi.Problem([loss, loss, …], w0); or let each rank make a problem of its own "
+                    "term of the loss, and say shards=True"
+                )
+        start, stop = (len(parts) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        return parts[start:stop]
 
     def _by_name(self, values: Mapping[str, float]) -> Tensor:
         """Numbers by the names of parameters, as a vector [d]."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dvi.problems import Ledger
-from dvi.problems.ranks import Ranks
+from dvi.problems.distributed.ranks import Ranks
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Cost, Solution
 from dvi.results.status import Status

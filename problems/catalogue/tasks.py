@@ -13,7 +13,7 @@ from dvi.problems.catalogue.data import load_digits, make_sorting
 from dvi.problems.catalogue.fashion import load_fashion
 from dvi.problems.catalogue.pictures import Pictures
 from dvi.problems.errors import ProblemError
-from dvi.problems.module import Criterion, ModuleProblem
+from dvi.problems.modules.module import Criterion, ModuleProblem
 from dvi.problems.networks.by_name import (
     ImageNetwork,
     SequenceNetwork,

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.problems.derivatives.locate import name_culprit
 from dvi.problems.derivatives.protocol import Part
+from dvi.problems.distributed.ranks import ALONE, Ranks
 from dvi.problems.errors import ProblemError
 from dvi.problems.examples import (
     CHUNKED,
@@ -30,14 +31,13 @@ from dvi.problems.examples import (
     take,
 )
 from dvi.problems.fingerprint import fingerprint
-from dvi.problems.flat_model import FlatModel, kept_tensors
 from dvi.problems.inspection import Watcher, attentive, past_w
-from dvi.problems.loading import is_source, read
 from dvi.problems.minibatch import MiniBatches
-from dvi.problems.originals import Originals
-from dvi.problems.outputs import curvature
+from dvi.problems.modules.flat_model import FlatModel, kept_tensors
+from dvi.problems.modules.loading import is_source, read
+from dvi.problems.modules.originals import Originals
+from dvi.problems.modules.outputs import curvature
 from dvi.problems.problem import Backend, Problem
-from dvi.problems.ranks import ALONE, Ranks
 
 Criterion = Callable[..., Tensor]
 Output = str | int | Callable[[Any], Any]

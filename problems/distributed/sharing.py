@@ -7,13 +7,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dvi.problems.distributed.ranks import Group
 from dvi.problems.errors import ProblemError, RanksError
 from dvi.problems.examples import SHARED, refuse_different
 from dvi.problems.fingerprint import fingerprint
 from dvi.problems.ledger import Ledger
-from dvi.problems.module import ModuleProblem
 from dvi.problems.problem import Problem
-from dvi.problems.ranks import Group
 
 P = TypeVar("P", bound=Problem)
 
@@ -72,21 +71,7 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
                 "with shards=True each rank hands over its own examples, but all have handed over the same. Leave "
                 "shards out, and each rank will keep a part of them"
             )
-    if isinstance(twin, ModuleProblem):
-        parts = twin._shard(ranks, whole=not shards)
-    else:
-        parts = list(problem._parts)
-        with ranks.together():
-            if not shards:
-                if len(parts) < ranks.size:
-                    raise ProblemError(
-                        f"a loss of {len(parts)} parts cannot be shared among {ranks.size} ranks. Make the problem of "
-                        "as many parts or more, dvi.Problem([loss, loss, …], w0); or let each rank make a problem of "
-                        "its own term of the loss, and say shards=True"
-                    )
-                start, stop = (len(parts) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-                parts = parts[start:stop]
-    twin._parts, twin._ranks = tuple(parts), ranks
+    twin._parts, twin._ranks = tuple(twin._shard(ranks, whole=not shards)), ranks
     twin._begin()
     ranks.ledger = twin.ledger
     with twin.ledger.paused(), problem.ledger.paused():

@@ -1,0 +1,1 @@
+"""A problem over several processes, each with some of the examples."""

@@ -1,0 +1,1 @@
+"""Problems made of a torch module and its data."""
