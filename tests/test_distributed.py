@@ -398,5 +398,6 @@ def test_a_run_holds_as_many_vectors_as_the_page_says(d, k, kind):
     assert max(found) == k
     for directions, held in found.items():
         assert held <= 1.03 * vectors(directions), (directions, held)  # small matrices and numbers lie beside
-        if directions >= 4:
-            assert held >= 0.95 * vectors(directions), (directions, held)
+        if directions >= 4:  # one frame less where no step was tried again
+            frame = directions * (directions + 3) // 2
+            assert held >= 0.95 * (vectors(directions) - frame), (directions, held)
