@@ -4,7 +4,10 @@ Runs the tests marked ``gpu``; then the CNN and the ViT at the paper's size, on 
 and RMSProp, optimizer and flows side by side, for as many steps as fit into the time.  It prints for each: seconds per
 100 steps, the share of the time inside the loss and its derivatives, copies from the card per step, the largest memory;
 and an estimate for all 115 experiments in hours, beside the paper's 2,000.  Without a card the same is tried at the
-small size on the CPU, in some minutes.
+small size on the CPU, in two minutes.
+
+Each part has its share of the time that is left and is stopped when that is over; what it has seen until then is
+printed.  ``--skip tests`` (or gradients, copies, cnn, vit) leaves parts out.
 
 Pictures are CIFAR-10 where ``--cifar10`` names its folder, else the 1,000 of Fashion-MNIST that ship with the package.
 """
@@ -37,6 +40,12 @@ EVALUATIONS = ("value", "value_and_grad", "hvp", "hessian_gradient")
 #: What a unit of time of the stationary flow takes, in gradients: some 600 products with the Hessian were seen at the
 #: small size, a product 2.5 gradients.
 STATIONARY = 600 * 2.5
+
+#: Seconds are those of the clock on the wall where a card computes, and of the processor else, which may be shared.
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+#: What --skip may name.
+PARTS = ("tests", "gradients", "copies", "cnn", "vit")
 
 #: Networks and methods that are run, and the learning rates of a run that enters the edge of stability early.
 CASES = {
@@ -73,7 +82,7 @@ class Watch:
 
     def _timed(self, call: Any, device: torch.device) -> Any:
         def timed(*given: Any, **named: Any) -> Any:
-            begin = time.perf_counter()
+            begin = clock()
             self.depth += 1
             try:
                 out = call(*given, **named)
@@ -82,7 +91,7 @@ class Watch:
             finally:
                 self.depth -= 1
                 if not self.depth:  # one evaluation may call another
-                    self.inside += time.perf_counter() - begin
+                    self.inside += clock() - begin
             return out
 
         return timed
@@ -106,26 +115,30 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def measure(network: str, method: str, size: Size, device: str, cifar10: Path | None, seconds: float) -> dict[str, Any]:
+def measure(
+    problem: dvi.problems.ModuleProblem, network: str, method: str, size: Size, seconds: float, copies: bool
+) -> dict[str, Any]:
     """One case: the row that is printed."""
-    problem = make(network, size, device, cifar10)
     options = table().methods[method][size] | {"lr": CASES[network, method][size]}
     make_it = make_method({"method": options})
     cuda = problem.device.type == "cuda"
     found: dict[str, Any] = {"network": network, "method": method, "weights": len(problem.w0)}
-    found["gradient"] = gradient_seconds(problem)
-    found["copies"] = copies_per_step(problem, make_it)
+    found["copies"] = None
+    end = time.monotonic() + seconds
+    if copies:
+        with at_most(seconds / 4):
+            found["copies"] = copies_per_step(problem, make_it)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     watch = Watch(problem)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "race.h5"
-        begin = time.perf_counter()
-        with at_most(seconds):
+        begin = clock()
+        with at_most(end - time.monotonic()):
             dvi.compare(
                 problem, make_it, 2000, check=False, path=path, checkpoint_every=1e9, progress=False, throw=False
             )
-        wall = time.perf_counter() - begin
+        wall = clock() - begin
         race = dvi.load(path) if path.exists() else None
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     found |= {"inside": watch.inside / wall, "memory": memory}
@@ -143,16 +156,16 @@ def measure(network: str, method: str, size: Size, device: str, cifar10: Path | 
 
 
 def gradient_seconds(problem: dvi.Problem) -> float:
-    """Seconds of one gradient, as the clock on the wall shows them."""
+    """Seconds of one gradient."""
     times = []
     for turn in range(6):
-        begin = time.perf_counter()
+        begin = clock()
         problem.value_and_grad(problem.w0 * (1 + 1e-6 * turn))  # ends with a check that waits for the card
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return median(times[1:])
 
 
-def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 5) -> float:
+def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 3) -> float:
     """How often a step of all processes waits for a number from the card (on the CPU: reads one from a tensor)."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -161,27 +174,35 @@ def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 5) ->
     with profile(activities=kinds) as profiled:
         dvi.compare(problem, method, steps, check=False, warm_start=0, eigen_every=0, progress=False, throw=False)
     names = ("Memcpy DtoH",) if cuda else ("aten::_local_scalar_dense",)
-    return sum(event.count for event in profiled.key_averages() if event.key.startswith(names)) / steps
+    count: int = sum(event.count for event in profiled.key_averages() if event.key.startswith(names))
+    return count / steps
 
 
-def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, float], size: Size) -> float:
-    """An estimate for an experiment: what was measured, by its network and method, or scaled by a gradient's time."""
+def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, float], size: Size) -> float | None:
+    """An estimate for an experiment: what was measured, by its network and method, or scaled by a gradient's time.
+
+    Returns:
+        None where nothing that it could be scaled from was measured.
+    """
     network = row.problem.split("-")[0]
     kind = "rmsprop" if row.method == "rmsprop" else "gd"
     steps = row.options[size]["steps"]
+    if network not in gradients:
+        return None
     if row.runs[0].startswith("stationary"):
         return float(steps * STATIONARY * gradients[network] / 3600)
-    like = next(
-        (found for found in rows if (found["network"], found["method"]) == (network, kind) and found["per_100"]),
-        None,
-    ) or next(found for found in sorted(rows, key=lambda found: found["method"] != kind) if found["per_100"])
+    likes = [found for found in rows if found["per_100"] and found["network"] in gradients]
+    if not likes:
+        return None
+    like = min(likes, key=lambda found: (found["network"] != network, found["method"] != kind))
     seconds = like["per_100"] / 100 * gradients[network] / gradients[like["network"]]
     return float(steps * seconds / 3600)
 
 
 def run_tests(limit: float) -> str:
-    """The tests that are marked gpu, in words."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    """The tests that are marked gpu, in words; only their files are read, which is quicker."""
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -197,49 +218,63 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for all together (default: 10 on a card, 2 without)")
     parser.add_argument("--cifar10", type=Path, help="the folder with CIFAR-10's binary files")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS, help="parts to leave out")
     given = parser.parse_args()
     cuda = torch.cuda.is_available()
-    device, size = ("cuda", "full") if cuda else ("cpu", "small")
+    device = "cuda" if cuda else "cpu"
+    size: Size = "full" if cuda else "small"
     limit = 60 * (given.minutes or (10 if cuda else 2))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as in the paper
     end = time.monotonic() + limit
     card = torch.cuda.get_device_name() if cuda else "no card: the small size on the CPU"
     print(f"{card}\n{machine.describe()['words']}", flush=True)
-    print(f"tests marked gpu: {run_tests(limit / 3)}\n", flush=True)
+    if "tests" not in given.skip:
+        print(f"tests marked gpu: {run_tests(limit / 3)}", flush=True)
 
-    names = ("cnn", "resnet", "vit", "transformer", "rnn")
-    gradients = {name: gradient_seconds(make(name, size, device, given.cifar10)) for name in names}
+    gradients: dict[str, float] = {}
+    with at_most(limit / 6):
+        for name in () if "gradients" in given.skip else ("cnn", "vit", "resnet", "transformer", "rnn"):
+            gradients[name] = gradient_seconds(make(name, size, device, given.cifar10))
     told = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in gradients.items())
-    print(f"one gradient, ms: {told}\n", flush=True)
+    print(f"\none gradient, ms: {told or 'not measured'}\n", flush=True)
     print(
         f"{'':14}{'weights':>9}{'steps':>7}{'k ≤':>5}{'s per 100':>11}{'cost':>7}{'in loss':>9}{'copies':>8}{'GiB':>6}"
     )
     rows: list[dict[str, Any]] = []
-    for i, (network, method) in enumerate(CASES):
-        left = end - time.monotonic()
-        found = measure(network, method, size, device, given.cifar10, 0.9 * left / (len(CASES) - i))
-        rows.append(found)
-        cost = f"{found['cost']:.1f}" if found["cost"] else "–"
-        per = f"{found['per_100']:.1f}" if found["per_100"] else "–"
-        memory = f"{found['memory']:.1f}" if found["memory"] else "–"
-        print(
-            f"{network + ', ' + method:14}{found['weights']:>9}{found['reached']:>7.0f}{found['k']:>5}"
-            f"{per:>11}{cost:>7}"
-            f"{found['inside']:>9.0%}{found['copies']:>8.0f}{memory:>6}  {found['status']}",
-            flush=True,
-        )
+    cases = [case for case in CASES if case[0] not in given.skip]
+    for i, (network, method) in enumerate(cases):
+        problem = make(network, size, device, given.cifar10)
+        share = 0.9 * (end - time.monotonic()) / (len(cases) - i)
+        rows.append(measure(problem, network, method, size, share, "copies" not in given.skip))
+        print(in_a_line(rows[-1]), flush=True)
     print(
         "(s per 100: seconds per 100 steps of optimizer, central and stable flow together; cost: of the central flow, "
         "in gradients per step; in loss: share of the time inside the loss and its derivatives; copies: reads of "
         "numbers from the device per step)\n"
     )
-    if not any(found["per_100"] for found in rows):
-        sys.exit("The time was too short for a single step: give more --minutes.")
-    by_name = {row.name: hours(row, rows, gradients, size) for row in table().experiments.values()}
-    print(f"all {len(by_name)} experiments at size {size}, estimated: {sum(by_name.values()):.1f} hours", end="")
-    print(f" on this card; the paper's took about 2,000 GPU-hours ({card})" if cuda else "")
+    can = [row for row in table().experiments.values() if not row.why_not(size)]
+    by_name = {row.name: hours(row, rows, gradients, size) for row in can}
+    known = [value for value in by_name.values() if value is not None]
+    if known:
+        print(f"{len(known)} of {len(by_name)} experiments at size {size}, estimated: {sum(known):.1f} hours", end="")
+        print(f" on this card; the paper's took about 2,000 GPU-hours ({card})" if cuda else "")
+    else:
+        print("No estimate: the time was too short, or the parts it needs were left out. Give more --minutes.")
     if given.out:
         given.out.write_text(json.dumps({"card": card, "rows": rows, "hours": by_name}, indent=1) + "\n")
+
+
+def in_a_line(found: dict[str, Any]) -> str:
+    """A row of the table."""
+
+    def number(name: str, form: str) -> str:
+        return "–" if found[name] is None else format(found[name], form)
+
+    return (
+        f"{found['network'] + ', ' + found['method']:14}{found['weights']:>9}{found['reached']:>7.0f}{found['k']:>5}"
+        f"{number('per_100', '.1f'):>11}{number('cost', '.1f'):>7}{number('inside', '.0%'):>9}"
+        f"{number('copies', '.0f'):>8}{number('memory', '.1f'):>6}  {found['status']}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,29 @@ def save(figure, path):
     return path.stat().st_size
 
 
+def counted(rows, found):
+    """What the runs took together, and which are not there."""
+    seconds = {row.name: record.cpu_seconds for row, record in zip(rows, found, strict=True) if record.complete}
+    main = {row.name: row for figure in range(2, 12) for row in table().of_figure(figure) if not row.why_not("small")}
+    took = sum(seconds.get(name, 0.0) for name in main) / 60
+    absent = [name for name in main if name not in seconds]
+    yield (
+        f"`make paper` makes the {len(main)} runs of Figures 2 to 11. "
+        + (f"Without {', '.join(absent)}, which are not made yet, they" if absent else "They")
+        + f" took {took:.0f} CPU minutes together: one thread each, on two cores that other work shared, in float64."
+    )
+    can = [row for row in table().experiments.values() if not row.why_not("small")]
+    yield ""
+    left = [row.name for row in can if row.name not in seconds]
+    yield f"Of the {len(table().experiments)} experiments {len(seconds)} have been run at this size. " + (
+        f"Not run yet: {', '.join(left)}." if left else ""
+    )
+    cannot = [row for row in table().experiments.values() if row.why_not("small")]
+    for why in dict.fromkeys(row.why_not("small") for row in cannot):
+        names = ", ".join(row.name for row in cannot if row.why_not("small") == why)
+        yield f"\nNot possible at this size ({why}): {names}."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are (default: runs/paper/small)")
@@ -53,7 +76,7 @@ def main():
     pairs = zip(rows, records(folder_of("small", folder), [row.name for row in rows]), strict=True)
     known = [(row, record) for row, record in pairs if is_of(row, "small", record)]
     rows, found = ([pair[i] for pair in known] for i in (0, 1))
-    lines = "\n".join(markdown(rows, "small", found))
+    lines = "\n".join([*markdown(rows, "small", found), "", *counted(rows, found)])
     before, rest = text.split(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + lines + "\n\n" + END + rest.split(END)[1], encoding="utf-8")
 

@@ -17,9 +17,11 @@ pytest.importorskip("h5py")
 from dvi.cli import main
 from dvi.paper.drawing import draw, drawers
 from dvi.paper.making import spec_of
+from dvi.paper.report import markdown
 from dvi.paper.stored import missing, runs_of
 from dvi.paper.table import table
 from dvi.plotting.panels import time_average
+from dvi.results.summary import summarise
 from dvi.sweeps.records import Record, result_path, write_record
 
 N = 41
@@ -323,6 +325,46 @@ def test_a_run_that_failed_is_drawn_as_far_as_it_came(tmp_path):
     remarks = [[text.get_text() for text in axes.texts] for axes in figure.axes[:3]]
     assert "ends at 40: diverged" in remarks[2]
     assert not any("ends" in text for texts in remarks[:2] for text in texts)
+
+
+def race_of(row, apart):
+    """A made-up comparison: 4.6 is the largest eigenvalue of the optimizer, at t = 22; the flow's edge is at t = 10."""
+    runs = {name: solution(name, row, i) for i, name in enumerate(row.runs)}
+    eigenvalues = np.full((N, 2), np.nan)
+    eigenvalues[::2] = 1.9
+    eigenvalues[22, 0] = 4.6
+    eigenvalues[4, 0] = 7.0  # before the edge: counts for nothing
+    runs["discrete"].eigenvalues = eigenvalues
+    runs["central"].about["unit_steps"] = [[12.0, 19.0], [30.0, 38.0]]
+    distance = {("discrete", "central"): np.full(N, apart), ("discrete", "stable"): np.full(N, 1.0)}
+    return dvi.Comparison(T, runs, distance, dvi.Status.SUCCESS, [], {"dim": 123})
+
+
+@pytest.mark.parametrize(
+    ("name", "apart", "cost", "remarks"),
+    [
+        ("fig12a", 0.3, 59.0, []),
+        (
+            "fig12a",
+            0.5,
+            61.0,
+            ["0.50 of the stable flow's distance: 12 steps past the edge", "at 2.3 times", "15 of 40"],
+        ),
+        ("fig12c", 0.5, 59.0, []),  # the largest learning rate
+        ("fig16a", 0.5, 59.0, []),  # cross-entropy
+    ],
+)
+def test_dear_and_distant_runs_are_remarked(name, apart, cost, remarks):
+    row = table().experiments[name]
+    seen = summarise(race_of(row, apart))
+    assert seen["peak"] == [12.0, pytest.approx(2.3)]
+    assert seen["unit_steps"] == 15.0
+    seen["gradient_equivalents"]["central"] = cost
+    (line,) = list(markdown([row], "small", [Record(name, {}, "done", "SUCCESS", summary=seen)]))[2:]
+    remark = line.split("|")[-2].strip()
+    assert bool(remark) == bool(remarks)
+    for words in remarks:
+        assert words in remark
 
 
 def test_from_the_shell(folder, tmp_path, capsys):

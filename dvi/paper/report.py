@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dvi.paper.table import Experiment, Size
+from dvi.paper.table import Experiment, Size, table
 from dvi.sweeps.records import Record
 
 
@@ -46,14 +46,22 @@ HEAD = (
     "stable flow's loss off by",
     "cost",
     "CPU minutes",
-    "ended",
+    "remark",
 )
+
+#: What rows are held to: gradient equivalents per step; and with MSE, at all but the largest learning rate of a figure,
+#: the distance of optimizer and central flow as a part of that of optimizer and stable flow.
+DEAR, NEAR = 60.0, 1 / 3
+
+#: Where the optimizer's largest eigenvalue exceeds the edge by this factor, its oscillation came late.
+LATE = 1.5
 
 
 def markdown(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) -> Iterator[str]:
     """A Markdown table of the runs that have ended: distances and errors from the edge on, and what they cost.
 
-    The cost is that of the central flow (or the flow that is run in its place), in gradient equivalents per step.
+    The cost is that of the central flow (or the flow that is run in its place), in gradient equivalents per step.  A
+    row above DEAR or NEAR is remarked, with the cause as far as the run shows one.
     """
     yield "| " + " | ".join(HEAD) + " |"
     yield "|" + "---|" * len(HEAD)
@@ -82,8 +90,37 @@ def _cells(row: Experiment, size: Size, record: Record) -> list[str]:
         _percent(seen.get("stable_error")),
         _number(seen.get("gradient_equivalents", {}).get(lead), ".3g"),
         f"{record.cpu_seconds / 60:.1f}",
-        "" if record.state == "done" else _short(record),
+        _remark(row, size, record, lead),
     ]
+
+
+def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
+    """How a run ended if not at its end, and why it is dear or the flow is far from the optimizer."""
+    seen = record.summary
+    told = [] if record.state == "done" else [_short(record)]
+    cost, unit = seen.get("gradient_equivalents", {}).get(lead), seen.get("unit_steps") or 0
+    if cost is not None and cost > DEAR:
+        if lead.startswith("stationary"):
+            told.append("dear: the stationary ν is sought anew at each step")
+        elif unit:
+            told.append(f"dear: a stiff oscillation, single steps for {unit:.0f} of {seen['reached']:.0f}")
+        else:
+            told.append("dear; the cause is not known")
+    apart = seen.get("distance", {})
+    near, far = apart.get("discrete–central"), apart.get("discrete–stable")
+    if near is not None and far is not None and near > NEAR * far and "-mse" in row.problem and not _largest(row, size):
+        after, peak = seen.get("peak") or (0, 0)
+        why = f"{near / far:.2f} of the stable flow's distance"
+        if peak > LATE:
+            why += f": {after:.0f} steps past the edge the optimizer is at {peak:.1f} times the threshold"
+        told.append(why)
+    return "; ".join(told)
+
+
+def _largest(row: Experiment, size: Size) -> bool:
+    """Whether a row has the largest learning rate of three in its figure."""
+    rates = sorted({other.options[size]["lr"] for other in table().of_figure(row.figures[0])})
+    return len(rates) > 2 and row.options[size]["lr"] == rates[-1]
 
 
 def _short(record: Record) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 
 from dvi.results.averages import gaussian_average
 from dvi.results.comparison import Comparison
+from dvi.results.solution import Solution
+from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.protocol import Array
 
 #: The paper's width of time averages, unit times, and the largest part of a run that it may be.
@@ -29,7 +31,9 @@ def summarise(race: Comparison) -> dict[str, Any]:
         ``notes`` of all runs together.  Since the edge (or since 0 where it is not reached), where the window of the
         averages fits: ``distance`` (its mean, by pair, as "discrete–central"), ``predicted_error`` and
         ``stable_error`` (mean relative errors of the loss that the central and the stable flow predict, against the
-        optimizer's average).
+        optimizer's average).  ``unit_steps``: unit times that the flow went in steps of one unit, since its oscillation
+        is stiff there.  ``peak``: where the optimizer's largest eigenvalue was furthest above the edge since the flow
+        reached it: [unit times since then, multiple of the threshold].
     """
     names = list(race.runs)
     lead = next((name for name in ("central", "map", "ablated", *names) if name in race.runs), None)
@@ -48,6 +52,8 @@ def summarise(race: Comparison) -> dict[str, Any]:
         "distance": {},
         "predicted_error": None,
         "stable_error": None,
+        "unit_steps": 0.0,
+        "peak": None,
         "notes": list(race.notes),
     }
     if lead is None:
@@ -55,6 +61,7 @@ def summarise(race: Comparison) -> dict[str, Any]:
     breaks = race.runs[lead].breakpoints
     if breaks:
         found |= {"edge": breaks[0][0], "k": max(k for _, _, k in breaks), "breakpoints": len(breaks)}
+    found["unit_steps"] = float(sum(end - start for start, end in race.runs[lead].about.get("unit_steps", [])))
     since = found["edge"] or 0.0
     for (a, b), values in race.distance.items():
         later = values[race.t[: len(values)] >= since]
@@ -62,7 +69,20 @@ def summarise(race: Comparison) -> dict[str, Any]:
     if "discrete" in names:
         found["predicted_error"] = _error(race, "central", "predicted_loss", since)
         found["stable_error"] = _error(race, "stable", "loss", since)
+        if breaks:
+            found["peak"] = _peak(race.runs["discrete"], since)
     return found
+
+
+def _peak(observed: Solution, since: float) -> list[float] | None:
+    """When, after a time, the largest effective eigenvalue was largest, and its multiple of the threshold."""
+    top = observed.eigenvalues[:, 0] if observed.eigenvalues.ndim == 2 and observed.eigenvalues.size else np.empty(0)
+    t = observed.t[: len(top)]
+    there = np.isfinite(top) & (t >= since)
+    if not there.any():
+        return None
+    i = int(np.argmax(np.where(there, top, -np.inf)))
+    return [float(t[i]) - since, float(top[i]) / CRITICAL]
 
 
 def _error(race: Comparison, name: str, of: str, since: float) -> float | None:
