@@ -2,11 +2,12 @@
 
 From bottom to top: ``vectors`` and ``tensors`` are what formulas are made of, ``formulas`` holds them as data, and
 ``reader`` calls a declaration on symbols.  ``variance`` finds σ², ``evaluation`` puts numbers in, and ``printing``
-writes LaTeX and text.  ``derivation`` makes the central flow.
+writes LaTeX and text.  ``derivation`` makes the central flow, and ``noise`` the flow with mini-batch noise.
 """
 
 from dvi.symbolic.derivation import Derivation, derive
 from dvi.symbolic.evaluation import Values
 from dvi.symbolic.formulas import SymbolicFlow, SymbolicSpec
+from dvi.symbolic.noise import NoisyDerivation, NoisyValues
 
-__all__ = ["Derivation", "SymbolicFlow", "SymbolicSpec", "Values", "derive"]
+__all__ = ["Derivation", "NoisyDerivation", "NoisyValues", "SymbolicFlow", "SymbolicSpec", "Values", "derive"]

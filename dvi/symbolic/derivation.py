@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import sympy
 from sympy import Add, Derivative, Eq, Expr, Function, Matrix
@@ -30,10 +30,12 @@ from dvi.compiler.exact_rates import Accuracy
 from dvi.interop.binding import MethodLike
 from dvi.methods import Method, Nu, SpecError
 from dvi.symbolic.evaluation import Point, Values, evaluate
-from dvi.symbolic.formulas import Formulas, SymbolicFlow, SymbolicSpec
+from dvi.symbolic.formulas import Formulas, SymbolicFlow, SymbolicSpec, bends
+from dvi.symbolic.noise import NoisyDerivation, with_noise
 from dvi.symbolic.printing import latex_page, text_page
 from dvi.symbolic.reader import read
 from dvi.symbolic.simplification import factored
+from dvi.symbolic.stationary import stationary
 from dvi.symbolic.variance import one_direction
 from dvi.symbolic.vectors import Total, contract, directional, letters, on_edge
 
@@ -134,7 +136,27 @@ class Derivation(Formulas):
         return f"derive({self.spec.method!r})" + (".at_edge()" if self.on_edge else "")
 
 
-def derive(method: MethodLike | type[Method], *, numeric: bool = False, accuracy: Accuracy | None = None) -> Derivation:
+@overload
+def derive(
+    method: MethodLike | type[Method],
+    *,
+    numeric: bool = False,
+    accuracy: Accuracy | None = None,
+    noise: Literal[False] = False,
+) -> Derivation: ...
+
+
+@overload
+def derive(method: MethodLike | type[Method], *, numeric: bool = False, noise: Literal[True]) -> NoisyDerivation: ...
+
+
+def derive(
+    method: MethodLike | type[Method],
+    *,
+    numeric: bool = False,
+    accuracy: Accuracy | None = None,
+    noise: bool = False,
+) -> Derivation | NoisyDerivation:
     """Derive the central flow of an optimizer in closed form.
 
     The average of f over the oscillation is f + ½∇²_g f[HΣH], the default of :func:`dvi.central_flow`
@@ -147,16 +169,20 @@ def derive(method: MethodLike | type[Method], *, numeric: bool = False, accuracy
             A hyperparameter that is 0 is left out of the formulas in any case.
         accuracy: of the flow, as in :func:`dvi.central_flow`.  ``"second-order"`` has the momentum as a state and the
             logarithmic rate of ν.  The default is ``"paper"``, and ``"second-order"`` for a method with momentum.
+        noise: derive the flow with mini-batch noise (:func:`dvi.noisy_flow`) in place of the central flow: a
+            :class:`~dvi.symbolic.NoisyDerivation`.  For methods without momentum.
 
     Raises:
         SpecError: where f, P or Q has no closed form: it branches on a value, uses a function without derivatives, or
             has a matrix as preconditioner or as part of ν.  Where ν has no memory (β₂ = 0).  At second order, where
             parts of ν depend on one another.  Where the first instability of a filter is not of period two.  The last
             check takes numbers: the formulas of a class hold for hyperparameters that pass it.
-        ValueError: if accuracy is neither.
+        ValueError: if accuracy is neither, or is given together with noise.
     """
     if accuracy not in (None, "paper", "second-order"):
         raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
+    if noise and accuracy is not None:
+        raise ValueError("The flow with noise is made of the optimizer's own steps: leave accuracy out.")
     spec = read(method, numeric, None if accuracy is None else accuracy == "second-order")
     accuracy = accuracy or ("second-order" if spec.momentum else "paper")
     x = letters()
@@ -165,8 +191,10 @@ def derive(method: MethodLike | type[Method], *, numeric: bool = False, accuracy
     inverse = _inverse(spec, J)
     factor = _logarithmic(spec, J) if accuracy == "second-order" else inverse
     # what oscillations h add to the average of f: as a bilinear form in h, and with HΣH put in
-    bilinear = [directional(directional(f, {x.g: x.HU_c}), {x.g: x.HU_d}) / 2 for f in spec.f]
+    bilinear = bends(spec)
     curvature = [contract(b, x.HU_c, x.HU_d) for b in bilinear]
+    if noise:
+        return with_noise(spec, curvature)
 
     P_free = _rate_of_P(spec, inverse, spec.f) + factored(directional(spec.edge, {x.t: sympy.Integer(1)}))
     P_push, P_pushed = _rate_of_P(spec, inverse, bilinear), _rate_of_P(spec, inverse, curvature)
@@ -179,7 +207,7 @@ def derive(method: MethodLike | type[Method], *, numeric: bool = False, accuracy
         alpha=-Total(drift * x.g) - spec.decay * Total(x.T_ab * x.w) - 2 * Total(UaUb * P_free),
         beta=Total(drift * x.T_cd) / 2 + 2 * Total(UaUb * P_push),
         sigma2_parts=one_direction(spec, P_free, P_pushed),
-        stationary_nu=_stationary(spec, curvature),
+        stationary_nu=stationary(spec, curvature),
         P_free=P_free,
         P_pushed=P_pushed,
         symbols=vars(x) | {str(s): s for s in (*(leaf.symbol for leaf in spec.leaves), *spec.hyperparameters.values())},
@@ -244,22 +272,6 @@ def _flow(spec: SymbolicSpec, factor: Matrix, curvature: Sequence[Expr], accurac
 def _rate(name: str) -> Derivative:
     t = letters().t
     return Derivative(Function(name)(t), t)
-
-
-def _stationary(spec: SymbolicSpec, curvature: Sequence[Expr]) -> dict[str, Eq]:
-    """0 = f + ½∇²_g f[HΣH], solved for ν where f is affine in it."""
-    out = {}
-    for leaf, f, bend in zip(spec.leaves, spec.f, curvature, strict=True):
-        nu, change = leaf.symbol, f + bend
-        if not f.has(nu):
-            continue  # it only adds up
-        slope = factored(directional(change, {nu: sympy.Integer(1)}))
-        if slope.has(nu):
-            out[leaf.name] = Eq(factored(change), 0, evaluate=False)
-        else:
-            rest = factored(change.xreplace({nu: sympy.Integer(0)}))
-            out[leaf.name] = Eq(nu, factored(-rest / slope), evaluate=False)
-    return out
 
 
 __all__ = ["Derivation", "derive"]

@@ -16,7 +16,7 @@ from dvi.methods import SpecError
 from dvi.methods.schedules import value_and_slope
 from dvi.solvers.protocol import Array
 from dvi.solvers.svec import Triu, triu
-from dvi.symbolic.formulas import Formulas
+from dvi.symbolic.formulas import Formulas, SymbolicSpec
 from dvi.symbolic.vectors import letters
 
 
@@ -79,15 +79,15 @@ def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]
     state = pytree.tree_leaves(at.nu)
     known: dict[Expr, Any] = {x.g: at.g, x.d: size, x.t: at.t}
     known |= {leaf.symbol: value for leaf, value in zip(leaves, state, strict=True)}
-    known |= _hyperparameters(formulas, at.t, hyperparameters)
+    known |= values_of(formulas.spec, at.t, hyperparameters)
     if formulas.spec.decay != 0:
         if at.w is None:
             raise SpecError("evaluate(…, w=…): the weights decay, so their values are asked for.")
         known[x.w] = at.w
 
     pairs = known | _pairs(at, T, index)
-    alpha = _value(formulas.alpha, pairs, (index.n, 1, 1))[:, 0, 0]
-    beta = _value(formulas.beta, pairs, (index.n, index.n, 1))[:, :, 0] * np.outer(index.weight, index.weight)
+    alpha = value_of(formulas.alpha, pairs, (index.n, 1, 1))[:, 0, 0]
+    beta = value_of(formulas.beta, pairs, (index.n, index.n, 1))[:, :, 0] * np.outer(index.weight, index.weight)
 
     D3L = np.einsum("ab,abi->i", at.X, T[index.position])
     oscillating = known | {x.D3L: D3L, x.HSH: ((at.HU @ at.X) * at.HU).sum(1), x.Sii: ((at.U @ at.X) * at.U).sum(1)}
@@ -95,16 +95,16 @@ def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]
         oscillating[x.m] = at.g + D3L / 2 if at.m is None else at.m
     matrices = {"HSigmaH": (at.HU, at.X), "Sigma": (at.U, at.X)}
     rates = [
-        _value(flow.nu[leaf.name].rhs, oscillating, value.shape, matrices)
+        value_of(flow.nu[leaf.name].rhs, oscillating, value.shape, matrices)
         for leaf, value in zip(leaves, state, strict=True)
     ]
     return Values(
         alpha=alpha[index.position],
         beta=beta,
-        w=_value(flow.w.rhs, oscillating, (size,)),
+        w=value_of(flow.w.rhs, oscillating, (size,)),
         nu=pytree.tree_unflatten(rates, pytree.tree_structure(at.nu)),
         sigma2=_sigma2(formulas, known, at) if k == 1 else None,
-        m=None if flow.m is None else _value(flow.m.rhs, oscillating, (size,)),
+        m=None if flow.m is None else value_of(flow.m.rhs, oscillating, (size,)),
     )
 
 
@@ -120,13 +120,13 @@ def _sigma2(formulas: Formulas, known: Mapping[Expr, Any], at: Point) -> float:
     x = letters()
     length = 1.0 if formulas.spec.diagonal else float(np.linalg.norm(at.U))
     u, Hu, T = at.U[:, 0] / length, at.HU[:, 0] / length, at.T[0] / length**2
-    return float(_value(formulas.sigma2, {**known, x.u: u, x.Tuu: T, x.dS: T, x.S: u @ Hu}, ()))
+    return float(value_of(formulas.sigma2, {**known, x.u: u, x.Tuu: T, x.dS: T, x.S: u @ Hu}, ()))
 
 
-def _hyperparameters(formulas: Formulas, t: float, given: Mapping[str, float]) -> dict[Expr, float]:
+def values_of(spec: SymbolicSpec, t: float, given: Mapping[str, float]) -> dict[Expr, float]:
     """The value of every hyperparameter's symbol, and the slopes of schedules."""
     out: dict[Expr, float] = {}
-    method, symbols = formulas.spec.method, formulas.spec.hyperparameters
+    method, symbols = spec.method, spec.hyperparameters
     if unknown := set(given) - set(symbols):
         raise SpecError(f"no symbol for {', '.join(sorted(unknown))}; there are {', '.join(symbols)}.")
     for field, symbol in symbols.items():
@@ -142,7 +142,7 @@ def _hyperparameters(formulas: Formulas, t: float, given: Mapping[str, float]) -
     return out
 
 
-def _value(
+def value_of(
     e: Expr,
     known: Mapping[Expr, Any],
     shape: tuple[int, ...],
@@ -161,7 +161,7 @@ def _value(
     flat = e.xreplace({key: v for key, v in scalars.items() if isinstance(key, Derivative)}).xreplace(scalars)
     given = {scalars.get(key, key): value for key, value in known.items()}
     given = {symbol: value for symbol, value in given.items() if symbol in flat.free_symbols}
-    given |= {symbol: symbol.name for symbol in (letters().HSigmaH, letters().Sigma)}
+    given |= {symbol: symbol.name for symbol in (letters().HSigmaH, letters().Sigma, letters().N)}
 
     def total(v: Any) -> Any:
         return np.sum(v, axis=-1, keepdims=True)

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.compiler.exact_rates import Accuracy
 from dvi.methods import Method
+from dvi.symbolic.vectors import directional, letters
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class SymbolicSpec:
     def name(self) -> str:
         """The name of the method's class."""
         return (self.method if isinstance(self.method, type) else type(self.method)).__name__
+
+
+def bends(spec: SymbolicSpec) -> list[Expr]:
+    """½∇²_g f[h, h′] for each part of ν: what oscillations add to the average of f, bilinear in h and h′ = H u."""
+    x = letters()
+    return [directional(directional(f, {x.g: x.HU_c}), {x.g: x.HU_d}) / 2 for f in spec.f]
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,16 @@ NAMES: dict[Symbol, tuple[str, str]] = {
             "g": (r"\nabla L(w)", "∇L"),
             "D3L": (r"\nabla^3 L(w)[\Sigma]", "∇³L[Σ]"),
             "HSH": (r"\mathrm{diag}(H \Sigma H)", "diag(HΣH)"),
+            "Nii": (r"\mathrm{diag}(N)", "diag(N)"),
             "Sii": (r"\mathrm{diag}(\Sigma)", "diag(Σ)"),
             "S": ("S(w)", "S"),
             "HSigmaH": (r"H \Sigma H", "HΣH"),
             "Sigma": (r"\Sigma", "Σ"),
+            "N": ("N", "N"),
+            "N_ij": ("(U^{\\mathsf{T}}NU)_{ij}", "(UᵀNU)ᵢⱼ"),
+            "X_ij": ("X_{ij}", "Xᵢⱼ"),
+            "lambda_i": (r"\lambda_{i}", "λᵢ"),
+            "lambda_j": (r"\lambda_{j}", "λⱼ"),
         }.items()
     },
     _IDENTITY: ("I", "I"),
@@ -57,7 +63,11 @@ _MAPS = {
     "diag": (r"\mathrm{diag}", "diag"),
     "diag_U": (r"\mathrm{diag}_{U}", "diag_U"),
 }
-_TRACES = {letters().HSH: (r"\mathrm{tr}(H \Sigma H)", "tr(HΣH)"), letters().Sii: (r"\mathrm{tr}(\Sigma)", "tr(Σ)")}
+_TRACES = {
+    letters().HSH: (r"\mathrm{tr}(H \Sigma H)", "tr(HΣH)"),
+    letters().Sii: (r"\mathrm{tr}(\Sigma)", "tr(Σ)"),
+    letters().Nii: (r"\mathrm{tr}(N)", "tr(N)"),
+}
 _DECIMAL = 1000  # from this denominator on, a number is printed with a decimal point
 
 

@@ -157,6 +157,13 @@ def along(e: Expr, h: Expr) -> Expr:
     return e.replace(Image, lambda b, _: h * Total(b * h)).xreplace({x.HSH: h**2})
 
 
+def noisy(e: Expr) -> Expr:
+    """HΣH replaced by HΣH + N, N the covariance of the gradient of a mini-batch."""
+    x = letters()
+    e = e.replace(Bilinear, lambda a, b, M: Bilinear(a, b, M) + Bilinear(a, b, x.N))
+    return e.replace(Image, lambda b, M: Image(b, M) + Image(b, x.N)).xreplace({x.HSH: x.HSH + x.Nii})
+
+
 def on_edge(e: Expr, p: Expr) -> Expr:
     """HΣH replaced by 4P̃ΣP̃ and HU by 2P̃U, where P̃ = p·I or diag(p)."""
     x = letters()
@@ -169,21 +176,24 @@ def letters() -> SimpleNamespace:
     """The letters of the derivation, beside those of the optimizer (its state and hyperparameters).
 
     Vectors [d]:
-        ``w`` are the weights, ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH) and ``Sii``
-        diag(Σ).
+        ``w`` are the weights, ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH), ``Sii``
+        diag(Σ) and ``Nii`` diag(N).
         ``T_ab`` is ∇_w u_aᵀH(w)u_b, ``U_a`` is u_a and ``HU_c`` is H u_c; the same with other indices.
         For one direction, ``u`` is the direction and ``Tuu`` is ∇³L(w)[u, u].  ``dS`` is ∇S(w), for |u| = 1.
 
     Matrices and scalars:
-        ``HSigmaH`` and ``Sigma`` are the matrices HΣH and Σ.  ``t`` is the time that schedules read, ``S`` the
-        sharpness S(w) and ``d`` the number of weights.
+        ``HSigmaH``, ``Sigma`` and ``N`` are the matrices HΣH, Σ and N, the covariance of a mini-batch's gradient.
+        ``X_ij`` and ``N_ij`` are entries of X and UᵀNU, ``lambda_i`` and ``lambda_j`` effective eigenvalues.
+        ``t`` is the time that schedules read, ``S`` the sharpness S(w) and ``d`` the number of weights.
     """
-    vectors = ["w", "g", "m", "D3L", "HSH", "Sii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
+    vectors = ["w", "g", "m", "D3L", "HSH", "Sii", "Nii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
     return SimpleNamespace(
         **{name: entry(name) for name in (*vectors, "u", "Tuu", "dS")},
         S=Level("S", positive=True),
         t=Symbol("t", real=True),
         HSigmaH=Symbol("HSigmaH"),
         Sigma=Symbol("Sigma"),
+        N=Symbol("N"),
+        **{name: Level(name, real=True) for name in ("X_ij", "N_ij", "lambda_i", "lambda_j")},
         d=DIMENSION,
     )
