@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import dvi
-from dvi.methods import Adam, GradientDescent, HeavyBall, RMSProp
+from dvi.methods import Adam, AdamW, GradientDescent, HeavyBall, RMSProp
 
 TIMES = (40, 80, 120)
 
@@ -43,6 +43,8 @@ CASES |= {
     "CE GD 0.7, B = 30": case(lambda: digits(loss="ce"), GradientDescent(0.7), 30),
     "CE GD 1.5, B = 5": case(lambda: digits(loss="ce"), GradientDescent(1.5), 5),
     "CNN GD 0.2, B = 30": case(lambda: digits(network="cnn", width=4, n=200), GradientDescent(0.2), 30),
+    "CNN GD 1.5, B = 30": case(lambda: digits(network="cnn", width=4, n=200), GradientDescent(1.5), 30),
+    "AdamW 0.002, λ = 1, B = 20": case(digits, AdamW(0.002, 0.9, 0.95, weight_decay=1.0), 20),
     "GPT CE RMSProp 0.0005, B = 20": case(
         lambda: dvi.problems.sorting(n=200, width=24, depth=1), RMSProp(5e-4, 0.95, 1e-8, True), 20
     ),
