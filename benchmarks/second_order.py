@@ -7,6 +7,7 @@ the largest distances in w from these solutions.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import digits
 from dvi.solvers.protocol import Integrator
 
-ADAM_LIKE = {"eps": 1e-8, "bias_correction": True}
+ADAM_LIKE: dict[str, Any] = {"eps": 1e-8, "bias_correction": True}
 #: Loss, method and steps.
 RUNS: dict[str, tuple[str, dvi.Method, int]] = {
     "GD 0.2": ("mse", GradientDescent(0.2), 250),
