@@ -78,6 +78,7 @@ def _cells(row: Experiment, size: Size, record: Record) -> list[str]:
     seen = record.summary
     lead = "central" if "central" in row.runs else row.runs[0]
     apart = seen.get("distance", {})
+    cost = seen.get("gradient_equivalents", {}).get(lead)
     return [
         row.name,
         setting(row, size),
@@ -88,7 +89,7 @@ def _cells(row: Experiment, size: Size, record: Record) -> list[str]:
         _number(apart.get("discrete–stable"), ".3g"),
         _percent(seen.get("predicted_error")),
         _percent(seen.get("stable_error")),
-        _number(seen.get("gradient_equivalents", {}).get(lead), ".3g"),
+        _number(cost, ".3g" if (cost or 0) < 100 else ".0f"),
         f"{record.cpu_seconds / 60:.1f}",
         _remark(row, size, record, lead),
     ]
@@ -103,7 +104,7 @@ def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
         if lead.startswith("stationary"):
             told.append("dear: the stationary ν is sought anew at each step")
         elif unit:
-            told.append(f"dear: a stiff oscillation, single steps for {unit:.0f} of {seen['reached']:.0f}")
+            told.append(f"dear: single steps for {unit:.0f} of {seen['reached']:.0f}, where the oscillation is stiff")
         else:
             told.append("dear; the cause is not known")
     apart = seen.get("distance", {})
