@@ -203,14 +203,14 @@ class EigenTracker:
     def _until(self, block: Eigenblock, speeds: Array, t: float, last: SpectrumEstimate, h: float) -> float:
         """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
 
-        Speeds, rising or falling, are believed for three times as long as it took to measure them: the intervals
-        between looks grow as fast as the flow calms down; and not for more than six steps like this one, h, which are
-        short where something moves fast.  What has become faster since the last look is expected to do so twice over: a
-        speed is that of the middle of an interval.
+        Speeds are believed up to a factor of four, rising or falling, and for three times as long as it took to measure
+        them: the intervals between looks grow as fast as the flow calms down; and not for more than six steps like this
+        one, h, which are short where something moves fast.  What has become faster since the last look is expected to
+        do so twice over: a speed is that of the middle of an interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
-        time = float(np.min(room / np.maximum(speeds, 1e-12)))
+        time = float(np.min(room / np.maximum(CONSTANTS.sudden * speeds, 1e-12)))
         return t + max(0.0, min(time, CONSTANTS.believed * (t - last.t), 6 * h, self.patience))
 
     @property

@@ -161,7 +161,8 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if unit steps cost more than the budget, on average over their first ``window`` units or later.
+            BudgetError: if longer steps cost more than the budget and so do the unit steps in their place, on average
+                over their first ``window`` units or later.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
@@ -170,8 +171,12 @@ class MacroStep(IntegratorBase):
         cost = now.spent.per_unit_time(result.y.t)
         if flow.constrained and cost > self.limit:
             if not memory.unit:
-                now = now if now.unit else self._entered(now, result.y.t)
+                now = now if now.unit else self._entered(now, result.y.t, last_resort=True)
             elif result.y.t >= memory.unit.begin + CONSTANTS.window:
+                if not memory.unit.last_resort and now.unit:  # dearer than what they were taken in place of: back to it
+                    stretch = result.y.t - memory.unit.begin
+                    unit = replace(now.unit, until=result.y.t, stretch=stretch)
+                    return replace(result, memory=replace(now, unit=unit, spent=Spending()))
                 raise BudgetError(
                     f"MacroStep at t = {y.t:g}: even steps of one unit cost {cost:.0f} gradients per unit "
                     f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
@@ -195,14 +200,14 @@ class MacroStep(IntegratorBase):
 
     # ---- unit steps -----------------------------------------------------------------------------------
 
-    def _entered(self, memory: MacroMemory, t: float) -> MacroMemory:
+    def _entered(self, memory: MacroMemory, t: float, last_resort: bool = False) -> MacroMemory:
         """From here on unit steps, twice as many as the last time if that was just before."""
         left, stretch = memory.left
         stretch = 2 * stretch if t - left < CONSTANTS.unit_steps else CONSTANTS.unit_steps
         context = memory.context
         assert context is not None
         X = np.zeros((context.frame.k, context.frame.k))
-        unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch)
+        unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch, last_resort=last_resort)
         return replace(memory, context=None, needless=0, unit=unit, spent=Spending())
 
     def _unit_step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
@@ -218,7 +223,8 @@ class MacroStep(IntegratorBase):
         now = replace(memory, unit=unit, amplitude=memory.amplitude_with(amplitude(seen.X, unit.frame)))
         if end.t >= unit.until - 1e-9 or not seen.k:
             context = evaluate(flow, tracker, end, unit.spectrum, 1.0)
-            now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.stretch))
+            # longer steps are judged by what they cost themselves
+            now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.stretch), spent=Spending())
         return StepResult(end, now, seen, lambda t: y.moved(rate, t - y.t), unit=True)
 
     # ---- macro steps ----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class UnitMemory:
         stretch: for how many unit steps this has been planned.
         dt: the next step, at most one unit.
         partial: how many steps it has been since all third derivatives were taken.
+        last_resort: were longer steps too dear?  Then there is nothing to go back to.
     """
 
     spectrum: SpectrumEstimate
@@ -48,6 +49,7 @@ class UnitMemory:
     stretch: float
     dt: float = 1.0
     partial: int = 0
+    last_resort: bool = False
 
     @property
     def begin(self) -> float:
