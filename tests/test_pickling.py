@@ -290,7 +290,8 @@ def test_a_pool_of_spawned_processes():
     problem = PROBLEMS["module"]()
     flows = [dvi.central_flow(problem, make()) for name, make in METHODS.items() if name in ("gd", "rmsprop", "own")]
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        for flow, result in zip(flows, pool.map(last_loss, flows, timeout=120), strict=True):
+        results = list(pool.map(last_loss, flows, timeout=120))  # all are pickled before a flow is used here
+        for flow, result in zip(flows, results, strict=True):
             assert np.allclose(result.loss, dvi.solve(flow, 5, progress=False).loss, rtol=1e-12)
         with pytest.raises(RunError, match="effective sharpness at the start") as caught:
             pool.submit(sweep, dvi.Problem(valley, start()), 50.0).result(timeout=120)

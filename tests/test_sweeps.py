@@ -182,7 +182,7 @@ SCRIPT = textwrap.dedent("""
 
     if __name__ == "__main__":
         tasks = [
-            Task(name, partial(gd, lr=lr, steps=400, checkpoint_every=0.5, pause=0.01), {{"lr": lr}})
+            Task(name, partial(gd, lr=lr, steps=400, checkpoint_every=0.5, pause=0.04), {{"lr": lr}})
             for name, lr in {{"a": 0.15, "b": 0.1}}.items()
         ]
         found = sweep(tasks, {folder!r}, workers=2, progress=False)
