@@ -63,11 +63,11 @@ class RisingNAdam(Method):
 
     def init(self, w: Tensor) -> Nu:
         """V = 0, t = 0."""
-        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+        return _counted(w)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(g⊙² − v), and one more step."""
-        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+        return _averaged(nu, g, self.beta2)
 
     def P(self, nu: Nu) -> Diagonal:
         """diag(√v̂ + ε)/η."""
@@ -107,11 +107,11 @@ class RectifiedAdam(Method):
 
     def init(self, w: Tensor) -> Nu:
         """V = 0, t = 0."""
-        return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+        return _counted(w)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(g⊙² − v), and one more step."""
-        return {"v": (1 - self.beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+        return _averaged(nu, g, self.beta2)
 
     def P(self, nu: Nu) -> Diagonal:
         """diag(√v + ε)/(ηr√(1−β₂ᵗ)) once rectified, I/η before, times 1 − β₁ᵗ."""
@@ -127,3 +127,12 @@ class RectifiedAdam(Method):
         """ηλ; None if λ is the number 0."""
         none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
         return None if none else self.lr * self.weight_decay
+
+
+def _counted(w: Tensor) -> Nu:
+    """The average of squares, and the number of steps that bias corrections ask for."""
+    return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
+
+
+def _averaged(nu: Nu, g: Tensor, beta2: Hyperparameter) -> Nu:
+    return {"v": (1 - beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
