@@ -505,7 +505,7 @@ def test_the_stable_flow_follows_the_optimizer_where_nothing_oscillates(kind):
 def test_the_central_flow_goes_through_the_edge(kind):
     problem = network()
     method = kind.make(kind.edge, problem.shapes)
-    integrator = dvi.MacroStep(1e-3) if method.Q().trivial else dvi.SemiImplicit(kind.tol)
+    integrator = dvi.MacroStep(1e-3) if method.Q().trivial else dvi.SemiImplicit(tol=kind.tol)
     race = dvi.compare(problem, method, 12, integrator=integrator, eigen_every=0, progress=False)
     central, warm = race.central, race.about["warm_start"]
     assert central.breakpoints[0][1] == "enter"
