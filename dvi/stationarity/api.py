@@ -37,6 +37,7 @@ def stationary(
     rank: int = 8,
     start: StationaryPoint | None = None,
     seed: int = 0,
+    survey: bool = True,
     without: Literal["gradient"] | None = None,
 ) -> StationaryPoint:
     """The ν at which dν/dt = 0 at fixed weights, with the oscillation that holds it there.
@@ -51,7 +52,9 @@ def stationary(
             2 + 1000 tol.
         max_iterations: of the fixed point, r Hessian–vector products each.
         rank: columns r of D to start with; it grows where more directions oscillate.
-        start: a point nearby, to start from.
+        start: a point nearby, to start from, which takes a fifth of the products or so.
+        survey: with ``start``, look for oscillating directions that it is blind to; they are rare where it is of a
+            moment ago, and the look takes twelve products.
         seed: of the first D.
         without: "gradient" leaves g = ∇L(w) out of f, so that the oscillation alone holds ν.  For RMSProp P(ν) then
             solves eq. (12) without its second term, the paper's alternative preconditioner (Fig. 9).
@@ -72,7 +75,7 @@ def stationary(
         return _by_sdp(flow, balance)
     if by != "fixed point":
         raise ValueError(f'by is "fixed point" or "sdp", not {by!r}.')
-    search = Search(balance, tol or (1e-9 if w.dtype == torch.float64 else 1e-5), max_iterations, rank, seed)
+    search = Search(balance, tol or (1e-9 if w.dtype == torch.float64 else 1e-5), max_iterations, rank, seed, survey)
     return search.run(start)
 
 
