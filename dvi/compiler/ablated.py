@@ -26,6 +26,9 @@ class AblatedFlow(CompiledFlow):
     the edge √ν = ηS/2, and this is the paper's dw/dt = −(2/S(w)) ∇L(w).  β keeps its ν-part alone, so Σ is another
     one than the central flow's: what it takes for ν to hold the constraint by itself.
 
+    Where oscillations act on ν, HU = 2PU is put in, which holds on the constraint.  Without the push nothing else in β
+    makes it monotone: with H times U it is not, as soon as a direction with an eigenvalue below 2 is among the others.
+
     Its accuracy is "paper" whatever is asked for: it is compared with the paper's.
 
     Raises:
@@ -44,7 +47,7 @@ class AblatedFlow(CompiledFlow):
         accuracy: Accuracy | None = None,
         max_gib: float = 4.0,
     ) -> None:
-        super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
+        super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib, edge_hessian="edge")
         if self._chosen(accuracy, self.calculus.momentum) != self.accuracy:
             self.notes.append(
                 'The ablated flow has accuracy="paper" beside flows of second order: their distance is partly that, of '
@@ -58,7 +61,7 @@ class AblatedFlow(CompiledFlow):
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β without the push on w, the gap and the drift at y."""
-        return LinearisedFlow(self.calculus, y, g, frame, push=False)
+        return LinearisedFlow(self.calculus, y, g, self._read(frame), push=False)
 
 
 def ablated_flow(
