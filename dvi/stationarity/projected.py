@@ -29,6 +29,8 @@ _ROUNDS = 40  # times that S grows; 7 to 17 were seen, for residuals of 1e-4 to 
 _LARGEST = 80  # columns of S; 52 were seen
 _NEWTON = 30  # steps in one S, none of them with a product; after the first rounds one or two do
 _INEXACT = 0.1  # ν is solved for in S up to this part of what S itself misses
+_SHRINKS = 0.5  # a step is to be smaller than the last by that, else _LEAST and more of it is taken
+_LEAST = 1 / 16
 _VARIANCES = 8  # that are sought at once, and _MARGIN: below 2, from where on a direction may come to oscillate
 _MARGIN = 0.5
 _SHOWN = 2  # Ritz vectors kept beyond those that oscillate: the next ones to do so
@@ -111,6 +113,7 @@ def _solved(balance: Balance, S: Tensor, HS: Tensor, C: Array, nu: Nu, tol: floa
         CCPError: if the variances have no solution.
     """
     calculus, t = balance.flow.calculus, balance.t
+    share, last = 1.0, np.inf
     for _ in range(_NEWTON):
         values, Q, G = _ritz(balance, nu, S, HS)
         kept = min(max(1, int((values > CRITICAL - _MARGIN).sum())), _VARIANCES, len(values))
@@ -120,12 +123,18 @@ def _solved(balance: Balance, S: Tensor, HS: Tensor, C: Array, nu: Nu, tol: floa
         moved = calculus.metric.rates(nu, t, balance.response(nu, 2 * calculus.P(nu, t).apply(U)), U)
         beta = 2 * triu(kept).weight[:, None] * host(moved)[0].T
         X = ccp.solve(smat(beta @ svec(root @ root.T)) - np.diag(CRITICAL - values[:kept]), beta).X
-        variances, R = np.linalg.eigh(X)
-        up = variances > tol * max(variances[-1], np.finfo(np.float64).tiny)
-        C = Q @ (R[:, up] * np.sqrt(variances[up]))
+        # That β leaves out how U turns with ν: where steps do not shrink by themselves, a part of each is taken.
+        Y = (1 - share) * (C @ C.T) + share * (Q @ X @ Q.T)
+        variances, R = np.linalg.eigh(Y)
+        up = variances > 0.01 * tol * max(variances[-1], np.finfo(np.float64).tiny)
+        C = R[:, up] * np.sqrt(variances[up])
         nu = balance.root(nu, HS @ like(C, S))
-        if norm(pytree.tree_map(torch.sub, nu, before)) <= _INEXACT * residual * norm(nu):
+        step = norm(pytree.tree_map(torch.sub, nu, before)) / (share * norm(nu))
+        if step <= _INEXACT * residual:
             break
+        if step > _SHRINKS * last:
+            share = max(0.5 * share, _LEAST)
+        last = step
     return C, nu
 
 
