@@ -102,7 +102,7 @@ def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
     cost, unit = seen.get("gradient_equivalents", {}).get(lead), seen.get("unit_steps") or 0
     if cost is not None and cost > DEAR:
         if lead.startswith("stationary"):
-            told.append("dear: the stationary ν is sought anew at each step")
+            told.append("dear: the stationary ν is sought four times a step")
         elif unit:
             told.append(f"dear: single steps for {unit:.0f} of {seen['reached']:.0f}, where the oscillation is stiff")
         else:
