@@ -37,6 +37,7 @@ class AblatedFlow(CompiledFlow):
 
     name = "ablated"
     constrained = True
+    pushed = False
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class AblatedFlow(CompiledFlow):
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β without the push on w, the gap and the drift at y."""
-        return LinearisedFlow(self.calculus, y, g, self._read(frame), push=False)
+        return LinearisedFlow(self.calculus, y, g, self._read(frame), push=self.pushed)
 
 
 def ablated_flow(
