@@ -71,7 +71,7 @@ def curves(
 
 def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
     """The beginning of all curves, in the corner that falling curves leave empty."""
-    place = (0.13, 0.1, 0.3, 0.33) if axes.get_yscale() == "log" else (0.62, 0.6, 0.37, 0.37)
+    place = (0.19, 0.13, 0.26, 0.32) if axes.get_yscale() == "log" else (0.62, 0.6, 0.37, 0.37)
     corner = axes.inset_axes(place)
     shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
     for curve in shown:
