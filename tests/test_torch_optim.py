@@ -171,6 +171,7 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 40),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 12),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=60),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.002, anneal_epochs=20),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=7, cycle_momentum=True),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.01, 1, 10), lr_scheduler.CosineAnnealingLR(o, 50)], [10]

@@ -42,8 +42,10 @@ RMSPROP_MOMENTUM = (
 
 #: Options of groups that change nothing but rounding and speed.
 HARMLESS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+#: What schedulers write into groups for themselves.
+BOOKKEEPING = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
 #: What belongs to a group and is no option of the optimizer.
-BESIDE = frozenset({"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"})
+BESIDE = BOOKKEEPING | {"params", "param_names", "name"}
 
 
 def refuse_class(optimizer: Any, readable: Mapping[str, Any]) -> None:

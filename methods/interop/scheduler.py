@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dvi.methods.errors import SpecError
+from dvi.methods.interop.refusals import BOOKKEEPING
 
 #: A learning rate of zero is taken as this part of the first one: then P is finite, and the step is below rounding.
 ZERO = 1e-16
@@ -90,10 +91,6 @@ class Reading:
                         f"The scheduler changes {name} of group {i} from {one[name]} to {other[name]}. Learning rates "
                         "may be scheduled, and momentum or betas[0] by a scheduler with cycle_momentum=True."
                     )
-
-
-#: What schedulers write into groups for themselves.
-BOOKKEEPING = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
 
 
 @dataclass(frozen=True)
