@@ -568,7 +568,10 @@ def _flat_weights(w0: Tensor) -> Tensor:
     if not isinstance(w0, Tensor) or w0.ndim != 1:
         raise ProblemError(f"w0 is a flat tensor [d]; got {_describe(w0)}")
     if w0.dtype not in (torch.float32, torch.float64):
-        raise ProblemError(f"w0 is float32 or float64; got {w0.dtype}, which third derivatives cannot be taken in")
+        raise ProblemError(
+            f"third derivatives need float32 or float64, and w0 is {w0.dtype}: convert the weights and the data, "
+            "for a module by model.double() and inputs.double()"
+        )
     if w0.numel() == 0:
         raise ProblemError("w0 is empty: there is nothing to minimise over")
     return w0.detach().clone(memory_format=torch.contiguous_format)
