@@ -132,7 +132,7 @@ class FlowProcess(Process):
 
     _own_state: tuple[str, ...] = (
         *("memory", "bound", "strained", "missed", "unit_steps"),
-        *("fresh", "base", "anchor", "looked", "measured", "measured_at"),
+        *("fresh", "base", "anchor", "looked", "measured", "measured_at", "between"),
     )
 
     def __init__(
@@ -156,6 +156,7 @@ class FlowProcess(Process):
         self.measures = [measure for measure in made if measure is not None]
         self.measured_at = -np.inf  # when something was last measured
         self.measured: tuple[float, float] | None = None  # since when it oscillates, and when the next term is due
+        self.between: dict[float, Tensor] = {}  # by recorded time: weights within the last step
 
     @property
     def near_end(self) -> bool:
@@ -204,6 +205,10 @@ class FlowProcess(Process):
             seen |= self.observer.observe_outputs(self.flow, start, node)
         ready = self._shown(result, inside, finished)
         nodes = [self._carry(seen)]
+        if self.nodes:
+            nodes[0] |= self._losses_between(self.nodes[-1], nodes[0], self.between)
+        times = self.grid[list(ready)].tolist()
+        between = {t: w for t, w in zip(times, ready.values(), strict=True) if nodes[0]["t"] < t < reached}
         if finished or at_jump:  # what is seen at the end, or on the left of the jump
             before = problem.ledger.copy()
             last = self.integrator.observe(self.flow, result.memory, result.y)
@@ -211,9 +216,12 @@ class FlowProcess(Process):
             outputs = self.observer.observe_outputs(self.flow, result.y, last)
             seen = self._observe(result.y, last) | outputs | {"t": end if finished else reached}
             nodes.append(seen | self._measurements(result.y, finished))
+            nodes[1] |= self._losses_between(nodes[0], nodes[1], between)
+            between = {}
         self.counts.extend(counts)
         self.nodes.extend(nodes)
         self.ready |= ready
+        self.between = between
         if result.strain:
             self.strained.append((start.t - self.origin, result.strain))
         if result.unit:
@@ -353,6 +361,13 @@ class FlowProcess(Process):
         while due <= t:
             due = since + 2 * (due - since)
         return since, due
+
+    def _losses_between(self, before: Observation, after: Observation, between: dict[float, Tensor]) -> Observation:
+        """The losses at recorded times between two nodes if they cannot be interpolated; no cost of the run."""
+        if not between or not sampling.doubtful(before, after, np.array(list(between))):
+            return {}
+        with self.flow.problem.ledger.paused():
+            return {"evaluated": [(t, float(self.flow.problem.value(w))) for t, w in between.items()]}
 
     def _carry(self, seen: Observation) -> Observation:
         """Outputs are looked at only where a grid point needs them; other nodes repeat the last ones."""

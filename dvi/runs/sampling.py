@@ -2,7 +2,8 @@
 
 A flow is observed at the nodes of its integrator, which need not be the moments the user asked for.  Values on the flow
 are interpolated between nodes (the loss by its slope, too); what oscillations add is read from X, which an integrator
-may give as an average over a step, stamped at the step's middle.
+may give as an average over a step, stamped at the step's middle.  Where a momentum's swings are shorter than a step,
+the interpolated loss would be wrong, and even negative: there the run evaluates the loss (:func:`doubtful`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ ARRIVING = 1e-3
 FELL_OFF = 1e-3
 #: … or once X has been zero on it for so many unit times.
 SILENT = 2.0
+#: An interpolated loss may leave the range between two nodes by this part of it: no picture shows less.
+OUTSIDE = 0.01
+#: … or by this part of the loss: at rest, nodes differ by rounding.
+SAME = 1e-9
 
 
 def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
@@ -41,6 +46,8 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
     t = np.array([node["t"] for node in nodes])
     X_time = np.array([node["X_time"] for node in nodes])
     out: dict[str, Any] = {"loss": _hermite(t, nodes, grid)}
+    for time, loss in (pair for node in nodes for pair in node.get("evaluated", ())):
+        out["loss"][grid == time] = loss
     for name in _POINTWISE:
         if name in nodes[0]:
             out[name] = _linear(t, [node[name] for node in nodes], grid)
@@ -59,6 +66,14 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
     holder = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 1)
     out["X"] = [nodes[i]["X"] for i in holder]
     return out
+
+
+def doubtful(before: Observation, after: Observation, times: Array) -> bool:
+    """Whether the loss that is interpolated between two nodes leaves the range of the losses there."""
+    loss = _hermite(np.array([before["t"], after["t"]]), [before, after], times)
+    low, high = sorted((before["loss"], after["loss"]))
+    slack = OUTSIDE * (high - low) + SAME * max(abs(low), abs(high))
+    return bool(np.any((loss < low - slack) | (loss > high + slack)))
 
 
 def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
