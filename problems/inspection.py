@@ -1,7 +1,8 @@
-"""What a loss is made of, found out when the problem is made: by walking its graph and watching its operations once.
+"""Inspects a loss when the problem is made: its graph, and the operations of one evaluation.
 
-Derivatives are taken with respect to w alone.  A loss that depends on other things that train, that rounds to a lower
-precision on the way, or whose operations have "gradients" that are none, would be differentiated wrongly in silence.
+Derivatives are taken with respect to w alone.  So some losses would silently be differentiated wrongly: those that
+depend on other trained tensors, that round to a lower precision on the way, or that have operations whose "gradients"
+are not gradients.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from torch.utils import _pytree as pytree
 
 from dvi.problems.errors import ProblemError
 
-#: Functions that take a tensor for its shape, dtype and device only.
+#: Functions that use only the shape, dtype and device of a tensor.
 _SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 
 _NO_GRADIENT = "None of the inputs have requires_grad=True"  # torch's own words, of a checkpoint that loses gradients
 
 
 class Watcher(TorchFunctionMode):
-    """Watches the operations of one evaluation of a loss.
+    """Observes the operations of one evaluation of a loss.
 
     Args:
         w0: the weights [d].
-        foreign: tensors of the user's own module, by identity, in words: its parameters, which train but are not w, and
-            what its forward pass has left on it.
-        stale: tensors that the copy of the module has from an earlier forward pass, by identity, in words.
-        stack: the modules under way, in words (:meth:`~dvi.problems.modules.flat_model.FlatModel.traced`).
+        foreign: tensors of the user's own module, as {identity: description}.  They are its parameters, which train but
+            are not w, and the tensors that its forward pass has stored on it.
+        stale: tensors that the copy of the module has from an earlier forward pass, in the same form.
+        stack: descriptions of the modules whose forward passes are running
+            (:meth:`~dvi.problems.modules.flat_model.FlatModel.traced`).
 
     Raises:
         ProblemError: at the operation at fault.
@@ -60,7 +62,7 @@ class Watcher(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Carry out one operation, and look at it."""
+        """Carry out one operation and inspect it."""
         kwargs = kwargs or {}
         if func in (F.embedding, F.embedding_bag):
             self._look_at_embedding(func, args, kwargs)
@@ -126,7 +128,7 @@ class Watcher(TorchFunctionMode):
 
 
 def past_w(what: str) -> str:
-    """Say that a loss depends on something that trains beside w, and what to do."""
+    """Return the error for a loss that depends on something trained besides w, with a remedy."""
     return (
         f"the loss depends on {what}, past w: it stays where it is while w moves, and the gradient lacks its part. "
         "A penalty on a model's parameters is penalty= (a function of the parameters by name) or weight_decay= of "
@@ -139,7 +141,7 @@ def other_leaves(value: Tensor, w: Tensor) -> list[Tensor]:
     """Return the leaves of the graph of ``value`` [] other than w [d].
 
     Raises:
-        ProblemError: if a part of the graph is computed by reentrant checkpointing, which allows no such derivatives.
+        ProblemError: if reentrant checkpointing computes a part of the graph, since it allows no such derivatives.
 
     """
     found: dict[int, Tensor] = {}
@@ -168,7 +170,7 @@ REENTRANT = (
 
 @contextmanager
 def attentive() -> Iterator[None]:
-    """Inside, torch's warning that a checkpoint loses gradients is an error; other warnings come as they would."""
+    """In this context, torch's warning that a checkpoint loses gradients is an error; other warnings are unchanged."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -180,7 +182,7 @@ def attentive() -> Iterator[None]:
 
 @contextmanager
 def unwritten(w: Tensor) -> Iterator[None]:
-    """Inside, a loss is evaluated that must not write into its weights w [d].
+    """A context for evaluating a loss, which must not write into its weights w [d].
 
     Raises:
         ProblemError: if it does.
