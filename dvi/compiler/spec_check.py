@@ -151,8 +151,8 @@ class SpecCheck:
         cause = likely_cause(lambda: self._call(found.which))
         part = f", of ν{found.leaf}" if found.which == "f" else ""
         return SpecError(
-            f"{self.name}.{_signature(found.which)}: the norm of its derivative {found.along}{part} is "
-            f"{found.size:.3g} by automatic differentiation, but {found.shown:.3g} by finite differences. {cause}"
+            f"{self.name}.{_signature(found.which)}: its derivative {found.along}{part} is {found.size:.3g} by "
+            f"automatic differentiation, but {found.shown:.3g} by differences of {found.which} itself (norms). {cause}"
         )
 
 

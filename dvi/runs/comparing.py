@@ -135,7 +135,7 @@ def compare(
     names = (runs,) if isinstance(runs, str) else tuple(runs)
     known = (*RUNS, *NOISY)
     if isinstance(runs, str) or not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise ValueError(f"runs={runs!r}: give a tuple of names, each once, from {', '.join(map(repr, known))}.")
+        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, known))}, as a tuple of names, each once.")
     if (batch_size is None) == bool(set(names) & set(NOISY)) or (batch_size is None and sampling is not None):
         raise ValueError(
             f'batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs "sgd" and "noisy" only, and '
