@@ -625,7 +625,7 @@ def test_formulas_are_derived_of_an_optimizer():
     model = network()
     optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}])
     assert dvi.derive(optimizer).latex() == dvi.derive(dvi.methods.Adam(1e-3)).latex()
-    with pytest.raises(SpecError, match="its groups have formulas of their own"):
+    with pytest.raises(SpecError, match="each group has its own formulas"):
         dvi.derive(optimizer, numeric=True)
 
 
