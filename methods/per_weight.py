@@ -99,7 +99,7 @@ def _value(x: Any, n: int, like: Tensor, name: str) -> Value:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     what = f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-    raise SpecError(f"{name} gives {what} for {n} weights; it gives a number or a tensor of shape [{n}].")
+    raise SpecError(f"{name} gives {what} for {n} weights; it must give a number or a tensor of shape [{n}].")
 
 
 def _same(x: Value, other: Value) -> bool:

@@ -126,7 +126,7 @@ def _require_same(call: str, first: Nu, second: Nu) -> None:
             where = f" in ν{path}" if path else ""
             raise SpecError(
                 f"{call} gives something else{where} when it is called again with the same arguments. It draws random "
-                "numbers, or reads something that changes (a counter, a list, a global): make that a part of ν, or a "
+                "numbers, or reads a variable that changes (a counter, a list, a global). Make that a part of ν, or a "
                 "schedule t ↦ value."
             )
 

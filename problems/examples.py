@@ -70,7 +70,7 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
         raise ProblemError(f"{expected}; got {type(data).__name__}{hint}")
     for tensor in leaves:
         if isinstance(tensor, np.ndarray):
-            raise ProblemError(f"{expected}; there is an ndarray among them: torch.from_numpy(…)")
+            raise ProblemError(f"{expected}; got an ndarray among them: torch.from_numpy(…)")
         if not isinstance(tensor, Tensor):
             continue
         if tensor.device != like.device:
@@ -80,7 +80,7 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ProblemError(f"{name} have entries that are NaN or infinite")
         if tensor.ndim and len(tensor) == 0:
-            raise ProblemError(f"{name} are empty: there is to be at least 1 example")
+            raise ProblemError(f"{name} are empty: at least 1 example is needed")
 
 
 def count(data: Examples) -> int | None:
@@ -118,7 +118,7 @@ def find_reduction(loss_of: Callable[[slice], float], n: int, words: tuple[str, 
         if isinstance(error, ProblemError):
             raise
         raise ProblemError(
-            f"to be {divided}, the model treats examples one by one; here it fails on a few of them: {error}.  "
+            f"to be {divided}, the model must treat examples one by one, but it fails on a few of them: {error}.  "
             f"{otherwise} it gets all at once"
         ) from error
     mean = (first + (size - 1) * rest) / size
@@ -129,9 +129,9 @@ def find_reduction(loss_of: Callable[[slice], float], n: int, words: tuple[str, 
     if abs(whole - (first + rest)) <= tolerance:
         return 0
     raise ProblemError(
-        f"to be {divided}, a criterion is a mean or a sum over examples, and the model treats them one by one; "
-        f"here examples 1 to {size} give {whole:.6g}, the first {first:.6g} and the others {rest:.6g}, "
-        f"which makes neither a mean ({mean:.6g}) nor a sum ({first + rest:.6g}).  "
+        f"to be {divided}, a criterion must be a mean or a sum over examples, and the model must treat them one by "
+        f"one. Here examples 1 to {size} give {whole:.6g}, the first {first:.6g} and the others {rest:.6g}, "
+        f"which is neither a mean ({mean:.6g}) nor a sum ({first + rest:.6g}).  "
         f"{otherwise} any criterion will do"
     )
 

@@ -74,8 +74,8 @@ class Watcher(TorchFunctionMode):
                     raise ProblemError(self._past_w(self._foreign[id(x)]))
                 if id(x) in self._stale:
                     raise ProblemError(
-                        f"{self._where()} uses {self._stale[id(x)][1]}, which was made of earlier weights: "
-                        "a cache. Switch it off, or empty it before you hand the model over"
+                        f"{self._where()} uses {self._stale[id(x)][1]}, which was computed from earlier weights: "
+                        "a cache. Switch it off, or empty it before you pass the model"
                     )
         for x in made:
             if x.is_floating_point() and x.requires_grad and _coarser(x.dtype, self._dtype):
@@ -86,7 +86,7 @@ class Watcher(TorchFunctionMode):
         if not self._stack:
             return past_w(what)
         return (
-            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers "
+            f"{self._where()} reads {what} of your module instead of its copy, past w: it calls a function that refers "
             "to your module by name (a lambda, a closure, a replaced forward). Make it a method: def forward(self, x)"
         )
 
@@ -100,11 +100,11 @@ class Watcher(TorchFunctionMode):
         if options.get("max_norm") is not None:
             raise ProblemError(
                 f"{self._where()} has max_norm={options['max_norm']}: it rescales its weights in place at every "
-                "forward pass, so the loss is no function of them. Set max_norm=None"
+                "forward pass, so the loss is not a function of them. Set max_norm=None"
             )
         if options.get("scale_grad_by_freq"):
             raise ProblemError(
-                f"{self._where()} has scale_grad_by_freq=True: what it gives back is not the gradient of the loss. "
+                f"{self._where()} has scale_grad_by_freq=True: its result is not the gradient of the loss. "
                 "Set scale_grad_by_freq=False"
             )
         if options.get("sparse"):
@@ -123,17 +123,17 @@ class Watcher(TorchFunctionMode):
             )
         raise ProblemError(
             f"{self._where()} computes in {dtype} {cause} ({func.__name__}), while the weights are {self._dtype}: "
-            f"derivatives would be good to the lower precision only, without a word. {remedy}"
+            f"derivatives would silently have the lower precision. {remedy}"
         )
 
 
 def past_w(what: str) -> str:
     """Return the error for a loss that depends on something trained besides w, with a remedy."""
     return (
-        f"the loss depends on {what}, past w: it stays where it is while w moves, and the gradient lacks its part. "
-        "A penalty on a model's parameters is penalty= (a function of the parameters by name) or weight_decay= of "
-        "from_module; parameters of a criterion belong in one module with the model, whose forward returns the loss "
-        "(criterion=None); what is to stay fixed is handed over as tensor.detach() or by requires_grad_(False)"
+        f"the loss depends on {what}, past w: it does not move with w, and the gradient leaves it out. "
+        "For a penalty on a model's parameters use penalty= (a function of the parameters by name) or weight_decay= of "
+        "from_module. Put parameters of a criterion into one module with the model, whose forward returns the loss "
+        "(criterion=None). Pass fixed tensors as tensor.detach(), or set requires_grad_(False)"
     )
 
 

@@ -176,7 +176,7 @@ class MiniBatches:
             reduction = find_reduction(loss_of, self.n)
         except ProblemError as error:
             raise ProblemError(
-                f"mini-batches need a loss that is a mean over examples which do not see one another: {error}"
+                f"mini-batches need a loss that is a mean over examples that do not affect one another: {error}"
             ) from error
         finally:
             self._release(self._problem.w0)

@@ -26,11 +26,11 @@ from dvi.problems.ledger import Ledger
 from dvi.problems.timing import measure
 
 NO_EXAMPLES = (
-    "this problem is one loss of flat weights and knows no examples to draw mini-batches of: make it with "
+    "this problem is one loss of flat weights, without examples for mini-batches: make it with "
     "dvi.Problem.from_module(model, criterion, inputs, targets) or dvi.Problem.from_examples(losses, data, w0)"
 )
 
-NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
+NO_MODULE = "this problem was not made from a module: it has no model, only a loss of flat weights"
 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
 
@@ -87,7 +87,7 @@ class Problem:
         _refuse_inference_mode()
         self._parts: tuple[Part, ...] = (loss,) if callable(loss) else tuple(loss)
         if not self._parts:
-            raise ProblemError("a loss of no parts at all")
+            raise ProblemError("the list of the loss's parts is empty")
         if not isinstance(max_directions, int) or max_directions < 1:
             raise ProblemError(f"max_directions counts directions, at least 1; got {max_directions!r}")
         self.w0 = _flat_weights(w0)
@@ -499,7 +499,7 @@ class Problem:
             raise ProblemError("the loss does not depend on w (or was detached from it): nothing to differentiate")
         if any(leaf is x for leaf in leaves[1] for x in used):
             raise ProblemError(
-                "the loss uses what it made of its weights in an earlier evaluation: something in it is cached. "
+                "the loss uses a value that it computed from its weights in an earlier evaluation, so it has a cache. "
                 "Switch the cache off, or empty it at the beginning of forward"
             )
         # A leaf that every evaluation makes anew is allowed (the loss differentiates with respect to its inputs).
@@ -526,7 +526,7 @@ class Problem:
             raise LossChangedError(
                 f"the loss of {self.name} at w0 was {self._value_at_w0} when the problem was made, and is {now} now: "
                 "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
-                "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
+                "Its results cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
             )
 
     def _near(self) -> Tensor:

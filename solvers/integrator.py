@@ -50,9 +50,9 @@ class IntegratorBase(ABC):
 def not_first_order(name: str, flow: Flow) -> str:
     """Why an integrator of flows in w and ν alone cannot drive this flow, or ""."""
     if flow.quasistatic:
-        return "The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h)."
+        return "The stationary flow needs the stationary ν at every stage: its integrator is dvi.Quasistatic(h)."
     if flow.stepwise:
-        return "The central map is driven by SemiImplicit(dt=1), one step of the optimizer at a time."
+        return "The central map takes one step of the optimizer at a time: its integrator is SemiImplicit(dt=1)."
     if flow.inertial:
         return (
             f'{name} cannot drive a flow of accuracy="second-order", whose momentum is part of '

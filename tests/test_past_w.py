@@ -278,7 +278,7 @@ class Caching(nn.Module):
 def test_a_cache_of_weights_is_refused():
     cold, warm = Caching(), Caching()
     warm(X)
-    with pytest.raises(ProblemError, match="something in it is cached"):
+    with pytest.raises(ProblemError, match="so it has a cache"):
         Problem.from_module(cold, F.mse_loss, X, Y)
     with pytest.raises(ProblemError, match=r"uses the tensor _cache of the model.*a cache"):
         Problem.from_module(warm, F.mse_loss, X, Y)

@@ -114,23 +114,23 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
     if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
         raise SpecError(
             f"A scheduler belongs to this {kind} (its groups have an initial_lr), so its learning rates will change: "
-            "hand it over, dvi.compare(problem, optimizer, …, scheduler=scheduler) or "
-            "dvi.from_torch(optimizer, scheduler); or hold the present rates: scheduler=False."
+            "pass it, dvi.compare(problem, optimizer, …, scheduler=scheduler) or "
+            "dvi.from_torch(optimizer, scheduler); or keep the present rates with scheduler=False."
         )
     reading = Reading(optimizer, schedulers) if schedulers else None
     used = start != "fresh" and any(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"])
     if start == "state" and not used and _keeps_state(optimizer):
-        raise SpecError(f'start="state": this {kind} has made no step yet, so there is nothing to go on from.')
+        raise SpecError(f'start="state": this {kind} has made no step yet, so it has no state to continue from.')
     if ours:
         parts = _of_ours(optimizer, reading, used)
     else:
         parts = [part for i in range(len(optimizer.param_groups)) for part in _of_group(optimizer, i, reading, used)]
     if not parts:
-        raise SpecError(f"All parameters of this {kind} are frozen (requires_grad=False): nothing moves.")
+        raise SpecError(f"All parameters of this {kind} are frozen (requires_grad=False), so it moves no weight.")
     if ours and len(parts) == 1 and not used and reading is None:
         return parts[0].method
     if len({part.maximises for part in parts}) > 1:
-        raise SpecError("Some groups have maximize=True and others not: no loss falls along such steps.")
+        raise SpecError("Some groups have maximize=True and others not, so the steps do not minimise one loss.")
     ends = torch.tensor([0, *(sum(len(p.values) for p in part.parameters) for part in parts)]).cumsum(0).tolist()
     steps = 0 if kind == "SGD" else max(part.steps for part in parts)  # SGD does not count
     return FromTorch(
@@ -208,8 +208,8 @@ def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> li
             refuse_state(kind, i, state, reader.state(group))
         elif used and group["weight_decay"] and kind != "SGD":
             raise SpecError(
-                f"{name or f'Parameter {j}'} of group {i} has never had a gradient, so that {kind} leaves it alone and "
-                "does not let it decay. Freeze it before the problem is made: parameter.requires_grad_(False)."
+                f"{name or f'Parameter {j}'} of group {i} has never had a gradient, so {kind} neither moves it nor "
+                "lets it decay. Freeze it before the problem is made: parameter.requires_grad_(False)."
             )
         by_steps.setdefault(_steps(kind, state), []).append((j, p, name, state))
     return [

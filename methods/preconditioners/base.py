@@ -68,8 +68,8 @@ class Preconditioner(ABC):
         if share.uniform:
             return self.scaled(share.number)
         raise SpecError(
-            f"decay() differs between weights that {self!r} mixes, so that no threshold H ⪯ cP exists. Let it be one "
-            "number for each part of Blocks that is no Scalar or Diagonal: a list of pairs (γ, how many weights)."
+            f"decay() differs between weights that {self!r} mixes, so that no threshold H ⪯ cP exists. Make it one "
+            "number for each part of Blocks that is neither Scalar nor Diagonal: a list of pairs (γ, how many weights)."
         )
 
     def dead(self) -> Tensor | None:

@@ -134,7 +134,7 @@ class _Derivative(torch.autograd.Function):
         raise NotImplementedError(_ONCE)
 
 
-_ONCE = "a matrix power is differentiated once, as a flow asks for; its second derivative is not there."
+_ONCE = "the second derivative of a matrix power is not implemented; flows need only the first."
 
 
 __all__ = ["Factor", "divided_difference"]

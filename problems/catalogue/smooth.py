@@ -73,7 +73,7 @@ class _Forward:
         if not mode.replaced:
             raise ProblemError(
                 f"{type(self.module).__name__} calls no ReLU in its forward pass, so there is nothing to smooth: "
-                "take the model as it is; other kinks (max-pooling, abs) are yours to replace"
+                "take the model as it is. Other kinks (max-pooling, abs) must be replaced by hand"
             )
         return out
 

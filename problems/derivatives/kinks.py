@@ -34,7 +34,7 @@ SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 KINKS = (
     "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
-    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall "
+    "between kinks, but do not contain the jumps: a flow may be inaccurate where it crosses many kinks, and may stall "
     "at one. If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
 )
 
@@ -67,7 +67,7 @@ class Piece:
             there = value_and_gradient(parts, w)
             for seen in (recorded, self(w)):
                 if not all(_near(x, y) for x, y in zip(seen, there, strict=True)):
-                    raise Undecided("the loss is another one under observation")
+                    raise Undecided("the loss has another value when its operations are recorded")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and gradient [d] of the piece at x [d].
@@ -95,9 +95,9 @@ class Piece:
         except Undecided:
             raise
         except Exception as error:  # the user's loss, which was not written to be recorded
-            raise Undecided(f"under observation the loss fails: {error}") from error
+            raise Undecided(f"the loss fails when its operations are recorded: {error}") from error
         if replay and mode.asked != len(self._answers):
-            raise Undecided("the loss asks fewer questions at other weights")
+            raise Undecided("the loss makes fewer decisions at other weights")
         return result
 
 
@@ -164,7 +164,7 @@ class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._replay:
             self._answers.append(ask())
         elif self.asked == len(self._answers):
-            raise Undecided("the loss asks more questions at other weights")
+            raise Undecided("the loss makes more decisions at other weights")
         answer = self._answers[self.asked]
         self.asked += 1
         return answer.clone()

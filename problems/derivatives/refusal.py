@@ -38,15 +38,15 @@ def refusal(problem: Checked, finding: Finding | DerivativeError, blame: Callabl
     elif isinstance(finding, Discrepancy) and finding.order > 1:
         if backend == "finite-difference" or (backend == "mixed" and finding.order == 3):
             return DerivativeError(
-                f"{name}: {what} of other steps: this loss bends too sharply for differences in {dtype}, or has kinks; "
-                'take derivatives="autodiff", or float64'
+                f"{name}: {what} of other steps. This loss is too strongly curved for differences in {dtype}, or has "
+                'kinks: take derivatives="autodiff", or float64'
             )
-        what += ' (derivatives="finite-difference" needs a right gradient only)'
+        what += ' (derivatives="finite-difference" needs only a right gradient)'
     try:
         culprit = blame()
     except Exception as error:  # the finding stands even if the part at fault cannot be named
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        culprit = f"not known, since the parts of this loss cannot be tried alone ({reason})"
+        culprit = f"not known, because the parts of this loss cannot be tried alone ({reason})"
     return kind(f"{name}: {what}.\nAt fault: {culprit}")
 
 

@@ -209,13 +209,13 @@ class Group(Ranks):
                 raise error
             if common:
                 raise _COMMON[name](f"{words}\n(on rank {rank} of {self.size})")
-            raise RanksError(f"rank {rank} of {self.size} cannot go on: {name}: {words}")
+            raise RanksError(f"rank {rank} of {self.size} cannot continue: {name}: {words}")
 
     def _differ(self, where: str) -> RanksError:
         return RanksError(
             f"rank {self.rank} of {self.size} found {where} that the ranks do not have the same weights, so they are "
-            "no longer one run. Processors, libraries or numbers of threads that differ round differently: start all "
-            "ranks on machines of one kind, with the same torch and OMP_NUM_THREADS"
+            "no longer one run. Rounding depends on processors, libraries and numbers of threads: start all ranks on "
+            "machines of one kind, with the same torch and OMP_NUM_THREADS"
         )
 
     @contextmanager
@@ -226,14 +226,14 @@ class Group(Ranks):
             reason = str(error).strip().split(". This ")[0].splitlines()  # the text after it is advice
             raise RanksError(
                 f"rank {self.rank} of {self.size} cannot reach the others: one has ended, or has not answered within "
-                "the timeout of the process group. What it said last stands above or in its own log; a run that keeps "
-                f"a file goes on from it with resume=True, on any number of ranks ({reason[-1] if reason else error})"
+                "the timeout of the process group. Its last output is above or in its own log. A run with a file can "
+                f"continue with resume=True, on any number of ranks ({reason[-1] if reason else error})"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be pickled: another process belongs to other groups."""
         raise TypeError(
-            "a problem that is distributed over ranks cannot be pickled: send the problem it was made of, and call "
+            "a problem that is distributed over ranks cannot be pickled: send the original problem, and call "
             "dvi.distribute there"
         )
 

@@ -49,7 +49,7 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
         raise ProblemError(f"{problem.name} is distributed over {problem.ranks.size} ranks already")
     if problem.changes:
         raise ProblemError(
-            f"{problem.name} was penalised or negated before it is distributed, which would count once for every rank: "
+            f"{problem.name} was penalised or negated before it was distributed, so each rank would count that once: "
             "distribute the problem first, then call penalised() or negated() of the result"
         )
     twin = copy.copy(problem)
@@ -68,8 +68,8 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
                     raise ProblemError(_different(name, other, found.get(name), every[0].get(name)))
         if shards and data and ranks.size > 1 and all(found == every[0] for found in every):
             raise ProblemError(
-                "with shards=True each rank hands over its own examples, but all have handed over the same. Leave "
-                "shards out, and each rank will keep a part of them"
+                "with shards=True each rank must pass its own examples, but all have passed the same. Leave shards "
+                "out, and each rank will keep a part of them"
             )
     twin._parts, twin._ranks = tuple(twin._shard(ranks, whole=not shards)), ranks
     twin._begin()
@@ -88,8 +88,8 @@ def _different(name: str, rank: int, there: str | None, here: str | None) -> str
         return f"rank {rank} has another problem ({there}) than rank 0 ({here}): make the same one on every rank"
     if name in ("inputs", "targets"):
         return (
-            f"rank {rank} has other {name} than rank 0. If each rank has handed over its own examples, say "
-            "shards=True; otherwise let every rank read the same data in the same order"
+            f"rank {rank} has other {name} than rank 0. If each rank has passed its own examples, set shards=True; "
+            "otherwise let every rank read the same data in the same order"
         )
     return (
         f"rank {rank} has another {name} than rank 0. Call torch.manual_seed with the same number on every rank before "

@@ -55,7 +55,7 @@ class MatrixSweep:
         device: torch.device | str = "cpu",
     ) -> None:
         if len(rates) != len(gaps) or min(*rates, *gaps, lr) <= 0 or decay < 0:
-            raise ProblemError("rates and gaps are as many, and positive, as is lr; decay is not negative")
+            raise ProblemError("rates and gaps are equally many; they and lr are positive, and decay is not negative")
         self.rates, self.gaps0, self.lr, self.decay = list(rates), list(gaps), lr, decay
         k = len(self.rates)
         eye = torch.eye(k, dtype=dtype, device=device)

@@ -242,7 +242,7 @@ class ModuleProblem(Problem):
 
         """
         if self._ranks is not ALONE:
-            raise ProblemError("mini-batches of a distributed problem are not there: make them in one process")
+            raise ProblemError("a distributed problem has no mini-batches: make them in one process")
         for path, module in self._model.module.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise ProblemError(
@@ -266,7 +266,7 @@ class ModuleProblem(Problem):
         if n is None:
             given = [count(self._inputs), None if self._targets is None else count(self._targets)]
             raise ProblemError(
-                "to be taken in chunks, inputs and targets are tensors that share a first dimension, the examples; "
+                "to be taken in chunks, inputs and targets must be tensors that share a first dimension, the examples; "
                 f"here {given[0] or 'no number of'} inputs and {given[1] or 'no number of'} targets. "
                 "Without chunk_size any structure will do"
             )
@@ -325,9 +325,9 @@ class ModuleProblem(Problem):
         with ranks.together():
             if n is None:
                 raise ProblemError(
-                    "inputs and targets are no tensors that share a first dimension, so their examples cannot be "
+                    "inputs and targets are not tensors that share a first dimension, so their examples cannot be "
                     "shared among ranks. Let each rank make dvi.Problem(loss, w0) of its own term of the loss, and "
-                    "say dvi.distribute(problem, shards=True)"
+                    "call dvi.distribute(problem, shards=True)"
                 )
             if whole and n < ranks.size:
                 raise ProblemError(f"{n} examples cannot be shared among {ranks.size} ranks: start fewer of them")
@@ -348,7 +348,7 @@ class ModuleProblem(Problem):
                 raise ProblemError("on some ranks the loss is a mean over examples, on others a sum: use one criterion")
             if not kinds and ranks.size > 1:
                 raise ProblemError(
-                    "each rank has a single example, which does not tell a mean over examples from a sum: hand over "
+                    "each rank has a single example, which does not distinguish a mean over examples from a sum: pass "
                     "all examples on every rank (shards=False), or use fewer ranks"
                 )
         chunks = self._chunks(of, min(kinds, default=1))
@@ -424,8 +424,8 @@ class _Loss:
             loss = outputs.get("loss")
         if not isinstance(loss, Tensor):
             raise ProblemError(
-                f"without a criterion the model gives its loss, or an output with a .loss; this one gives a "
-                f"{type(outputs).__name__} without: hand over a criterion, or the labels that the model asks for"
+                f"without a criterion the model must return its loss, or an output with a .loss; this one returns a "
+                f"{type(outputs).__name__} without it: pass a criterion, or the labels that the model needs"
             )
         return loss
 

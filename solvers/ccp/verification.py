@@ -79,9 +79,10 @@ def require_monotone(problem: Problem) -> None:
     raise CCPError(
         f"β is not monotone: ⟨D, β[D]⟩ < 0 along D =\n{_shown(D)}\n"
         f"(its curvature is {eigenvalues[0] / problem.norm_b:.1e} |β|). More oscillation along D would raise the "
-        "effective sharpness instead of lowering it, so nothing holds it at the edge of stability. The part of β that "
-        "comes from the loss, ½TP⁻¹Tᵀ, is never negative: look at how P(ν) answers, through f, to a larger gradient "
-        "covariance, and at signs in (f, P). If the curvature is as small as rounding, compute α and β in float64.",
+        "effective sharpness instead of lowering it, so nothing keeps it at the edge of stability. The part of β "
+        "that comes from the loss, ½TP⁻¹Tᵀ, is never negative: check how P(ν) responds, through f, to a larger "
+        "gradient covariance, and the signs in (f, P). If the curvature is as small as rounding, compute α and β in "
+        "float64.",
         D / np.abs(D).max(),
     )
 
@@ -96,7 +97,7 @@ def unbounded(plain: Problem, D: Array) -> CCPError:
         "no bounded solution, or one too large for double precision to determine: α pushes along a direction on which "
         f"β hardly acts, and X grows without bound along D =\n{_shown(D)}\n"
         f"(⟨α, D⟩ = {push:.1e} |α|, |β[D]| = {answer:.1e} |β|). The effective sharpness along D rises and oscillation "
-        "does not bring it down, as on a quadratic loss: no central flow stays at the edge of stability there. Check "
+        "does not lower it, as on a quadratic loss: no central flow stays at the edge of stability there. Check "
         "that the loss has a third derivative along D and that the run starts below the edge, or lower the learning "
         "rate.",
         D,

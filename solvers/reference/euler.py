@@ -73,8 +73,8 @@ class Euler(IntegratorBase):
         end = y.moved(rate, h)
         if not bool(end.w.isfinite().all()):
             raise StepError(
-                f"Euler(dt={self.dt:g}) left the finite numbers at t = {y.t:g}. Take a smaller dt; if the effective "
-                "sharpness was above 2 at the start, warm-start with real optimizer steps."
+                f"Euler(dt={self.dt:g}) gave weights that are not finite at t = {y.t:g}. Take a smaller dt; if the "
+                "effective sharpness was above 2 at the start, warm-start with real optimizer steps."
             )
         return StepResult(end, memory, begin, lambda t: y.moved(rate, t - y.t))
 
