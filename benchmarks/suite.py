@@ -199,7 +199,7 @@ def table(rows: list[dict[str, Any]], backend: str) -> Iterator[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The number of cases within the bar, among those where the optimizer does not diverge, with median and largest cost."""
+    """How many cases stay within the bar, of those whose optimizer does not diverge; their median and largest cost."""
     sane = [r for r in rows if r["optimizer"] == "goes on"]
     costs = [r["GE"] for r in sane]
     arrived = sum(r["reached"] >= STEPS and r["GE"] <= BAR for r in sane)
