@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_named(race, tmp_path, monkeypatch):
         dvi.load(tmp_path / "file" / "race.h5")
     race.save(tmp_path / "race.h5")
     monkeypatch.setattr("builtins.open", refuse(errno.EACCES))
-    with pytest.raises(dvi.StoreError, match="may not be read"):
+    with pytest.raises(dvi.StoreError, match="is not readable"):
         dvi.load(tmp_path / "race.h5")
 
 

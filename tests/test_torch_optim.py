@@ -412,7 +412,7 @@ def test_what_does_not_match_is_named():
     wide = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     with pytest.raises(SpecError, match=r"0\.weight has shape \[6, 3\] in the optimizer, \[5, 3\] in w"):
         dvi.central_flow(problem, torch.optim.SGD(wide.named_parameters(), lr=0.1))
-    with pytest.raises(SpecError, match="which is which cannot be known"):
+    with pytest.raises(SpecError, match="their order in the vector is unknown"):
         dvi.central_flow(dvi.Problem(lambda w: w.square().sum(), problem.w0), torch.optim.SGD(model.parameters(), 0.1))
 
 
