@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import multiprocessing
-import time
 from pathlib import Path
 
 import torch
@@ -18,6 +17,8 @@ from torch import nn
 import dvi
 from dvi.methods import GradientDescent
 from dvi.problems import DerivativeError, digits, fashion, sorting
+from dvi.problems.catalogue.data import make_sorting
+from dvi.problems.catalogue.tasks import cross_entropy
 from dvi.problems.networks.by_name import sequence_network
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker
@@ -128,13 +129,8 @@ def catalogue(name):
         return sorting(name, n=7)
     if name in ("lstm", "mamba"):  # smaller than any size that has a name
         model = sequence_network(name, "small", 4, 15, 8, width=4, depth=1)
-        reference = sorting("rnn", n=7)
-        return dvi.Problem.from_module(model, dvi.problems.catalogue.tasks.cross_entropy, *data_of(reference))
+        return dvi.Problem.from_module(model, cross_entropy, *make_sorting(7))
     return fashion(name, n=7, classes=2)
-
-
-def data_of(problem):
-    return problem._inputs, problem._targets
 
 
 def derivatives(problem):
@@ -261,14 +257,17 @@ def pickled(group):
 
 
 def failing(group, kind):
-    """Rank 1 alone cannot compute a product."""
-    problem = dvi.distribute(small(), group)
-    if problem.ranks.rank == 1:
+    """Rank 1 alone cannot compute a product, once its loss is in the mood for it."""
+    moody = []
 
-        def fail(w, V):
+    def loss(w):
+        if moody:
             raise kind("out of luck")
+        return w.sin().sum()
 
-        problem._derivatives.hvp = fail
+    problem = dvi.distribute(dvi.Problem(loss, normal(5, seed=6)), group, shards=True)
+    if problem.ranks.rank == 1:
+        moody.append(True)
     return problem.hvp(problem.w0, torch.eye(problem.dim, 2, dtype=D))
 
 
@@ -316,11 +315,10 @@ def off_by_an_ulp(group, where):
 
 
 def late(group):
-    """Rank 1 does not come within the timeout."""
+    """Rank 1 does not come within the timeout, which is shortened by what torch has no public name for."""
     problem = dvi.distribute(small(), group)
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), group)
     if problem.ranks.rank == 1:
-        time.sleep(3)
         return None
     return problem.value_and_grad(problem.w0)
 

@@ -438,46 +438,6 @@ def test_proposition_1_the_loss_falls_along_the_flow():
     assert (rate >= -lr * grad_sq * (1 + ROUNDING)).all()
 
 
-def lemma_3_rates(cubic, w, Q, S, lr, beta2):
-    """dH/dt on U for RMSProp-Norm at the edge, ν = η²S²/4; and Σ in the orthonormal basis Q."""
-    nu = (lr * S / 2) ** 2
-    U = Q * np.sqrt(2 / S)
-    lin = norm_flow(cubic, w, U, nu, lr, beta2)
-    X = ccp.solve(lin.alpha, lin.beta).X
-    return Q.T @ (cubic.C @ lin.drift(X).w.numpy()) @ Q, Q.T @ covariance(lin, X) @ Q
-
-
-@given(seeds, st.integers(1, 3), st.floats(0.3, 2), st.floats(0.1, 0.9))
-@examples(12)
-def test_lemma_3_hyperparameters_move_all_curvatures_alike(seed, k, lr, beta2):
-    rng = np.random.default_rng(seed)
-    cubic, w, g, U, S, _ = edge_norm(rng, k + 3, k, lr)
-    Q = U / np.linalg.norm(U[:, 0])
-    # Σ ≻ 0 is the lemma's condition: turn the gradient so that −T^T∇L = ½ T^T T[Σ₀] for a Σ₀ ≻ 0
-    Sigma = np.cov(rng.normal(size=(k, 3 * k + 2))).reshape(k, k) + 0.2 * np.eye(k)
-    g = -0.5 * np.einsum("aij,ij->a", cubic.C, Q @ Sigma @ Q.T)
-    cubic.b = cubic.b + g - cubic.gradient(w)
-    if np.linalg.eigvalsh(lemma_3_rates(cubic, w, Q, S, lr, beta2)[1])[0] < 1e-3:
-        return  # not the lemma's case
-    step = 1e-4
-
-    def derivative(of):  # step² times the third derivative: 1e-8 relative and constants; rounding 1e-10 after the CCP
-        return (of(step) - of(-step)) / (2 * step)
-
-    by_lr = derivative(lambda s: lemma_3_rates(cubic, w, Q, S, lr * (1 + s), beta2)[0])
-    by_beta2 = derivative(lambda s: lemma_3_rates(cubic, w, Q, S, lr, beta2 + s * (1 - beta2) * beta2)[0])
-    for name, moved in (("lr", by_lr), ("beta2", by_beta2)):
-        C = -np.trace(moved) / k
-        size = 1 + np.linalg.norm(cubic.C) * np.linalg.norm(g)
-        assert np.abs(moved + C * np.eye(k)).max() <= 1e-6 * size, name
-    assert -np.trace(by_lr) >= -1e-6 * size
-    # β₂: C > 0 iff tr Σ at β₂ = 1 (gradient descent: β_w⁻¹α_w = Σ₀) exceeds tr Σ at β₂ = 0 (normalised gradient
-    # descent).  The lemma's text has it the other way round, against Ḣ = α_w − β_w[Σ] and its own formula for dΣ/dβ₂.
-    at_one, at_zero = np.trace(Sigma), lr**2 / 4 - g @ g / S**2
-    if abs(at_one - at_zero) > 1e-2:
-        assert (-np.trace(by_beta2) > 0) == (at_one > at_zero)
-
-
 @pytest.mark.parametrize("beta2", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("make", [RMSPropNorm, RMSProp])
 def test_lemma_4_the_small_beta2_factor_follows_linear_targets_exactly(make, beta2):

@@ -141,7 +141,8 @@ def test_kinks_are_landed_on():
     timetable = surveyed(GradientDescent(lambda t: 0.1 * min(1, (t + 1) / 10) * (1 + math.cos(math.pi * t / 40))), 20.0)
     with timetable.stretch(3.0) as (corner, jump):
         assert (corner, jump) == (9.0, False)
-    assert surveyed(GradientDescent(lambda t: 0.2 + 0.1 * math.sin(t)), 20.0)._corners == []
+    with surveyed(GradientDescent(lambda t: 0.2 + 0.1 * math.sin(t)), 20.0).stretch(0.0) as (corner, _):
+        assert corner == math.inf
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------

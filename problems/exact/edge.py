@@ -66,9 +66,10 @@ class MatrixSweep:
         self._scale = torch.where(self._i == self._j, torch.ones_like(self.C[0, 0]), math.sqrt(2))
         self._entries = [self._entry(c, z) for c, z in zip(self.rates, self.gaps0, strict=True)]
         w0 = torch.zeros(k + len(self._i), dtype=dtype, device=device)
-        self.problem = Problem(self._loss, w0, name="matrix sweep")
+        self.problem = Problem(self.loss, w0, name="matrix sweep")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         k = len(self.rates)
         x, y = w[:k], w[k:] / self._scale
         Y = w.new_zeros(k, k).index_put((self._i, self._j), y)
@@ -183,9 +184,10 @@ class Circle:
         self.radius = math.sqrt(2 / lr)
         if lr * a * entry > 2 * self.radius * math.cos(angle):
             raise ProblemError("the flow would have to start outside the circle to enter it so late")
-        self.problem = Problem(self._loss, self._at(0.0, dtype, device), name="circle")
+        self.problem = Problem(self.loss, self._at(0.0, dtype, device), name="circle")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         x, y = w[0], w[1:]
         return 0.5 * x.square() * y.square().sum() - self.a * y[0]
 

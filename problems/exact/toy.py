@@ -49,9 +49,10 @@ class Quadratic:
         self.basis = random_rotation(d, seed, dtype, device)
         self.H = (self.basis * self.eigenvalues) @ self.basis.T
         self.minimum, w0 = draw((2, d), seed + 1, dtype, device)
-        self.problem = Problem(self._loss, w0, name="quadratic")
+        self.problem = Problem(self.loss, w0, name="quadratic")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         x = w - self.minimum
         return torch.dot(x, self.H @ x).mul(0.5)
 
@@ -99,9 +100,10 @@ class Cubic:
         self.H = (H + H.T) / 2
         T = draw((d, d, d), seed + 2, dtype, device)
         self.T = scale * sum((T.permute(order) for order in permutations(range(3))), torch.zeros_like(T)) / 6
-        self.problem = Problem(self._loss, w0, name="cubic")
+        self.problem = Problem(self.loss, w0, name="cubic")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         return torch.dot(w, self.g + (self.H / 2 + self.T @ w / 6) @ w)
 
     def gradient(self, w: Tensor) -> Tensor:
