@@ -26,8 +26,8 @@ class AblatedFlow(CompiledFlow):
     √ν = ηS/2 at the edge, and the flow is the paper's dw/dt = −(2/S(w)) ∇L(w).  Only the ν-part of β remains, so Σ
     differs from the central flow's: it is the covariance with which ν alone maintains the constraint.
 
-    Where oscillations act on ν, HU is replaced by 2PU, which is equal on the constraint.  Without the push nothing else in β
-    makes it monotone: with H times U it is not, as soon as a direction with an eigenvalue below 2 is among the others.
+    Where oscillations act on ν, HU is replaced by 2PU, which is equal on the constraint.  Without the push nothing else
+    makes β monotone: with H times U it is not, as soon as there is a direction with an eigenvalue below 2.
 
     The accuracy is always "paper", because the paper's flow is what it is compared with.
 

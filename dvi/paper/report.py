@@ -114,6 +114,9 @@ def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
         why = f"{near / far:.2f} of the stable flow's distance"
         if peak > LATE:
             why += f": {after:.0f} steps past the edge the optimizer is at {peak:.1f} times the threshold"
+        edge, end = seen.get("edge") or 0.0, seen.get("reached") or float("inf")
+        if edge > end / 3:
+            why += f"; the edge comes late, at step {edge:.0f} of {end:.0f}"
         told.append(why)
     return "; ".join(told)
 

@@ -82,9 +82,9 @@ def _search(balance: Balance, start: StationaryPoint, tol: float) -> Reached | N
         P = calculus.checked_P(nu, t, balance.g)
         off, size = host((P.sqrt(0.5 * P.solve(HD) - D) ** 2).sum(), (P.sqrt(D) ** 2).sum())
         residual = float(np.sqrt(off / size)) if size > 0 else 0.0
-        values, Q, _ = _ritz(balance, nu, S, HS)
+        values, coefficients, _ = _ritz(balance, nu, S, HS)
         held = C.shape[1]
-        values, Q = values[: held + _SHOWN], like(Q[:, : held + _SHOWN], S)
+        values, Q = values[: held + _SHOWN], like(coefficients[:, : held + _SHOWN], S)
         Z, AZ = upright(P.sqrt(S @ Q)), upright(P.inv_sqrt(HS @ Q))
         W = AZ - Z * like(values, Z)
         (norms,) = host(torch.linalg.vector_norm(W, dim=0))
