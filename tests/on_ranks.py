@@ -8,8 +8,12 @@ from __future__ import annotations
 import datetime
 import itertools
 import multiprocessing
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,6 +26,7 @@ from dvi.problems.catalogue.tasks import cross_entropy
 from dvi.problems.networks.by_name import sequence_network
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.storage import hdf5
 
 D = torch.float64
 EXPECTED = (dvi.ProblemError, dvi.RanksError, dvi.RunError, dvi.StoreError, TypeError, ValueError)
@@ -303,7 +308,7 @@ def off_by_an_ulp(group, where):
     """Rank 1 asks with other weights, directions or state than the others, in one last bit."""
     problem = dvi.distribute(small(), group)
     w, V = problem.w0.clone(), torch.eye(problem.dim, 2, dtype=D)
-    changed = {"weights": w, "directions": V, "state": w}[where]
+    changed = {"weights": w, "directions": V, "state": w, "clock": w.clone()}[where]
     if problem.ranks.rank == 1:
         flat = changed.view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(9.0, dtype=D))
@@ -311,7 +316,8 @@ def off_by_an_ulp(group, where):
         return problem.value_and_grad(w)
     if where == "directions":
         return problem.hvp(problem.w0, V)
-    return problem.ranks.agree({"w": w, "t": 1.0}, "at t = 1")
+    t = 1.0 if where == "state" else float(np.nextafter(1.0, 1.0 + problem.ranks.rank))
+    return problem.ranks.agree({"w": w, "t": t}, "at t = 1")
 
 
 def late(group):
@@ -355,11 +361,21 @@ def spoilt(group, folder):
     return race(dvi.distribute(small(), group), 3, folder)
 
 
-def doomed(rank, size, store, path, steps):
-    """A process of a run that may be killed; says how it ended by its exit code."""
+def doomed(rank, size, store, path, steps, victim, gradient):
+    """A process of a run, which is killed at a gradient if it is the victim; says how it ended by its exit code."""
     start(rank, size, store, seconds=30)
+    hdf5.time = SimpleNamespace(monotonic=lambda: 0.0)  # no clock decides when the file is written: at every unit
+    problem = dvi.distribute(digits(n=101, width=8))
+    inner, gradients = problem.value_and_grad, itertools.count(1)
+
+    def watched(*given, **named):
+        if rank == victim and next(gradients) == gradient:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*given, **named)
+
+    problem.value_and_grad = watched
     try:
-        race(dvi.distribute(digits(n=101, width=8)), steps, path, True, checkpoint_every=1e-9)
+        race(problem, steps, path, True, checkpoint_every=0.0)
     except dvi.RunError as error:
         raise SystemExit(3 if error.status is dvi.Status.RANKS else 4) from None
     except dvi.RanksError:

@@ -5,7 +5,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 import dvi
@@ -19,12 +21,13 @@ def loss(w):
     return 0.5 * (torch.tanh(torch.outer(PLACES, a) + b) @ c - torch.sin(3 * PLACES)).square().sum()
 
 
-def gd(path, lr=0.15, steps=40, checkpoint_every=10.0, gradient=None, writing=None, gate=None):
-    """A small comparison, which may be stopped at a moment that the test chooses.
+def gd(path, lr=0.15, steps=40, checkpoints=False, gradient=None, writing=None, gate=None):
+    """A small comparison, which may be stopped at a moment that the test chooses.  No clock decides anything.
 
     Args:
         path: the file of the run.
-        lr, steps, checkpoint_every: of the comparison.
+        lr, steps: of the comparison.
+        checkpoints: the file is written at every unit of time; otherwise only at the end.
         gradient: at this gradient of the session the process is killed; or waits, if there is a gate.
         writing: the process is killed in the midst of this writing of the file: before it gets its name.
         gate: a file; the run waits for as long as it is there.
@@ -41,22 +44,24 @@ def gd(path, lr=0.15, steps=40, checkpoint_every=10.0, gradient=None, writing=No
         return inner(*given, **named)
 
     problem.value_and_grad = watched
-    if writing is not None:
-        _die_in(writing, path)
-    return dvi.compare(
-        problem,
-        dvi.methods.GradientDescent(lr=lr),
-        steps,
-        path=path,
-        resume=True,
-        checkpoint_every=checkpoint_every,
-        progress=False,
-        throw=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvi.storage.hdf5.time", SimpleNamespace(monotonic=lambda: 0.0))
+        if writing is not None:
+            patch.setattr(os, "replace", dying_in(writing, path))
+        return dvi.compare(
+            problem,
+            dvi.methods.GradientDescent(lr=lr),
+            steps,
+            path=path,
+            resume=True,
+            checkpoint_every=0.0 if checkpoints else 1.0,
+            progress=False,
+            throw=False,
+        )
 
 
-def _die_in(writing, path):
-    """Kill this process when the file is to get its name for the n-th time."""
+def dying_in(writing, path):
+    """os.replace that kills this process when the file is to get its name for the n-th time."""
     inner, writings = os.replace, itertools.count(1)
 
     def replace(source, target):
@@ -64,7 +69,7 @@ def _die_in(writing, path):
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(source, target)
 
-    os.replace = replace  # of the whole process, which is a worker's and makes one run
+    return replace
 
 
 def broken(path):

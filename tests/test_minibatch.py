@@ -10,6 +10,7 @@ from dvi.problems import CNN, GPT, MLP, RNN, ProblemError
 from dvi.problems.catalogue.data import load_digits, make_sorting
 from dvi.problems.catalogue.tasks import cross_entropy, squared_error
 
+
 def marked(n):
     """Digits and one-hot targets."""
     images, labels = load_digits(n)

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 import dvi
+from dvi.compiler.optimizer import Discrete
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
 from dvi.problems import MatrixSweep, Quadratic
 from dvi.results.run_error import RunError
 from dvi.results.status import Status
+from dvi.runs.observables import Observer
 from dvi.runs.optimizer_process import DiscreteProcess
 from dvi.runs.process import FlowProcess
 from dvi.storage import hdf5 as store
@@ -162,9 +164,9 @@ def stop_at(monkeypatch, owner, name, count, error=Stop):
 
 
 PLACES = {
-    "before the first moment": (compare_module, "_distance", 1),
-    "between two distances": (compare_module, "_distance", 5),
-    "at the last moment": (compare_module, "_distance", 3 * STEPS + 2),
+    "before the first moment": (compare_module, "distance_between", 1),
+    "between two distances": (compare_module, "distance_between", 5),
+    "at the last moment": (compare_module, "distance_between", 3 * STEPS + 2),
     "in the optimizer": (DiscreteProcess, "advance", 3),
     "in a flow": (FlowProcess, "advance", 12),
     "late in a flow": (FlowProcess, "advance", 17),
@@ -207,17 +209,17 @@ def test_a_run_may_be_stopped_again_and_again(whole, tmp_path):
     path = tmp_path / "race.h5"
     for _ in range(4):
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, compare_module, "_distance", 5)
+            stop_at(patch, compare_module, "distance_between", 5)
             with pytest.raises(Stop):
                 race("gd", path=path, checkpoint_every=0, resume=path.exists())
     assert tell_apart(whole["gd"], race("gd", path=path, checkpoint_every=0, resume=True)) == ""
 
 
 CTRL_C = {
-    "between two distances": (compare_module, "_distance", 8),
-    "in a flow, after its step": (FlowProcess, "_observe", 9),
+    "between two distances": (compare_module, "distance_between", 8),
+    "in a flow, after its step": (Observer, "observe_outputs", 5),
     "in the loss": (dvi.Problem, "value_and_grad", 23),
-    "in the optimizer": (DiscreteProcess, "_look", 3),
+    "in the optimizer": (Discrete, "step", 3),
 }
 
 
@@ -240,7 +242,7 @@ def test_a_warm_start_is_not_repeated_nor_forgotten(tmp_path):
     path = tmp_path / "race.h5"
     reference = race("rmsprop", warm_start=3)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, compare_module, "_distance", 8)
+        stop_at(patch, compare_module, "distance_between", 8)
         with pytest.raises(Stop):
             race("rmsprop", warm_start=3, path=path, checkpoint_every=0)
     result = race("rmsprop", warm_start=3, path=path, checkpoint_every=0, resume=True)
@@ -258,7 +260,7 @@ def test_a_run_with_a_schedule_goes_on_too(tmp_path):
     path = tmp_path / "race.h5"
     reference = run()
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, compare_module, "_distance", 8)
+        stop_at(patch, compare_module, "distance_between", 8)
         with pytest.raises(Stop):
             run(path=path, checkpoint_every=0)
     result = run(path=path, checkpoint_every=0, resume=True)
@@ -293,7 +295,7 @@ def test_a_file_of_another_run_is_not_gone_on_from(what, tmp_path):
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, compare_module, "_distance", 8)
+        stop_at(patch, compare_module, "distance_between", 8)
         with pytest.raises(Stop):
             run()
     before = path.read_bytes()

@@ -523,7 +523,9 @@ def through_the_edge(kind, *integrators, accuracy=None):
 def test_the_central_flow_goes_through_the_edge(name):
     kind = ZOO[name]
     momentum = not kind.make(kind.edge, SHAPES).Q().trivial
-    flow, [(central, distance)] = through_the_edge(kind, dvi.SemiImplicit(tol=kind.tol) if momentum else dvi.MacroStep(1e-3))
+    flow, [(central, distance)] = through_the_edge(
+        kind, dvi.SemiImplicit(tol=kind.tol) if momentum else dvi.MacroStep(1e-3)
+    )
     assert central.breakpoints[0][1] == "enter"
     assert central.breakpoints[0][0] < 4
     # an arrival is overrun by the second order of a step, an eigenvector is known to 1e-3 and its eigenvalue to 1e-6

@@ -82,7 +82,7 @@ def _run(arguments: list[str]) -> int:
         return_unknown_args=True,
     )
     if arguments[0] == "sweep":
-        return int(command(rest=rest, understood=_not_meant, runner=run_into))
+        return int(command(rest=rest, understood=not_meant, runner=run_into))
     if rest:
         raise UsageError(_not_understood(rest[0], arguments))
     return int(command())
@@ -228,7 +228,7 @@ def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
     return cast(dvi.Comparison, race)
 
 
-def _not_meant(arguments: list[str]) -> list[str]:
+def not_meant(arguments: list[str]) -> list[str]:
     """Values among the arguments of `dvi compare` that belong to no flag.
 
     Raises:

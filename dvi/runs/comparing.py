@@ -259,7 +259,7 @@ def compare(
                 for at_work, process in processes.items():
                     w[at_work] = process.weights(done)
                 ranks.agree([process.whereabouts for process in processes.values()], f"at t = {grid[done]:g}")
-                row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
+                row = {(a, b): distance_between(w[a], w[b]) for a, b in pairs}
                 for pair, value in row.items():  # indexed by `done`, so that an interruption doubles nothing
                     distance[pair][done:] = [value]
                 done += 1
@@ -292,7 +292,7 @@ def _remembered(y: State, started: bool) -> dict[str, Any]:
     return whole | ({"momentum at the start": y.m} if filled else {})
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance_between(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ for weights [d]; the mean over replicas [R, d]."""
     if a.ndim == b.ndim == 1:
         return float(torch.linalg.vector_norm(a - b))
