@@ -2,8 +2,8 @@
 A convolutional network on pictures of clothes
 ==============================================
 
-This example runs RMSProp on Fashion-MNIST together with its central flow and its stable flow.  The network is the small
-version of the paper's CNN, and the pictures ship with the library.  The example takes less than a minute on a laptop and
+This example runs RMSProp on Fashion-MNIST together with its central flow and its stable flow.  The network is the
+small version of the paper's CNN, and the pictures ship with the library.  It takes less than a minute on a laptop and
 downloads nothing.
 """
 
