@@ -446,8 +446,8 @@ def test_wrong_input(tmp_path, capsys, flags, words):
     [
         (["info", "nothing.h5"], "nothing.h5 does not exist"),
         (["plot", "nothing.h5"], "nothing.h5 does not exist"),
-        (["plot"], "Which results?"),
-        (["info"], "Which results?"),
+        (["plot"], "No result is given"),
+        (["info"], "No result is given"),
         (["plot", "a.h5", "b.h5", "--out", "x.png"], "give a folder"),
     ],
 )

@@ -95,7 +95,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for words, told in (
         (["list", "fig99"], "fig99 is no experiment"),
         (["list", "fig14z"], "fig14z is no experiment"),
-        (["run"], "Which experiments?"),
+        (["run"], "No experiment is given"),
         (["figure", "6", "--folder", str(tmp_path)], "dvi paper run fig6 --size small"),
         (["figure", "99", "--folder", str(tmp_path)], "There are no experiments of figure 99"),
         (["run", "fig14b", "--size", "full", "--device", "abacus", "--folder", str(tmp_path)], "abacus"),

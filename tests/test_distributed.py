@@ -169,7 +169,7 @@ def test_without_a_process_group():
 REFUSED = {
     "other weights": ([{}, {"seed": 1}], False, "rank 1 has another w0 .* torch.manual_seed"),
     "other data": ([{}, {"examples": slice(0, 22)}], False, "rank 1 has other inputs .* shards=True"),
-    "the same shards": ([{}, {}], True, "all have handed over the same"),
+    "the same shards": ([{}, {}], True, "all have passed the same"),
     "another backend": ([{}, {"derivatives": "mixed"}], False, "another problem .*mixed derivatives.* than rank 0"),
     "a mean and a sum": (
         [{"examples": slice(0, 9)}, {"examples": slice(9, 23), "reduction": "sum"}],
@@ -219,7 +219,7 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks):
     assert second == "out of luck"
     first, second = ranks(2, on_ranks.failing, ValueError)  # which is no error of a loss
     assert isinstance(first, dvi.RanksError)
-    assert "rank 1 of 2 cannot go on: ValueError: out of luck" in str(first)
+    assert "rank 1 of 2 cannot continue: ValueError: out of luck" in str(first)
     assert type(second) is ValueError
 
 
@@ -299,7 +299,7 @@ def test_a_path_that_cannot_be_written_to_ends_all_ranks(ranks, tmp_path):
     first, second = ranks(2, on_ranks.spoilt, str(tmp_path))
     assert isinstance(first, dvi.StoreError)
     assert isinstance(second, dvi.RanksError)
-    assert "rank 0 of 2 cannot go on: StoreError" in str(second)
+    assert "rank 0 of 2 cannot continue: StoreError" in str(second)
     assert "is a folder" in str(second)
 
 

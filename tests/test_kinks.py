@@ -158,7 +158,7 @@ def test_kinks_are_told_once(caplog):
 def test_kinks_that_differences_cannot_be_taken_across():
     """Third derivatives by differences of a dense net of kinks are of no use; the remedy is named."""
     problem = digits(n=60, width=16, activation="relu", derivatives="finite-difference", dtype=torch.float32)
-    with pytest.raises(DerivativeError, match=r'or has kinks; take derivatives="autodiff"'):
+    with pytest.raises(DerivativeError, match=r'or has kinks: take derivatives="autodiff"'):
         problem.check()
 
 

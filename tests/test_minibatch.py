@@ -159,7 +159,7 @@ def test_examples_that_see_one_another_are_refused():
         def forward(self, x):
             return x - x.mean(dim=0)
 
-    with pytest.raises(ProblemError, match="do not see one another"):
+    with pytest.raises(ProblemError, match="do not affect one another"):
         module(nn.Linear(4, 2), Centred()).mini_batches()
 
 

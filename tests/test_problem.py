@@ -289,7 +289,7 @@ class TestRefusals:
             (quartic, torch.arange(3), "float32 or float64"),
             (quartic, normal(3).half(), "float32 or float64"),
             (quartic, normal(0), "empty"),
-            ([], normal(3), "no parts"),
+            ([], normal(3), "parts is empty"),
         ],
     )
     def test_bad_losses_and_weights(self, loss, w0, message):

@@ -226,7 +226,7 @@ CTRL_C = {
 @pytest.mark.parametrize("every", [0, 1e6])
 @pytest.mark.parametrize("place", CTRL_C)
 def test_ctrl_c_leaves_a_file_to_go_on_from(place, every, whole, tmp_path):
-    """Wherever it strikes, and also before the first checkpoint was due: "go on from its file with resume"."""
+    """Wherever it strikes, and also before the first checkpoint was due: "continue from its file with resume"."""
     path = tmp_path / "race.h5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.time, "monotonic", lambda: 0.0)

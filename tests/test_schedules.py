@@ -283,7 +283,7 @@ def test_behind_a_rise_at_the_edge_there_is_no_flow(integrator):
 
     problem = valley()
     with pytest.raises(
-        dvi.RunError, match=r"jump of a schedule, at t = 15 \(lr from 0\.7 to 0\.9\).* is 2\.5"
+        dvi.RunError, match=r"jump of a schedule at t = 15 \(lr from 0\.7 to 0\.9\).* is 2\.5"
     ) as failure:
         run(lr, 25, integrator, problem=problem)
     assert failure.value.status is dvi.Status.INFEASIBLE_START

@@ -1,4 +1,4 @@
-"""The flow with noise in progress: recorded as other flows, with what only it has."""
+"""The flow with noise in progress, recorded like other flows, with its own series in addition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvi.runs.observables import Observation, Observer
 from dvi.runs.process import FlowProcess
 from dvi.solvers.protocol import Array, State
 
-#: What a node has beside a flow's observation; those in the first row hold until they are looked at again.
+#: The series of a node besides a flow's observation; those in the first row keep their value until the next update.
 _OWN = ("radius", "outside", "lowest", "taylor", "noise", "rest", "directions")
 
 
@@ -57,7 +57,7 @@ class NoisyProcess(FlowProcess):
         return replace(found, series=series, breakpoints=[], notes=[*found.notes, *self._told(series)], about=about)
 
     def _told(self, series: dict[str, Array]) -> list[str]:
-        """What the user should know of the block, and when not to trust the flow."""
+        """Notes on the block, and on times when the flow should not be trusted."""
         if not len(self.nodes):
             return []
         flow = cast(NoisyFlow, self.flow)
