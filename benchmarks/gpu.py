@@ -37,8 +37,8 @@ from dvi.paper.table import Experiment, Size, table
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = ("value", "value_and_grad", "hvp", "hessian_gradient")
 
-#: What a unit of time of the stationary flow takes, in gradients: the rows of Figure 11 at the small size.
-STATIONARY = 150
+#: What a unit of time of the stationary flow takes, in gradients: the mean of Figure 11's rows at the small size.
+STATIONARY = 280
 
 #: Seconds are wall-clock time on a GPU, and CPU time otherwise, because the CPU may be shared.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
