@@ -209,9 +209,9 @@ class EigenTracker:
 
         A measured speed is trusted up to the factor ``CONSTANTS.sudden``.  It is extrapolated over at most
         ``CONSTANTS.believed`` times the interval of its measurement, so the intervals grow as the flow calms down.  It
-        is also extrapolated over at most ``CONSTANTS.steps`` steps of the present length h, since steps are short when something moves
-        fast.  If the speeds have grown since the last update, the growth is expected twice more: a measured speed
-        belongs to the middle of its interval.
+        is also extrapolated over at most ``CONSTANTS.steps`` steps of the present length h, since steps are short when
+        something moves fast.  If the speeds have grown since the last update, the growth is expected twice more: a
+        measured speed belongs to the middle of its interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
@@ -228,8 +228,8 @@ class EigenTracker:
 
         Vectors are recognised by their overlap with the last ones.  An unknown vector is assumed to be as fast as the
         fastest.  A vector found by a random search came from below the bound of the last search.  It is assumed to be
-        ``lookahead`` times as fast as that implies, so that another update comes before it arrives.  The bound is larger for
-        unknown vectors.
+        ``lookahead`` times as fast as that implies, so that another update comes before it arrives.  The bound is
+        larger for unknown vectors.
         """
         elapsed = t - last.t
         if elapsed <= 0:
