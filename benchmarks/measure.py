@@ -93,7 +93,7 @@ def measured_weights(problem: Problem, repeats: int = 15) -> dict[str, float]:
     """The cost of each kind of evaluation in gradients: the fastest of ``repeats`` calls, taken in turns.
 
     ``problem.measure_weights()`` uses wall-clock time.  On a shared machine this is too long for calls that do not fit
-    into a time slice, so CPU time is used here (except on a GPU).  "pairwise" is a contraction T[v, v] that shares
+    into a time slice, so CPU time is used here, except on a GPU.  "pairwise" is a contraction T[v, v] that shares
     nothing with others.
     """
     clock = time.process_time if problem.device.type == "cpu" else time.perf_counter

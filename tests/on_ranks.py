@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -167,6 +168,13 @@ def evaluate(group, options, sizes=None):
         problem = dvi.distribute(small(ends(sizes)[rank], **options), group, shards=True)
     found = derivatives(problem)
     return found, problem.ledger.counts, problem.fingerprints(), problem.examples
+
+
+def fingerprints_in_pieces(group):
+    """As of data that are too large to be sent at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvi.problems.distributed.ranks.PIECE", 64)
+        return dvi.distribute(small(), group).fingerprints()
 
 
 def amended(problem):

@@ -101,6 +101,10 @@ def test_derivatives_are_those_of_one_process(ranks, kind, size):
         assert own == sizes if given else max(own) - min(own) <= 1
 
 
+def test_data_are_told_by_their_bytes_in_whatever_pieces_they_come(ranks):
+    assert ranks(3, on_ranks.fingerprints_in_pieces) == [small().fingerprints()] * 3
+
+
 def test_the_comparison_can_fail(ranks):
     """A penalty that counts twice, or shares that do not weigh n_r/n, would be seen."""
     one = small(weight_decay=0.1)

@@ -20,7 +20,17 @@ from dvi.sweeps import processes
 from dvi.sweeps.api import sweep
 from dvi.sweeps.cluster import Slurm
 from dvi.sweeps.locks import holder, locked
-from dvi.sweeps.records import MANIFEST, Task, lock_path, read_record, records, result_path
+from dvi.sweeps.records import (
+    MANIFEST,
+    Record,
+    Task,
+    lock_path,
+    read_record,
+    records,
+    result_path,
+    write_record,
+)
+from dvi.sweeps.work import work
 
 
 def task(name, **options):
@@ -102,6 +112,23 @@ def test_another_run_of_the_same_name_is_refused(tmp_path):
         sweep([task("a"), task("a")], tmp_path / "b", progress=False)
     with pytest.raises(ValueError, match="cannot be called"):
         task("a/b")
+
+
+def test_what_a_run_has_cost_adds_up_over_its_sessions(tmp_path):
+    began = "2020-01-01T00:00:00+00:00"
+    before = Record("a", {"lr": 0.15}, "unfinished", cpu_seconds=1e6, wall_seconds=2e6, sessions=3, began=began)
+    write_record(tmp_path, before)
+    record = work(task("a"), tmp_path)
+    assert (record.state, record.sessions, record.began) == ("done", 4, began)
+    assert 1e6 < record.cpu_seconds < 1.1e6
+    assert 2e6 < record.wall_seconds < 2.1e6
+    assert read_record(tmp_path, "a") == record
+
+
+def test_a_run_that_had_ended_before_its_record_was_written_is_not_made_again(tmp_path):
+    ended = gd(result_path(tmp_path, "a"), lr=300.0, steps=200)
+    record = work(Task("a", broken, {}), tmp_path)
+    assert (record.state, record.status) == ("failed", ended.status.name)
 
 
 def _hold(path, ready, go_on):
@@ -236,6 +263,26 @@ def test_a_job_whose_run_cannot_be_made_says_so_in_its_record(tmp_path):
     record = read_record(tmp_path, "broken")
     assert record.state == "error"
     assert "nothing works" in record.message
+
+
+def test_what_a_job_asks_for(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+
+    class Asked:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def update_parameters(self, **given):
+            self.given = given
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Asked)
+    more = {"slurm_account": "physics"}
+    slurm = Slurm(partition="gpu", hours=1.5, cards=2, cpus=3, mem_gb=8.0, at_once=7, more=more)
+    assert slurm.executor(tmp_path).given == {
+        "name": "dvi", "timeout_min": 90, "gpus_per_node": 2, "cpus_per_task": 3, "mem_gb": 8.0,
+        "slurm_partition": "gpu", "slurm_array_parallelism": 7, "slurm_account": "physics",
+    }  # fmt: skip
+    assert {"mem_gb", "slurm_partition"}.isdisjoint(Slurm().executor(tmp_path).given)
 
 
 def test_a_job_that_is_stopped_in_time_goes_on(tmp_path):

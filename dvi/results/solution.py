@@ -18,8 +18,6 @@ from dvi.solvers.protocol import Array
 if TYPE_CHECKING:
     from dvi.reports import Report
 
-Tree = dict[str, Any]
-
 
 @dataclass
 class Cost:

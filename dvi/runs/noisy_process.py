@@ -26,13 +26,10 @@ class NoisyProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    def __init__(self, flow: NoisyFlow, start: State, grid: Array, observer: Observer) -> None:
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The flow with noise takes whole steps: steps and save_every must be whole numbers.")
-        super().__init__(flow, NoisyStep(), start, grid, observer)
+    whole_steps, whole_times = "The flow with noise", True
 
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
+    def __init__(self, flow: NoisyFlow, start: State, grid: Array, observer: Observer) -> None:
+        super().__init__(flow, NoisyStep(), start, grid, observer)
 
     def _observe(self, y: State, node: Any) -> Observation:
         node = cast(NoisyNode, node)

@@ -34,13 +34,12 @@ class DiscreteProcess(Process):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
+    whole_steps, whole_times = "The optimizer", True
     _own_state = ("previous", "loss", "g", "seen")
     flow: Discrete
 
     def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
         super().__init__(flow, start, grid, observer)
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers.")
         self.eigen_every = eigen_every
         self.seen: SpectrumEstimate | None = None  # the last computed eigenvalues
         self.previous: Tensor | None = None
@@ -52,9 +51,6 @@ class DiscreteProcess(Process):
     def near_end(self) -> bool:
         """Whether the run has used the last values of a schedule, after which the schedule may end."""
         return bool(self.flow.method.scheduled) and self.y.t - self.origin >= self.grid[-1] - 1e-9
-
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
 
     def advance(self) -> None:
         """One step of the optimizer."""

@@ -48,9 +48,19 @@ class Process(ABC):
         start: the first state.
         grid: recorded times, ascending from 0.
         observer: the quantities that are observed.
+
+    Raises:
+        ValueError: if the process takes whole steps, but a recorded time is not a whole number of steps.
     """
 
+    #: The subject of the sentence that the process takes whole steps; "" if its steps may have any length.
+    whole_steps: str = ""
+    #: Does the process read schedules at whole times only?
+    whole_times: bool = False
+
     def __init__(self, flow: CompiledFlow, start: State, grid: Array, observer: Observer) -> None:
+        if self.whole_steps and np.abs(grid - np.round(grid)).max() > 1e-9:
+            raise ValueError(f"{self.whole_steps} takes whole steps: steps and save_every must be whole numbers.")
         self.flow, self.grid, self.observer = flow, grid, observer
         self.y, self.origin = start, start.t
         self.notes = list(flow.notes)  # of this run; the flow keeps the notes of its compilation
@@ -113,7 +123,7 @@ class Process(ABC):
 
     def _survey(self) -> None:
         """Evaluate the method's schedules over the run, so that errors in them are raised before it begins."""
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]))
+        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=self.whole_times)
 
     _own_state: tuple[str, ...] = ()
 
@@ -405,19 +415,15 @@ class MapProcess(FlowProcess):
     """The central map, shown by its midpoints ¼(w_{t−1} + 2w_t + w_{t+1}), like the optimizer.
 
     It therefore runs one step ahead of its results.
-
-    Raises:
-        ValueError: if a recorded time is not a whole number of steps.
     """
 
+    whole_steps = "The central map"
     _own_state = (*FlowProcess._own_state, "raw", "middle")
 
     def __init__(
         self, flow: CompiledFlow, integrator: IntegratorBase, start: State, grid: Array, observer: Observer
     ) -> None:
         super().__init__(flow, integrator, start, grid, observer)
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The central map takes whole steps: steps and save_every must be whole numbers.")
         self.last += 1
         self.raw: dict[int, Tensor] = {}  # the steps that are still needed
         self.middle = start.w

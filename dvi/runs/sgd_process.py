@@ -41,14 +41,13 @@ class SGDProcess(Process):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
+    whole_steps, whole_times = "The optimizer", True
     _own_state = ("open", "G", "losses", "step", "shown")
     flow: MiniBatchOptimizer
 
     def __init__(
         self, flow: MiniBatchOptimizer, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0
     ) -> None:
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers.")
         super().__init__(flow, start, grid, observer)
         self.y = flow.spread_out(start)
         self.eigen_every, self.step = eigen_every, 0
@@ -63,9 +62,6 @@ class SGDProcess(Process):
     def near_end(self) -> bool:
         """Whether a longer run would have begun another average by now, or would have steps that this one lacks."""
         return bool(self.step + self._reach >= self.grid[-1] - 1e-9)
-
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
 
     def weights(self, i: int) -> Tensor:
         """The averages of the replicas [R, d] at grid point i."""

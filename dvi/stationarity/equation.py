@@ -85,7 +85,7 @@ class Balance:
         self.flow, self.w, self.g, self.t = flow, w, g, t
         self.method = flow.calculus.metric.at(t)
         if flow.calculus.stateless:
-            raise SpecError(f"{flow.method} has no state ν, so there is no stationary ν.")
+            raise SpecError(f"{flow.method} has no ν, so it has no stationary state.")
         if flow.covariance != "gradient-covariance":
             raise SpecError('A stationary ν is defined with covariance="gradient-covariance" (C.6).')
         # An average that starts at zero stays exactly zero where the gradient is zero, so this is not the start.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -88,20 +89,15 @@ def _first_accepted(
 def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examples) -> tuple[dict[str, Call], Any]:
     """Return the arguments of the first call of each module in a forward pass, and its outputs."""
     calls: dict[str, Call] = {}
-    hooks = []
-    for path, module in model.named_modules():
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if path not in calls:  # copied, since a module may write to its input (inplace=True)
-                calls[path] = tree_map(_copied, (args, kwargs))
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                if path not in calls:  # copied, because a module may write to its input (inplace=True)
+                    calls[path] = tree_map(_copied, (args, kwargs))
 
-        hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            outputs = functional_call(model, dict(tensors), *arguments(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+        outputs = functional_call(model, dict(tensors), *arguments(inputs))
     return calls, outputs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.solvers.protocol import ConstrainedFlow, State, StepResult, combine
+from dvi.solvers.hermite import hermite
+from dvi.solvers.integrator import IntegratorBase
+from dvi.solvers.protocol import ConstrainedFlow, Node, State, StepResult, combine
 from dvi.solvers.reference.active_set import BAND, Face, Look, node_of
+from dvi.solvers.repair import Repair
 
 #: Fraction of the time left until an arrival that a step covers if other directions are held.
 APPROACH = 0.7
@@ -39,6 +43,57 @@ class FaceMemory:
     h: float
     climb: float = 0.0
     look: Look | None = None
+
+
+class BreakpointIntegrator(IntegratorBase):
+    """An integrator that steps from breakpoint to breakpoint, and lands on arrivals."""
+
+    watch: EigenTracker
+
+    @abstractmethod
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
+
+    @abstractmethod
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
+    ) -> tuple[State, Look, float] | None:
+        """A step that passes no breakpoint: its end, the evaluation there, and the next step to try.
+
+        None if a landing must do it.
+
+        Args:
+            face: the directions held at 2.
+            y: the state at the beginning.
+            begin: the evaluation there.
+            memory: the memory before the step.
+            h: the longest step that the run allows, unit times.
+            longest: the longest step before the next arrival, unit times.
+
+        Raises:
+            StepError: if no step can be made.
+        """
+
+    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
+        """One step of at most h unit times, or to the next breakpoint.
+
+        Raises:
+            StepError: if no step can be made.
+        """
+        near, landing = self.precision(y)
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), near)
+        begin = memory.look or face.look(y)
+        left = time_left(face, begin, memory)
+        found = self.advance(face, y, begin, memory, h, max(APPROACH * left, landing)) if left > landing else None
+        if found is None:
+            return landed(face, y, begin, min(landing, h), memory.h)
+        end, after, following = found
+        memory = gone_on(face, begin, after, end.t - y.t, end, following)
+        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+
+    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
+        """The node with which a step from y would begin."""
+        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
 
 
 def to_lattice(t: float, h: float) -> float:

@@ -15,26 +15,22 @@ from scipy.optimize import brentq
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
-from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, ConstrainedFlow, Node, Rate, State, StepResult, combine
-from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
+from dvi.solvers.protocol import Array, ConstrainedFlow, Rate, State, combine
+from dvi.solvers.reference.active_set import ARRIVED, Face, Look
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
     SHORTEST,
+    BreakpointIntegrator,
     FaceMemory,
     find_arrival,
-    gone_on,
     initial_memory,
-    landed,
     landing_time,
     may_land,
     nearness,
     sharp_watch,
-    time_left,
     to_lattice,
 )
-from dvi.solvers.repair import Repair
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ TABLEAUX = {
 
 
 @dataclass(frozen=True)
-class RungeKutta(IntegratorBase):
+class RungeKutta(BreakpointIntegrator):
     """Adaptive or fixed Runge–Kutta steps of order 2 or 4 that locate breakpoints and end on them.
 
     A step ends on each arrival at 2.  If other directions are held already, the steps before it shrink with the time
@@ -144,29 +140,31 @@ class RungeKutta(IntegratorBase):
         """A larger h than this would not change the step."""
         return 1.001 * max(self.h or memory.h, self.landing)
 
-    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
+        return self.near, self.landing
+
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
+    ) -> tuple[State, Look, float] | None:
         """One step of at most h unit times, or to the next breakpoint.
 
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), self.near)
-        begin = memory.look or face.look(y)
-        left = time_left(face, begin, memory)
-        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, max(APPROACH * left, self.landing))
+        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, longest)
         if h - size < 1e-9 * max(1.0, h):
             size = h
-        found = self._find(face, y, begin, size) if left > self.landing else None
+        found = self._find(face, y, begin, size)
         if found is None:
-            return landed(face, y, begin, min(self.landing, h), memory.h)
+            return None
         end, error, after = found
         taken, following = end.t - y.t, self.h
         if following is None:
             best = 0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order)
             # a step that was cut says little about longer ones: keep the earlier choice
             following = min(self.h_max, max(0.3 * taken, min(best * taken, max(3.0 * taken, memory.h))))
-        memory = gone_on(face, begin, after, taken, end, following)
-        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+        return end, after, following
 
     def _find(self, face: Face, y: State, begin: Look, size: float) -> tuple[State, float, Look] | None:
         """A step of at most ``size`` that is accurate and passes no breakpoint: its end, its error, the evaluation
@@ -214,10 +212,6 @@ class RungeKutta(IntegratorBase):
         if self.h is not None:
             return face.event(begin, after)
         return face.passed(after) or face.kink(begin, after, h) > self.tol
-
-    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
-        """The node with which a step from y would begin."""
-        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
 
     def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float, Look]:
         """One plain step of length h on a face: the end, the embedded error estimate in w, and the evaluation at the

@@ -15,27 +15,23 @@ from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
-from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import ConstrainedFlow, Node, State, StepResult
-from dvi.solvers.reference.active_set import Face, Look, node_of
+from dvi.solvers.protocol import ConstrainedFlow, State
+from dvi.solvers.reference.active_set import Face, Look
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
     LONGEST_LANDING,
     SHORTEST,
+    BreakpointIntegrator,
     FaceMemory,
     find_arrival,
-    gone_on,
     initial_memory,
-    landed,
     landing_time,
     may_land,
     nearness,
     sharp_watch,
-    time_left,
     to_lattice,
 )
-from dvi.solvers.repair import Repair
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
@@ -109,7 +105,7 @@ def _same(a: State, b: State) -> bool:
 
 
 @dataclass(frozen=True)
-class TorchDiffEq(IntegratorBase):
+class TorchDiffEq(BreakpointIntegrator):
     """Integrates the flow in windows with ``torchdiffeq.odeint`` and locates breakpoints with ``odeint_event``.
 
     Args:
@@ -149,41 +145,22 @@ class TorchDiffEq(IntegratorBase):
         """A larger h than this would not change the step."""
         return 1.001 * max(self.window, LONGEST_LANDING)
 
-    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
-        """One window, or to the next breakpoint.
-
-        Raises:
-            StepError: if the library's solver fails.
-        """
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
         tol = self.tolerance(y)
-        landing = landing_time(tol)
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), nearness(tol))
-        begin = memory.look or face.look(y)
-        left = time_left(face, begin, memory)
-        found = None
-        if left > landing:
-            size = min(to_lattice(y.t, self.window), h, max(APPROACH * left, landing))
-            found = self._find(face, y, begin, size, memory.h, tol)
-        if found is None:
-            return landed(face, y, begin, min(landing, h), memory.h)
-        end, after, following = found
-        memory = gone_on(face, begin, after, end.t - y.t, end, following)
-        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+        return nearness(tol), landing_time(tol)
 
-    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
-        """The node with which a window from y would begin."""
-        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
-
-    def _find(
-        self, face: Face, y: State, begin: Look, size: float, first: float, tol: float
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
     ) -> tuple[State, Look, float] | None:
-        """At most ``size`` unit times that pass no breakpoint: the end, the evaluation there, the library's step.
+        """One window, or to the next breakpoint: the end, the evaluation there, and the library's step.
 
         None if a landing must do it.
 
         Raises:
             StepError: if the library's solver fails.
         """
+        size, first, tol = min(to_lattice(y.t, self.window), h, longest), memory.h, self.tolerance(y)
         while True:
             field = Field(face, y, begin, PATIENCE if face.k else None)
             try:
