@@ -165,7 +165,7 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if the last ``window`` units have cost more than the budget for as long, whatever the steps.
+            BudgetError: if the last ``window`` units have cost more than the budget for twice as long, whatever the steps.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
@@ -178,7 +178,7 @@ class MacroStep(IntegratorBase):
         if cost <= self.limit:
             return replace(now, over=None)
         over = t if now.over is None else now.over
-        if t >= over + CONSTANTS.window:
+        if t >= over + 2 * CONSTANTS.window:  # time for either kind of steps to show what it costs
             raise BudgetError(
                 f"MacroStep at t = {t:g}: steps of one unit, and longer ones where these cost more, take {cost:.0f} "
                 f"gradients per unit time, and budget={self.limit:g} are allowed ({result.node.k} directions are "
