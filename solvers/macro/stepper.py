@@ -165,7 +165,8 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if the last ``window`` units have cost more than the budget for twice as long, whatever the steps.
+            BudgetError: if the last ``window`` units have cost more than the budget for twice that time, whatever the
+                steps.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
