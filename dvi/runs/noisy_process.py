@@ -38,6 +38,8 @@ class NoisyProcess(FlowProcess):
         node = cast(NoisyNode, node)
         seen = super()._observe(y, node)
         seen["osc_loss"] += node.rest
+        seen["osc_grad_sq"] += node.outer_grad_sq
+        seen["trace"] += node.outer_trace
         for name in _OWN:
             seen[name] = node.k if name == "directions" else getattr(node, name)
         return seen
@@ -54,25 +56,37 @@ class NoisyProcess(FlowProcess):
         flow = cast(NoisyFlow, self.flow)
         about = {**found.about, "batch_size": flow.batch_size, "batches": flow.sampling.in_words}
         about.pop("unit_steps", None)
-        return replace(found, series=series, breakpoints=[], notes=[*found.notes, *self._told(series)], about=about)
+        return replace(
+            found, series=series, breakpoints=[], notes=[*found.notes, *self._told(found.t, series)], about=about
+        )
 
-    def _told(self, series: dict[str, Array]) -> list[str]:
+    def _told(self, t: Array, series: dict[str, Array]) -> list[str]:
         """What the user should know of the block, and when not to trust the flow."""
         if not len(self.nodes):
             return []
         flow = cast(NoisyFlow, self.flow)
         k, cut = series["directions"], flow.cut(self.y.t)
         low = np.nanmin(series["lowest"]) if np.isfinite(series["lowest"]).any() else np.nan
-        notes = [
-            f"noisy flow: oscillations are followed in {int(k.min())} to {int(k.max())} directions, those with an "
+        short = k.max() >= flow.sampling.max_directions and low > cut
+        told = (
+            f"noisy flow: a covariance is followed in {int(k.min())} to {int(k.max())} directions, those with an "
             f"effective eigenvalue above {cut:.3g}, which relax within {flow.sampling.window:g} steps"
-            + (
-                f", as far as max_directions={flow.sampling.max_directions} allows: down to {low:.3g}. What is left "
-                f"out has up to {np.nanmax(series['outside']):.0%} of the noise of a step."
-                if k.max() >= flow.sampling.max_directions and low > cut and np.isfinite(series["outside"]).any()
-                else "."
+        )
+        if short:
+            told += f", as far as max_directions={flow.sampling.max_directions} allows: down to {low:.3g}"
+        if flow.sampling.pairs == "all":
+            rest = '. pairs="all" leaves out what oscillates outside them'
+        else:
+            rest = ". What oscillates outside them is shown by one path of the optimizer"
+        share = np.nanmax(series["outside"]) if np.isfinite(series["outside"]).any() else np.nan
+        notes = [told + rest + (f"; up to {share:.0%} of the noise of a step is there." if share > 0 else ".")]
+        radius = series["radius"]
+        if np.isfinite(radius).any() and np.nanmax(radius) > 1:
+            notes.append(
+                f"noisy flow: at t = {t[np.nanargmax(radius)]:g} the spectral radius of the map of X was "
+                f"{np.nanmax(radius):.3g}. Above 1 the oscillation grows until the sharpness gives way, and runs have "
+                "bursts."
             )
-        ]
         if float(np.nanmax(series["taylor"], initial=0.0)) > 0.3:
             notes.append(
                 "noisy flow: the next Taylor term of the averaged loss came to "
