@@ -117,7 +117,7 @@ def test_the_averaged_loss_counts_what_is_outside_the_block():
 
 
 def test_a_step_with_ten_directions_costs_less_than_twelve_gradients():
-    """Counted: three gradients a step, products for the directions, and twenty gradients each 50 steps for the trust."""
+    """Counted: three gradients a step, products for the directions, and the looks at the trust each 50 steps."""
     problem = dvi.problems.digits(n=60, width=6)
     solution = dvi.solve(dvi.noisy_flow(problem, GradientDescent(0.2), 10), 100, progress=False)
     assert solution.series["directions"].mean() > 9.5
