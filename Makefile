@@ -23,9 +23,9 @@ paper: $(INSTALLED)
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-# All tests, and the examples in the docstrings.
+# All tests; the examples in docstrings and on pages are among them.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --doctest-modules tests dvi $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

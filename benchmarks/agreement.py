@@ -1,9 +1,9 @@
 """How well central flows predict optimizers on real data: the tables of the README and of docs/zoo.md.
 
 ``python benchmarks/agreement.py [--methods] [--only NAME …]`` runs every case (about a quarter of an hour on two cores)
-and prints a Markdown table: problems of several kinds, or with ``--methods`` every method on one problem.  Each row
-starts the optimizer, its central flow and its stable flow from one point, warm start included, and is measured from the
-first breakpoint of the central flow on.
+and prints a Markdown table: problems of several kinds, or with ``--methods`` every method on one problem.  In each row
+the optimizer, its central flow and its stable flow start from one point after a warm start.  Measurements begin at the
+first breakpoint of the central flow.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dvi.plotting import time_average
 from dvi.problems import digits, sorting
 
 ADAM_LIKE = {"eps": 1e-8, "bias_correction": True}
-#: A problem of options such as derivatives=, a method, and how many steps.
+#: A problem that takes options such as derivatives=, a method, and the number of steps.
 Case = tuple[Callable[..., dvi.Problem], dvi.Method, int]
 
 CASES: dict[str, Case] = {
@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
 
 
 def digits_mlp(seed: int = 0, **options: Any) -> dvi.Problem:
-    """The problem on which every method is tried."""
+    """The problem for all methods."""
     return digits("mlp", "mse", n=300, width=32, seed=seed, **options)
 
 
@@ -89,7 +89,7 @@ class GradientDescentW(GradientDescent):
         return float(self.lr * self.weight_decay)
 
 
-#: One method a row, learning rates such that the edge is reached early and by several eigenvalues.
+#: One method for each row; with these learning rates, several eigenvalues reach the edge early.
 METHODS: dict[str, Case] = {
     "GD 0.2": (digits_mlp, GradientDescent(0.2), 600),
     "RMSProp-Norm 0.1": (digits_mlp, RMSPropNorm(0.1, 0.99, **ADAM_LIKE), 400),
@@ -140,7 +140,7 @@ def measure(name: str, derivatives: str = "autodiff") -> dict[str, Any]:
     row["seconds"] = time.perf_counter() - started
     if not race.central.breakpoints:
         return row | {"edge": None}
-    t = race.t[: min(len(run.t) for run in race.runs.values())]  # a run that failed is measured as far as it went
+    t = race.t[: min(len(run.t) for run in race.runs.values())]  # a run that failed is measured up to its end
     sigma = min(50.0, t[-1] / 10)
     since = t >= race.central.breakpoints[0][0]
     inner = since & (t > sigma) & (t < t[-1] - sigma)  # where the averaging window fits
@@ -166,7 +166,7 @@ def measure(name: str, derivatives: str = "autodiff") -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as Markdown; the sharpness is the optimizer's, over its threshold c, in quartiles."""
+    """The rows as Markdown; the last column has the quartiles of the optimizer's sharpness over its threshold c."""
     yield "| problem and method | weights | steps | edge from | k ≤ | ‖discrete − central‖ | ‖discrete − stable‖ | " + (
         "predicted loss off by | stable flow's loss off by | cost | sharpness/c |"
     )
@@ -200,7 +200,7 @@ def main() -> None:
         for row in pool.map(partial(measure, derivatives=chosen.derivatives), names):
             print(f"{row['case']}: {row['seconds']:.0f} s", file=sys.stderr)
             rows.append(row)
-            if chosen.out:  # case by case: a later one may take long
+            if chosen.out:  # after each case, because a later one may take long
                 chosen.out.write_text(json.dumps(rows, indent=1))
     print("\n".join(table(rows)))
 

@@ -1,4 +1,4 @@
-"""What is benchmarked: problems small enough for one core, and the integrators that run on them."""
+"""The benchmarked problems, which are small enough for one core, and the integrators that run on them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Case:
     """A problem, a method and a span of time.
 
     Args:
-        kind: "hard": a short run from a random initialisation (after the automatic warm start, where that is above the
-            edge), EOS early, several breakpoints; "whole": 1,000 steps from initialisation.
+        kind: "hard" is a short run from a random initialisation, which reaches EOS early and has several breakpoints;
+            it begins with the automatic warm start if the initialisation is above the edge.  "whole" is a run of 1,000
+            steps from initialisation.
         make: derivatives ↦ problem.
-        steps: unit times.
+        steps: length in unit times.
         quick: whether ``--quick`` runs it.
-        sweep: whether every tolerance and step runs on it, or only the core entries.
+        sweep: whether all tolerances and steps run on it, or only the core entries.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Its name and what kind of run it is."""
+        """The name and the kind of the run."""
         return f"{self.name} ({'short hard run' if self.kind == 'hard' else 'whole run'})"
 
 
@@ -73,14 +74,14 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Entry:
-    """An integrator as it is run: what it is called, its configuration, how derivatives are made.
+    """An integrator in the benchmarks: its name, its configuration, and the backend of derivatives.
 
     Args:
-        family: entries of one family make one curve of the work–precision diagram.
+        family: entries of one family form one curve of the work–precision diagram.
         knob: tol or dt.
-        pairwise: third derivatives are made one pair at a time, nothing shared between pairs.
-        core: runs on every short case; the others only where a case is swept.
-        whole: how many unit times of a whole run it is given; the dear ones show in a part what they cost.
+        pairwise: third derivatives are computed for one pair at a time, with nothing shared between pairs.
+        core: runs on every short case; other entries run only on swept cases.
+        whole: the number of unit times of a whole run that it covers; expensive entries show their cost on a part.
         limit: CPU seconds after which it is stopped.
     """
 
@@ -95,13 +96,13 @@ class Entry:
     limit: float = 600.0
 
     def runs_on(self, case: Case, quick: bool) -> bool:
-        """Whether it is part of a case's table."""
+        """Whether the entry is part of a case's table."""
         if case.kind == "whole":
             return self.whole > 0
         return self.core or (case.sweep and not quick)
 
     def steps(self, case: Case) -> int:
-        """Unit times it is run for."""
+        """The length of its run in unit times."""
         return min(case.steps, self.whole) if case.kind == "whole" else case.steps
 
 

@@ -1,4 +1,4 @@
-"""The cone complementarity problem: the library's solver against CVXPY, on usual and on hard instances."""
+"""Compares the library's solver of the cone complementarity problem with CVXPY, on usual and on hard instances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESIDUAL = 1e-4  # a residual above this counts as a failure; the library's own 
 
 
 def solve_with_cvxpy(alpha: Array, beta: Array, solver: str) -> Array:
-    """X ⪰ 0 minimising ½⟨X, β[X]⟩ − ⟨α, X⟩, as the paper's code does it; the problem is built anew at every call."""
+    """X ⪰ 0 minimising ½⟨X, β[X]⟩ − ⟨α, X⟩; like the paper's code, it builds the problem anew at every call."""
     import cvxpy as cp
 
     k = len(alpha)
@@ -38,7 +38,7 @@ def solve_with_cvxpy(alpha: Array, beta: Array, solver: str) -> Array:
 
 
 def residual(alpha: Array, beta: Array, X: Array) -> float:
-    """The natural residual |X − Π(X − S/|β|)| against |α|/|β|: zero at a solution, fair to a tiny X where X is zero."""
+    """The natural residual |X − Π(X − S/|β|)| relative to |α|/|β|: zero at a solution, and small for a tiny X ≈ 0."""
     size = np.linalg.norm(beta, 2)
     eigenvalues, Q = np.linalg.eigh(X - (smat(beta @ svec(X)) - alpha) / size)
     projected = (Q * np.maximum(eigenvalues, 0.0)) @ Q.T
@@ -72,7 +72,7 @@ def ill_conditioned(rng: np.random.Generator, k: int) -> Instance:
 
 
 def graded(rng: np.random.Generator, k: int) -> Instance:
-    """Critical directions that move at rates up to 10⁴ apart."""
+    """Critical directions whose rates differ by factors up to 10⁴."""
     alpha, beta = generic(rng, k)
     g = 10 ** rng.uniform(-2, 2, k)
     n = k * (k + 1) // 2
@@ -127,7 +127,7 @@ class Timing:
 
 
 def time_solvers(ks: tuple[int, ...], instances: int) -> Iterator[Timing]:
-    """The solvers take turns on every instance, so that a slow spell of the machine falls on all of them."""
+    """Time the solvers in turn on every instance, so that a slow phase of the machine affects all of them."""
     for family, make in FAMILIES.items():
         for k in ks:
             rng = np.random.default_rng([k, len(family)])
@@ -139,7 +139,7 @@ def time_solvers(ks: tuple[int, ...], instances: int) -> Iterator[Timing]:
                 for name, solve in SOLVERS.items():
                     start = time.process_time()
                     off = _attempt(solve, alpha, beta)
-                    if turn:  # the first is a rehearsal
+                    if turn:  # the first call is not timed
                         spent[name].append(time.process_time() - start)
                         found[name].append(off(alpha, beta))
             for name in SOLVERS:
@@ -152,6 +152,6 @@ def time_solvers(ks: tuple[int, ...], instances: int) -> Iterator[Timing]:
 def _attempt(solve: Callable[[Array, Array], Array], alpha: Array, beta: Array) -> Callable[[Any, Any], float]:
     try:
         X = solve(alpha, beta)
-    except Exception:  # whatever a solver raises, it has not solved this one
+    except Exception:  # a solver that raises has not solved this instance
         return lambda alpha, beta: float("inf")
     return lambda alpha, beta: residual(alpha, beta, X)

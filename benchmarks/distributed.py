@@ -1,9 +1,9 @@
-"""Two gloo ranks against one process, and what that says about more of them.
+"""Compares two gloo ranks with one process, and estimates the cost of more ranks.
 
     python benchmarks/distributed.py
 
-Times are by the clock on the wall, on a machine that others may use: what carries over is the trajectory, the number of
-collectives and their bytes.  The second table is arithmetic on these counts, with the speeds that it names.
+Times are wall-clock times on a machine that others may use.  Only the trajectory, the number of collectives and their
+bytes apply to other machines.  The second table is computed from these counts and the given speeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = {
     "RMSProp 1e-3": (lambda: RMSProp(lr=1e-3, beta2=0.99), 60),
 }
 
-#: Of one GPU: single precision FLOP/s reached, and bytes/s of a ring all_reduce within a node and between nodes.
+#: Speeds for one GPU: FLOP/s in single precision, and bytes/s of a ring all_reduce within a node and between nodes.
 FLOPS, WITHIN, BETWEEN = 40e12, 200e9, 40e9
 
 
@@ -83,7 +83,7 @@ def two_ranks() -> Any:
 
 
 def weak_scaling(row: dict[str, Any], gpus: int, d: float = 1e8, examples: float = 5e4) -> tuple[float, float]:
-    """Seconds per unit time of computing and of summing, with so many examples (or tokens) on each GPU.
+    """Seconds per unit time for computing and for summing, with ``examples`` examples (or tokens) on each GPU.
 
     A gradient is 6d FLOP an example; a ring all_reduce of b bytes moves 2(R − 1)/R · b through each GPU.
     """

@@ -1,11 +1,11 @@
-"""Numerical error beside model distance, and what the derivatives' backend changes, on the rows of the README.
+"""Numerical error and model distance for each backend of derivatives, on the rows of the README.
 
     python benchmarks/errors.py [--only PART …] [--table]
 
-Each row is solved by default with exact and with mixed derivatives, with tol 1e-4, and with tol 1e-5 as the reference.
-The error is the mean distance in w from the reference, from the first breakpoint on; the model distance is that of the
-optimizer's midpoint.  A row covers the first units after the edge is reached, since a reference is dear.  Rows are kept
-in a JSON file as they are made.
+Each row is solved four times: with the defaults and exact or mixed derivatives, with tol 1e-4, and with tol 1e-5 as the
+reference.  The error is the mean distance in w from the reference, from the first breakpoint on; the model distance is
+that of the optimizer's midpoint.  A row covers only the first units after the edge is reached, because references are
+expensive.  Each finished row is written to a JSON file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agreement import CASES
 import dvi
 
 FILE = Path(__file__).with_name("errors.json")
-#: Unit times of each row: some tens behind the edge, less where a reference costs a thousand gradients a unit.
+#: Unit times of each row: some tens after the edge, fewer if a reference costs a thousand gradients a unit.
 UNITS = {
     "digits MLP, CE, GD 1.5": 20,
     "digits CNN, MSE, GD 0.5": 115,
@@ -44,7 +44,7 @@ RUNS = {
 
 
 def measure(name: str) -> dict[str, Any]:
-    """One row: errors over the model distance, gradient equivalents per unit and CPU seconds of each run."""
+    """One row: errors relative to the model distance, gradient equivalents per unit and CPU seconds of each run."""
     make, method, steps = CASES[name]
     steps = min(steps, UNITS.get(name, 100))
     options = {"warm_start": "auto", "save": ("w",), "progress": False, "throw": False}
@@ -82,7 +82,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run what is not in the file yet, row by row."""
+    """Run the rows that are not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of rows")
     parser.add_argument("--out", type=Path, default=FILE)

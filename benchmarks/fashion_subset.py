@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion_subset.py /usr/share/datasets/fashion-mnist problems/catalogue/fashion-mnist
 
-The first 100 pictures of each class are taken to train on and the first 20 to test with, in their order.  The same
-files come out on every machine, up to the version of zlib.
+The subset has the first 100 training pictures and the first 20 test pictures of each class, in their order.  The files
+are the same on every machine, up to the version of zlib.
 """
 
 import argparse

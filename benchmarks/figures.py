@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-STYLES = {  # told apart by marker and line alone
+STYLES = {  # marker and line alone distinguish them
     "macro step": ("o", "-", "black"),
     "macro step, differences": ("s", "--", "black"),
     "Euler": ("^", ":", "0.35"),
@@ -19,7 +19,7 @@ STYLES = {  # told apart by marker and line alone
 
 
 def work_precision(cases: dict[str, dict[str, Any]]) -> Figure | None:
-    """One panel for each case on which tolerances were swept; None without any."""
+    """One panel for each case with swept tolerances; None if there is no such case."""
     panels = {name: about for name, about in cases.items() if _is_swept(about["rows"])}
     if not panels:
         return None

@@ -1,15 +1,15 @@
-"""What the paper's experiments cost on the graphics card at hand: ``make gpu``, ten minutes at most.
+"""Estimates the cost of the paper's experiments on this machine's GPU: ``make gpu``, at most ten minutes.
 
-Runs the tests marked ``gpu``; then the CNN and the ViT at the paper's size, on 1,000 examples, with gradient descent
-and RMSProp, optimizer and flows side by side, for as many steps as fit into the time.  It prints for each: seconds per
-100 steps, the share of the time inside the loss and its derivatives, copies from the card per step, the largest memory;
-and an estimate for all 115 experiments in hours, beside the paper's 2,000.  Without a card the same is tried at the
-small size on the CPU, in two minutes.
+The script runs the tests marked ``gpu``.  Then it runs the CNN and the ViT at the paper's size on 1,000 examples, with
+gradient descent and RMSProp, optimizer and flows side by side, for as many steps as the time allows.  For each case it
+prints the seconds per 100 steps, the fraction of time inside the loss and its derivatives, the copies from the GPU per
+step, and the largest memory.  Finally it estimates the hours for all 115 experiments, for comparison with the paper's
+2,000.  Without a GPU it does the same at the small size on the CPU, in two minutes.
 
-Each part has its share of the time that is left and is stopped when that is over; what it has seen until then is
+Each part gets a fraction of the remaining time.  When this is over, the part is stopped and its results until then are
 printed.  ``--skip tests`` (or gradients, copies, cnn, vit) leaves parts out.
 
-Pictures are CIFAR-10 where ``--cifar10`` names its folder, else the 1,000 of Fashion-MNIST that ship with the package.
+The pictures are those of CIFAR-10 if ``--cifar10`` names its folder, else the 1,000 of Fashion-MNIST in the package.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from dvi.paper.table import Experiment, Size, table
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = ("value", "value_and_grad", "hvp", "hessian_gradient")
 
-#: What a unit of time of the stationary flow takes, in gradients: some 600 products with the Hessian were seen at the
-#: small size, a product 2.5 gradients.
+#: Gradients that the stationary flow takes per unit time: about 600 products with the Hessian at the small size,
+#: each of 2.5 gradients.
 STATIONARY = 600 * 2.5
 
-#: Seconds are those of the clock on the wall where a card computes, and of the processor else, which may be shared.
+#: Seconds are wall-clock time on a GPU, and CPU time otherwise, because the CPU may be shared.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
-#: What --skip may name.
+#: The parts that --skip accepts.
 PARTS = ("tests", "gradients", "copies", "cnn", "vit")
 
-#: Networks and methods that are run, and the learning rates of a run that enters the edge of stability early.
+#: The networks and methods, with learning rates at which the edge of stability is reached early.
 CASES = {
     ("cnn", "gd"): {"full": 0.04, "small": 0.6},
     ("cnn", "rmsprop"): {"full": 4e-5, "small": 2e-3},
@@ -57,7 +57,7 @@ CASES = {
 
 
 def make(network: str, size: Size, device: str, cifar10: Path | None) -> dvi.problems.ModuleProblem:
-    """A problem of the paper, on the pictures that are at hand."""
+    """A problem of the paper, on the available pictures."""
     if network in ("transformer", "rnn"):
         options = dict(table().problems[f"{network}-mse"][size])
     else:
@@ -99,7 +99,7 @@ class Watch:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Interrupt what is inside after so many seconds, as Ctrl-C does."""
+    """A context that interrupts its body after some seconds, as Ctrl-C does."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -142,7 +142,7 @@ def measure(
         race = dvi.load(path) if path.exists() else None
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     found |= {"inside": watch.inside / wall, "memory": memory}
-    if race is None:  # the time was over before the first step
+    if race is None:  # there was no time for a first step
         return found | {"reached": 0.0, "status": "NOT STARTED", "per_100": None, "k": 0, "cost": None}
     reached = min((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
     central = race.central
@@ -160,13 +160,13 @@ def gradient_seconds(problem: dvi.Problem) -> float:
     times = []
     for turn in range(6):
         begin = clock()
-        problem.value_and_grad(problem.w0 * (1 + 1e-6 * turn))  # ends with a check that waits for the card
+        problem.value_and_grad(problem.w0 * (1 + 1e-6 * turn))  # ends with a check that waits for the GPU
         times.append(clock() - begin)
     return median(times[1:])
 
 
 def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 3) -> float:
-    """How often a step of all processes waits for a number from the card (on the CPU: reads one from a tensor)."""
+    """How often a step of all processes waits for a number from the GPU (on the CPU: reads one from a tensor)."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = problem.device.type == "cuda"
@@ -179,10 +179,10 @@ def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 3) ->
 
 
 def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, float], size: Size) -> float | None:
-    """An estimate for an experiment: what was measured, by its network and method, or scaled by a gradient's time.
+    """An estimate for an experiment: the time measured for its network and method, or one scaled by a gradient's time.
 
     Returns:
-        None where nothing that it could be scaled from was measured.
+        the hours; None if there is no measurement to scale from.
     """
     network = row.problem.split("-")[0]
     kind = "rmsprop" if row.method == "rmsprop" else "gd"
@@ -200,7 +200,7 @@ def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, floa
 
 
 def run_tests(limit: float) -> str:
-    """The tests that are marked gpu, in words; only their files are read, which is quicker."""
+    """Run the tests marked gpu, and return the outcome in words; only their files are read, which is quicker."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider"]
     try:

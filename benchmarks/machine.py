@@ -1,4 +1,4 @@
-"""The machine, in words: numbers without it mean nothing."""
+"""A description of the machine, which measured numbers need."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout that was measured, if it is one."""
+    """The commit of the measured checkout, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -18,7 +18,7 @@ from dvi.problems import Ledger, Problem
 from dvi.solvers.errors import StepError
 from dvi.solvers.protocol import Array, Flow, Integrator, Node, State, StepResult
 
-#: Weights that hold for the measurements in the literature this follows: an HVP 2.5 gradients, a contraction 9.
+#: The usual weights: a Hessian–vector product costs 2.5 gradients, and a contraction of third derivatives 9.
 CANONICAL = {"gradients": 1.0, "hvps": 2.5, "third_derivatives": 9.0, "values": 1 / 3, "ccp_solves": 0.0}
 #: With differences of gradients the number is plain gradients.
 DIFFERENCES = CANONICAL | {"hvps": 1.0, "third_derivatives": 2.0}  # in float64
@@ -32,7 +32,7 @@ PHASES = ("k = 0, first", "k = 0, later", "k = 1", "k = 2", "k >= 3", "settled, 
 
 
 def phases(breakpoints: list[tuple[float, str, int]], end: float) -> list[Phase]:
-    """The run cut into (name, from, to), at breakpoints and where it settles."""
+    """Divide the run into phases (name, from, to), at breakpoints and where it settles."""
     times = [t for t, _, _ in breakpoints]
     cuts = sorted({0.0, end, *(t for t in [TRANSIENT, *times, *(t + SETTLED for t in times)] if 0 < t < end)})
     found = []
@@ -52,7 +52,7 @@ def phases(breakpoints: list[tuple[float, str, int]], end: float) -> list[Phase]
 
 @dataclass
 class Cost:
-    """What a run has spent until each moment, in gradient equivalents at given weights."""
+    """The cost of a run until each node, in gradient equivalents at given weights."""
 
     t: Array
     spent: Array
@@ -60,7 +60,7 @@ class Cost:
 
     @classmethod
     def of(cls, solution: dvi.Solution, weights: Mapping[str, float]) -> Cost:
-        """Counts are entered with the step that spends them, so they stand for its end, the next node."""
+        """The cost of a solution.  The counts of a step belong to its end, the next node."""
         ledger = solution.ledger
         spent = np.array([Ledger(**counts, weights=weights).gradient_equivalents for counts in ledger.counts])
         return cls(np.asarray(ledger.t), np.concatenate([[0.0], spent[:-1]]), float(spent[-1]))
@@ -80,7 +80,7 @@ class Cost:
 
 
 def warm_started(case: Case) -> tuple[Problem, State, float]:
-    """The case's problem, the state it starts from, and how many optimizer steps that took."""
+    """The case's problem, the state after the warm start, and its number of optimizer steps."""
     from dvi.runs.solving import warm_up
 
     problem = case.make("autodiff")
@@ -90,11 +90,11 @@ def warm_started(case: Case) -> tuple[Problem, State, float]:
 
 
 def measured_weights(problem: Problem, repeats: int = 15) -> dict[str, float]:
-    """What each kind of evaluation costs in gradients here: the fastest of ``repeats``, taken in turns.
+    """The cost of each kind of evaluation in gradients: the fastest of ``repeats`` calls, taken in turns.
 
-    ``problem.measure_weights()`` goes by wall-clock time, which on a machine shared with others lengthens the calls
-    that do not fit a time slice; here it is CPU time (except on a GPU).  "pairwise" is a contraction T[v, v] that
-    shares nothing.
+    ``problem.measure_weights()`` uses wall-clock time.  On a shared machine this is too long for calls that do not fit
+    into a time slice, so CPU time is used here, except on a GPU.  "pairwise" is a contraction T[v, v] that shares
+    nothing with others.
     """
     clock = time.process_time if problem.device.type == "cpu" else time.perf_counter
     v = torch.randn(problem.dim, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(problem.w0)
@@ -111,7 +111,7 @@ def measured_weights(problem: Problem, repeats: int = 15) -> dict[str, float]:
     with problem.ledger.paused():
         for turn in range(repeats):
             for j, (name, (call, number)) in enumerate(calls.items()):
-                w = problem.w0 * (1 + 1e-6 * (len(calls) * turn + j))  # new weights: nothing is reused
+                w = problem.w0 * (1 + 1e-6 * (len(calls) * turn + j))  # new weights, so that nothing is reused
                 start = clock()
                 call(w)
                 best[name] = min(best[name], (clock() - start) / number)
@@ -120,10 +120,10 @@ def measured_weights(problem: Problem, repeats: int = 15) -> dict[str, float]:
 
 
 def run(case: Case, entry: Entry, start: State, reference: Reference, weights: Mapping[str, float]) -> dict[str, Any]:
-    """One integrator on one case: a row of numbers.
+    """Run one integrator on one case, and return a row of numbers.
 
     Args:
-        weights: as :func:`measured_weights` gives them, of the autodiff problem.
+        weights: the result of :func:`measured_weights` for the autodiff problem.
     """
     flow = dvi.central_flow(case.make(entry.derivatives), case.method, check=False)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -168,7 +168,7 @@ def run(case: Case, entry: Entry, start: State, reference: Reference, weights: M
 
 @dataclass(frozen=True)
 class Limited:
-    """An integrator that gives up at a moment of the process's CPU time."""
+    """An integrator that stops at a given CPU time of the process."""
 
     integrator: Integrator
     deadline: float
@@ -189,7 +189,7 @@ class Limited:
 
 
 def errors(solution: dvi.Solution, reference: Reference) -> dict[str, float]:
-    """Against the fine solution: w (largest over the run, and at its end), tr Σ and predicted loss (relative)."""
+    """Errors in w (largest, and at the end), and relative errors in tr Σ and predicted loss."""
     n = min(len(solution.t), len(reference.t))
     off = np.linalg.norm(solution.series["w"][:n] - reference.w[:n], axis=1)
     trace, loss = reference.trace[:n], reference.predicted_loss[:n]

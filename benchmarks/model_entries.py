@@ -1,8 +1,9 @@
-"""Models as their packages make them, small, each with the loss that one would train it with.
+"""Small models of public packages, each with its usual training loss.
 
-An entry is a function without arguments that returns what ``Problem.from_module`` takes: the model, the criterion,
-the inputs, the targets, and options.  Nothing is adapted for this library: what a package's own example would hand to
-a training loop is handed over.  Packages are imported inside, so that one that is missing costs its own rows only.
+An entry is a function without arguments that returns the arguments of ``Problem.from_module``: the model, the
+criterion, the inputs, the targets, and options.  Nothing is adapted for this library: the arguments are those that a
+package's own example would pass to a training loop.  Packages are imported inside the functions, so that a missing
+package affects only its own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DOUBLE = torch.float64
 
 @dataclass(frozen=True)
 class Given:
-    """What is handed over: the arguments of ``Problem.from_module``."""
+    """The arguments of ``Problem.from_module``."""
 
     model: nn.Module
     criterion: Callable[..., Tensor] | None
@@ -31,7 +32,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model by its package (as pip knows it) and name, and what its derivatives are compared with."""
+    """A model by its package (pip's name) and its own name, and the reference for its derivatives."""
 
     package: str
     name: str
@@ -45,7 +46,7 @@ ENTRIES: list[Entry] = []
 def entry(
     package: str, name: str, reference: Callable[[], Given] | None = None
 ) -> Callable[[Callable[[], Given]], Callable[[], Given]]:
-    """Register a model; its derivatives are compared with differences of the gradients of ``reference``, or its own."""
+    """Register a model; the gradients of ``reference``, or its own, give the differences for comparison."""
 
     def register(make: Callable[[], Given]) -> Callable[[], Given]:
         ENTRIES.append(Entry(package, name, make, reference or make))
@@ -474,7 +475,7 @@ def _ode(adjoint: bool = False, solver: dict[str, Any] | None = None, **options:
 
 
 def _ode_in_fine_steps() -> Given:
-    """What an adaptive solver approximates.  Differences of its own gradients see the steps change, too."""
+    """The solution that an adaptive solver approximates; the solver's own differences include its step changes."""
     return _ode(solver={"method": "rk4", "options": {"step_size": 0.01}})
 
 
@@ -609,7 +610,7 @@ def _() -> Given:
 
 
 class LossOf(nn.Module):
-    """A model and what is made of it in one module, whose output is the loss."""
+    """A model and its loss in one module, whose output is the loss."""
 
     def __init__(self, parts: list[nn.Module], loss: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Real models of public packages, handed over as they are: accepted or refused, and are the derivatives right?
+"""Tries real models of public packages without changes: are they accepted, and are their derivatives right?
 
     pip install 'dvi-flows[models]'
     python benchmarks/models_tried.py [--only WORD ...]
 
-Every model is made twice from one seed.  One goes to ``Problem.from_module``; the other is trained on by hand, as any
-torch user would: weights are written into its parameters, ``loss.backward()`` leaves gradients in them, and differences
-of those gradients are what H and T are compared with.  The reference shares no code with this library.
+Every model is made twice from one seed.  One goes to ``Problem.from_module``.  The other is used by hand, as any torch
+user would use it: weights are written into its parameters, and ``loss.backward()`` computes gradients.  H and T are
+compared with differences of these gradients.  The reference shares no code with this library.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from torch import Tensor, nn
 
 import dvi
 
-# Steps of the differences, in the length of a step in w; the one is taken at which the result changes least.
+# Steps of the differences, as lengths in w; the step at which the result changes least is taken.
 STEPS = {
     torch.float64: [0.1 * 0.5**i for i in range(20)],
     torch.float32: [0.5 * 0.5**i for i in range(9)],
 }
-# A derivative is wrong if it is off by more than this, and by more than the differences are uncertain.
+# A derivative is wrong if its error exceeds this and the uncertainty of the differences.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
 
 
 @dataclass
 class Row:
-    """What became of one model."""
+    """The result for one model."""
 
     package: str
     name: str
@@ -55,7 +55,7 @@ class Row:
 
 
 class Plain:
-    """The loss and its gradient by torch alone: weights set by hand, ``loss.backward()``."""
+    """The loss and its gradient by torch alone, with weights set by hand and ``loss.backward()``."""
 
     def __init__(self, given: Given, names: list[str]) -> None:
         self.given = given
@@ -94,7 +94,7 @@ def as_real(x: Tensor) -> Tensor:
 def differences(
     gradient: Callable[[Tensor], Tensor], w: Tensor, u: Tensor
 ) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
-    """H u [d] and T[u, u] [d] by central differences of fourth order, each with what it is uncertain by, relatively."""
+    """H u [d] and T[u, u] [d] by central differences of fourth order, each with its relative uncertainty."""
     here = gradient(w)
     best: list[tuple[Tensor, float]] = [(here, math.inf), (here, math.inf)]
     before: list[Tensor] | None = None
@@ -109,7 +109,7 @@ def differences(
             triples = zip(now, changes, best, strict=True)
             best = [(new, change) if change < kept[1] else kept for new, change, kept in triples]
             if all(change > 30 * least for change, (_, least) in zip(changes, best, strict=True)):
-                break  # rounding has taken over
+                break  # rounding dominates
         before = now
     return best[0], best[1]
 
@@ -120,7 +120,7 @@ def relative(found: Tensor, reference: Tensor) -> float:
 
 
 def directions(problem: dvi.problems.ModuleProblem, model: nn.Module, gradient: Tensor) -> Tensor:
-    """A random direction and the gradient's [d, 2], with nothing on rows of padding, which torch never moves."""
+    """A random direction and the gradient's [d, 2], both zero on rows of padding, which torch never moves."""
     generator = torch.Generator().manual_seed(4)
     U = torch.stack([torch.randn(problem.dim, generator=generator, dtype=torch.float64).to(problem.w0), gradient], 1)
     for path, module in model.named_modules():
@@ -132,9 +132,9 @@ def directions(problem: dvi.problems.ModuleProblem, model: nn.Module, gradient: 
 
 
 def compare(problem: dvi.problems.ModuleProblem, plain: Plain) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """By how much gradient, H u and T[u, u] are off, and by how much the differences are uncertain: the worst of two.
+    """The errors of gradient, H u and T[u, u], and the uncertainty of the differences: the worst of two directions.
 
-    At weights near those that the problem was made with, but not at them: what is remembered shows.
+    The weights are near those that the problem was made with, but not equal to them, so that cached values show.
     """
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(problem.dim, generator=generator, dtype=torch.float64).to(problem.w0)
@@ -190,7 +190,7 @@ def judgement(problem: dvi.problems.ModuleProblem, row: Row) -> str:
     bound = TOLERANCE[problem.dtype]
     if all(off <= max(bound, 10 * doubt) for off, doubt in zip(row.off, row.uncertain, strict=True)):
         return "accepted"
-    # Differences in float32 are known to be rough along directions in which little happens; solutions note it.
+    # Differences in float32 are inaccurate along directions with small derivatives; solutions have a note on it.
     rough = problem.derivatives == "finite-difference" and problem.dtype == torch.float32
     return "accepted, rough" if rough else "WRONG"
 
@@ -209,7 +209,7 @@ def table(rows: list[Row]) -> str:
 
 
 def shown(off: float, doubt: float) -> str:
-    """An error; only a bound of it where it is smaller than the differences are uncertain."""
+    """An error, or a bound on it if it is smaller than the uncertainty of the differences."""
     if off == 0:
         return "0"
     return f"{off:.0e}" if off > doubt else f"< {doubt:.0e}"
@@ -221,7 +221,7 @@ def main() -> None:
     words = parser.parse_args().only
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: every model is made from its configuration
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # the packages' own, about optional kernels and token ids
+    warnings.simplefilter("ignore")  # warnings of the packages about optional kernels and token ids
     logging.disable(logging.WARNING)
     chosen = [e for e in ENTRIES if not words or any(word.lower() in f"{e.package} {e.name}".lower() for word in words)]
     rows = []

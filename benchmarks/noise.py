@@ -1,6 +1,6 @@
-"""The flow with mini-batch noise beside replicas of the optimizer: `python benchmarks/noise.py [FILE.json] [NAME …]`.
+"""Compares the flow with noise with replicas of the optimizer: `python benchmarks/noise.py [FILE.json] [NAME …]`.
 
-Each case is run once and kept in the file, so that a run that was interrupted goes on.  `--table` prints the file, and
+Each case is run once and stored in the file, so that an interrupted run can continue.  `--table` prints the file, and
 a summary of the cases of gradient descent over seeds.
 """
 
@@ -59,7 +59,7 @@ CASES |= {
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Both sides at a few times, and what the flow says about itself."""
+    """Replicas and flow at a few times, with the flow's own estimates of its quality."""
     it, began = CASES[name], time.process_time()
     sampling = dvi.Sampling(**{"replacement": True} | it["settings"])
     race = dvi.compare(
@@ -86,7 +86,7 @@ def measured(name: str) -> dict[str, Any]:
         "flow": (noisy.eigenvalues[rows, 0] / 2).tolist(),
         "full": (central.eigenvalues[rows, 0] / 2).tolist(),
     }
-    window = [slice(max(0, i - 1), i + 2) for i in rows]  # as runs are averaged over ±10 steps
+    window = [slice(max(0, i - 1), i + 2) for i in rows]  # because runs are averaged over ±10 steps
     out["loss"] = {
         "runs": sgd.loss[rows].tolist(),
         "flow": [float(noisy.predicted_loss[w].mean()) for w in window],
@@ -108,7 +108,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line a case, at the last time."""
+    """One line for each case, at the last time."""
     lines = [
         "| case | sharpness over 2 at t = 40, 80, 120: runs | flow | full batch | averaged loss: runs, flow, full | "
         "distance: flow, floor, full | effective lr: runs, flow, full | cost |",

@@ -3,7 +3,7 @@
     dvi paper run --main
     python benchmarks/paper_page.py                 # or: --folder runs/paper/small
 
-Every picture that the page shows is drawn anew, and the table between its markers is replaced.
+The script draws every figure of the page anew, and replaces the table between its markers.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def save(figure, path):
 
 
 def counted(rows, found):
-    """What the runs took together, and which are not there."""
+    """Sentences on the total time of the runs, and on missing runs."""
     seconds = {row.name: record.cpu_seconds for row, record in zip(rows, found, strict=True) if record.complete}
     main = {row.name: row for figure in range(2, 12) for row in table().of_figure(figure) if not row.why_not("small")}
     took = sum(seconds.get(name, 0.0) for name in main) / 60

@@ -1,12 +1,12 @@
-"""The paper's discretisation (App. B), built of the library's parts: what everything else is compared with.
+"""The paper's discretisation (App. B), built from parts of the library, as the standard of comparison.
 
-Euler steps of ¼ with the complementarity linearised over the step.  Eigenvectors are made once a unit time, to 1e-10;
-the substeps between reuse them, and take for eigenvalues the quadratic forms uᵀHu.  Third derivatives are made pair by
-pair.  It sees the loss through the same problem as every other integrator, so the same ledger counts it.
+It takes Euler steps of ¼ with the complementarity linearised over the step.  Eigenvectors are computed once a unit
+time, to 1e-10.  The substeps between reuse them, with the quadratic forms uᵀHu as eigenvalues.  Third derivatives are
+computed pair by pair.  The scheme uses the same problem and ledger as every other integrator.
 
-Where the paper leaves a choice, the cheaper one is taken: the eigensolver is warm-started from the previous vectors,
-Hessian–vector products share the gradient's graph while the weights stay the same, and no more eigenpairs are
-converged than those above 1.8.
+Where the paper leaves a choice, the cheaper one is taken.  The eigensolver starts from the previous vectors.
+Hessian–vector products share the gradient's graph while the weights stay the same.  Only eigenpairs above 1.8 are
+converged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, State, StepResu
 
 @dataclass(frozen=True)
 class PaperMemory:
-    """Eigenpairs as last made anew, and when."""
+    """The eigenpairs of the last eigendecomposition, and its time."""
 
     block: Eigenblock | None = None
     made: float = -math.inf
@@ -39,7 +39,7 @@ class PaperMemory:
 
 @dataclass(frozen=True)
 class PaperScheme:
-    """Euler ¼, eigenvectors once a unit time.
+    """Euler steps of ¼ with eigenvectors computed once a unit time.
 
     Args:
         dt: unit times per substep.
@@ -68,11 +68,11 @@ class PaperScheme:
         node, memory, rate = self._evaluate(flow, memory, y, h)
         end = y.moved(rate, h)
         if not bool(end.w.isfinite().all()):
-            raise StepError(f"the paper's scheme left the finite numbers at t = {y.t:g}.")
+            raise StepError(f"the paper's scheme gave weights that are not finite at t = {y.t:g}.")
         return StepResult(end, memory, node, lambda t: y.moved(rate, t - y.t))
 
     def observe(self, flow: Flow, memory: PaperMemory, y: State) -> Node:
-        """What a step from y would begin with."""
+        """The node at which a step from y would begin."""
         return self._evaluate(flow, memory, y, self.dt)[0]
 
     def _evaluate(self, flow: Flow, memory: PaperMemory, y: State, h: float) -> tuple[Node, PaperMemory, Rate]:
@@ -107,7 +107,7 @@ class PaperScheme:
         return node, memory, rate
 
     def _eigenpairs(self, flow: Flow, memory: PaperMemory, y: State) -> PaperMemory:
-        """Eigenvectors from scratch once every ``refresh``, quadratic forms of the old ones between."""
+        """New eigenvectors once every ``refresh`` unit times; between, quadratic forms of the old ones."""
         A = flow.effective_hessian(y)
         if memory.block is None:
             return PaperMemory(self.subspace.start(A, y.w, self.want), y.t, y.t)
@@ -126,7 +126,7 @@ class PaperScheme:
 
 
 def third_derivatives(problem: Problem, frame: Frame) -> Tensor:
-    """T [k(k+1)/2, d] in svec order, one contraction T[v, v] a pair: v = uᵢ, and (uᵢ + uⱼ)/√2 for i ≠ j."""
+    """T [k(k+1)/2, d] in svec order, by one contraction T[v, v] for each pair: v = uᵢ, and (uᵢ + uⱼ)/√2 for i ≠ j."""
     U, k = frame.U, frame.k
     one = torch.ones(1, 1, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Fine solutions, kept on disk, and how far two of them agree."""
+"""Fine solutions, stored on disk, and the distance between two of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Reference:
     """A fine solution on the unit grid.
 
     Attributes:
-        w: weights [n, d]; t, trace, predicted_loss: [n].
+        w: weights [n, d].
+        t, trace, predicted_loss: times (unit times), tr Σ and predicted loss, each [n].
         breakpoints: as in :class:`dvi.Solution`.
         status: how the run ended.
         doubt: largest distance in w to a second fine solution.
@@ -38,16 +39,16 @@ class Reference:
 
 
 def fine_watch() -> EigenTracker:
-    """Eigenpairs far sharper than a run needs."""
+    """An eigensolver with a far smaller tolerance than a run needs."""
     return EigenTracker(CriticalSubspace(tol=1e-5), survey_every=50.0)
 
 
 def reference(case: Case, start: State, folder: Path) -> Reference:
-    """The fine solution of a case: from the folder if it is there, else made and kept.
+    """The fine solution of a case, read from the folder, or computed and stored there.
 
-    Fine macro steps (tol 1e-6, 1e-5 for whole runs), doubted by what shares nothing with them but the flow: the
-    extrapolation 2 w(1/16) − w(1/8) of Euler's steps for short runs.  Whole runs, where that is too dear, are doubted
-    by macro steps at ten times the tolerance.
+    It takes fine macro steps (tol 1e-6, 1e-5 for whole runs).  For short runs, an independent solution bounds the
+    error: the extrapolation 2 w(1/16) − w(1/8) of Euler's steps.  For whole runs this is too expensive, so macro steps
+    at ten times the tolerance are compared.
     """
     short = case.kind == "hard"
     key = f"{case.name}|{case.kind}|{case.steps}|{case.method!r}|{float(start.w.norm()):.10e}"

@@ -19,7 +19,7 @@ def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Short and readable; a dash for nothing."""
+    """A number in few digits; a dash for None."""
     if value is None or value != value:
         return "–"
     if value == 0:
@@ -34,12 +34,12 @@ def _magnitude(value: float) -> int:
 
 
 def note(row: Row) -> str:
-    """What is to be said about a run that did not reach its end."""
+    """The note on a run that did not reach its end."""
     return "" if row["status"] == "SUCCESS" else f" ({row['status']} at t = {row['reached']:.0f})"
 
 
 def cost_table(rows: list[Row], weights: str) -> str:
-    """Gradient equivalents per unit time by phase, and what they are made of."""
+    """Gradient equivalents per unit time by phase, and the evaluations that they consist of."""
     names = [name for name in PHASES if any(name in row.get(weights + "_by_phase", {}) for row in rows)]
     kinds = ("gradients", "hvps", "third_derivatives")
     head = ["integrator", *names, "all", "gradients per unit", "HVPs", "T[u, v]", "max error in w"]
@@ -97,7 +97,7 @@ def ccp_table(timings: list[Row]) -> str:
 
 
 def summary_table(cases: dict[str, Row]) -> str:
-    """One line a case: the default against Euler ¼ and the paper's scheme."""
+    """One line for each case: the default compared with Euler ¼ and the paper's scheme."""
     head = ["case", "integrator", "GE per unit", "Euler ¼ / this", "paper's / this", "paper's / this, k >= 1",
             "CPU time, paper's / this", "error in w", "Euler ¼'s", "error in tr Σ, mean", "Euler ¼'s",
             "error in loss, mean", "Euler ¼'s"]  # fmt: skip
@@ -130,7 +130,7 @@ def edge_ratio(row: Row, paper: Row) -> str:
 
 
 def case_section(name: str, about: Row, rows: list[Row]) -> str:
-    """Everything about one case."""
+    """The section on one case."""
     w = about["weights"]
     lines = [
         f"### {name}",

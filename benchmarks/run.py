@@ -1,15 +1,15 @@
-"""What central flows cost and how exact they are: ``make bench``, or ``python benchmarks/run.py``.
+"""Measures the cost and the accuracy of central flows: ``make bench``, or ``python benchmarks/run.py``.
 
     --quick            two short runs and a few complementarity problems: some minutes
     --problems NAME …  only cases whose name contains one of these
     --kind KIND        only short runs ("hard") or only runs of 1,000 steps ("whole")
     --only PART …      runs, ccp, scale, gpu (default: runs and ccp, and gpu where there is CUDA)
-    --scale            a network of a million weights on the CPU, too
+    --scale            also a network of a million weights on the CPU
     --gpu              only the part on a GPU
-    --add              go on from what results.json already holds
+    --add              keep the results that results.json already contains
     --out FOLDER       results.json, report.md and the work–precision diagram go there (default: runs/benchmarks)
 
-Costs are counts, the same on every machine; times are CPU seconds and mean little on a machine shared with others.
+Costs are counts, which are the same on every machine.  Times are CPU seconds, which mean little on a shared machine.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ PARTS = ("runs", "ccp", "scale", "gpu")
 
 
 def run_case(case: Case, quick: bool, folder: Path, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All integrators on one case; what is known so far, after each of them.
+    """Run all integrators on one case, and yield the results so far after each of them.
 
     Args:
-        folder: where the fine solutions are kept.
-        known: an earlier run of this case, whose rows stay.
+        folder: the folder of the fine solutions.
+        known: an earlier run of this case, whose rows are kept.
     """
     problem, start, taken = warm_started(case)
     fine = reference(case, start, folder / "references")
@@ -69,7 +69,7 @@ def run_case(case: Case, quick: bool, folder: Path, known: dict[str, Any]) -> It
 
 
 def main() -> None:
-    """Run what was asked for; write JSON and Markdown."""
+    """Run the chosen parts, and write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--problems", nargs="+", default=[])

@@ -20,7 +20,7 @@ CALLS = ("value_and_grad", "value", "hvp", "hessian_gradient", "hessian_gradient
 
 @contextmanager
 def timed(problem: Problem) -> Iterator[dict[str, float]]:
-    """Seconds spent inside the problem's evaluations, by kind, while the context lasts."""
+    """A context that measures the seconds inside the problem's evaluations, by kind."""
     spent = dict.fromkeys(CALLS, 0.0)
     wait = torch.cuda.synchronize if problem.device.type == "cuda" else (lambda: None)
 
@@ -49,7 +49,7 @@ def timed(problem: Problem) -> Iterator[dict[str, float]]:
 def million_run(
     device: str, lr: float, steps: int, n: int, width: int = 965, dtype: Any = torch.float32
 ) -> dict[str, Any]:
-    """A GD central flow of an MLP with ``width``² and some weights."""
+    """A central flow of gradient descent for an MLP with a little more than ``width``² weights."""
     problem = digits("mlp", "mse", n=n, width=width, dtype=dtype, device=device)
     started = time.perf_counter()
     flow = dvi.central_flow(problem, GradientDescent(lr), check=False)

@@ -1,4 +1,4 @@
-"""What the flow of second order costs beside the paper's, and how exact both are: the costs in docs/momentum.md.
+"""Compares the cost and accuracy of the flow of second order with the paper's: the costs in docs/momentum.md.
 
 ``python benchmarks/second_order.py`` takes a minute.  ``--errors`` also solves both flows of one row finely, and prints
 the largest distances in w from these solutions.
@@ -32,7 +32,7 @@ MEASURED: tuple[tuple[Accuracy, Integrator], ...] = (
     ("paper", dvi.MacroStep(3e-4)),
     ("second-order", dvi.SemiImplicit()),
 )
-#: By accuracy, a fine solution and one that is less fine, whose distance says how far the fine one can be trusted.
+#: By accuracy, a fine and a less fine solution; their distance estimates the error of the fine one.
 FINE: dict[Accuracy, tuple[Integrator, Integrator]] = {
     "paper": (dvi.MacroStep(1e-5), dvi.MacroStep(1e-4)),
     "second-order": (dvi.SemiImplicit(1 / 16, tol=1e-5), dvi.SemiImplicit(1 / 8, tol=1e-5)),

@@ -1,7 +1,7 @@
-"""How far flows are from optimizers where nothing oscillates: the table of docs/momentum.md.
+"""Measures the distance of flows from optimizers while nothing oscillates: the table of docs/momentum.md.
 
-``python benchmarks/stable_phase.py`` takes a minute.  Every row starts from where the optimizer is after some steps,
-runs optimizer, the flow of first order (integrated finely) and that of second order, and compares where they end.
+``python benchmarks/stable_phase.py`` takes a minute.  Every row starts at the optimizer's state after some steps.  It
+runs the optimizer, the flow of first order (integrated finely) and that of second order, and compares their ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from agreement import digits_mlp
 import dvi
 from dvi.methods import Adam, AdamW, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
 
-#: Steps of the optimizer before, and of the comparison; half of the learning rate gets twice as many of both.
+#: Steps of the optimizer before and during the comparison; half the learning rate gets twice as many of both.
 CASES: dict[str, tuple[dvi.Method, int, int]] = {
     "GD, η = 0.1": (GradientDescent(0.1), 20, 60),
     "GD, η = 0.05": (GradientDescent(0.05), 40, 120),

@@ -1,13 +1,14 @@
-"""What central flows cost on networks of many kinds: gradient equivalents (GE) per step of the optimizer.
+"""Measures the cost of central flows on many kinds of networks, in gradient equivalents (GE) per optimizer step.
 
     python benchmarks/suite.py [--only PART …] [--seeds 1 3] [--derivatives mixed] [--budget GE] [--out FILE]
     python benchmarks/suite.py --table        the tables of docs/benchmarks.md, from the file
 
-Each case runs for 80 unit times, optimizer, central and stable flow side by side.  Learning rates bring the edge of
-stability early.  Rows are kept in a JSON file as they are made; what is in the file is not run again.
+Each case runs the optimizer, its central flow and its stable flow side by side for 80 unit times.  With the chosen
+learning rates, the edge of stability is reached early.  Each finished row is written to a JSON file, and rows in the
+file are not run again.
 
-Cases are of two kinds.  On some, constants of the integrator have been *chosen*; what it costs there says less.  A
-family on which something was chosen is of that kind with all its seeds.
+There are two kinds of cases.  On some, constants of the integrator have been *chosen*, so their costs are less
+meaningful.  If a constant was chosen on one member of a family, all seeds of the family count as chosen.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from dvi.problems.problem import Backend
 
 FILE = Path(__file__).with_name("suite.json")
 STEPS = 80
-BAR = 50.0  # GE per unit within which every case is to arrive
+BAR = 50.0  # the largest acceptable cost of a case, GE per unit
 ADAM_LIKE = {"eps": 1e-8, "bias_correction": True}
 
 
@@ -85,8 +86,8 @@ def _digits(loss: str) -> Callable[[int, Backend], dvi.Problem]:
     return lambda seed, backend: digits("mlp", loss, n=300, width=32, seed=seed, derivatives=backend)
 
 
-#: A method; or, for gradient descent, the learning rate as a part of the one at which the warmed-up start is at the
-#: edge.
+#: A method; or, for gradient descent, the learning rate as a fraction of the one at which the warmed-up start is at
+#: the edge.
 How = float | Method
 Family = tuple[Callable[..., dvi.Problem], How]
 
@@ -112,16 +113,17 @@ CHOSEN_ON: dict[str, Family] = {
     ),
 }
 FAMILIES = NOT_CHOSEN_ON | CHOSEN_ON
-#: Seeds of a family: two, and the catalogue's own where constants were chosen on it.
+#: Seeds of a family: two, or the catalogue's own if constants were chosen on it.
 SEEDS = (
     {name: [1, 3] for name in NOT_CHOSEN_ON} | {name: [0] for name in CHOSEN_ON} | {"graph attention, CE, GD": [1, 3]}
 )
 
 
 def warmed_up(problem: dvi.Problem, part: float) -> tuple[Tensor, Method]:
-    """The weights after thirty small steps, and a learning rate that is ``part`` of that of the edge there.
+    """The weights after thirty small steps, and ``part`` times the learning rate of the edge there.
 
-    A network that was just initialised is in a transient; here the edge is near, and reached by sharpening.
+    A network that was just initialised is in a transient.  After these steps the edge is near, and sharpening reaches
+    it.
     """
     w, lr = problem.w0, 0.3 / sharpness(problem, problem.w0)
     for _ in range(30):
@@ -138,7 +140,7 @@ def sharpness(problem: dvi.Problem, w: Tensor) -> float:
 
 
 def run(name: str, seed: int, backend: Backend, budget: float = 100.0, steps: int = STEPS) -> dict[str, Any]:
-    """One row: how far it came, at what cost, and how near the optimizer."""
+    """One row: the time reached, the cost, and the distance from the optimizer."""
     make, how = FAMILIES[name]
     problem, started = make(seed, backend), time.process_time()
     if isinstance(how, float):
@@ -171,7 +173,7 @@ def _mean(values: Any) -> float | None:
 
 
 def table(rows: list[dict[str, Any]], backend: str) -> Iterator[str]:
-    """The rows as Markdown, those of families that were not chosen on first."""
+    """The rows as Markdown; families on which no constant was chosen come first."""
     for words, families in (("Not chosen on", NOT_CHOSEN_ON), ("Chosen on", CHOSEN_ON)):
         chosen = [r for r in rows if r["case"] in families and r["derivatives"] == backend]
         if not chosen:
@@ -197,7 +199,7 @@ def table(rows: list[dict[str, Any]], backend: str) -> Iterator[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many arrive within the bar, of those where the optimizer itself goes on; median and most."""
+    """How many cases stay within the bar, of those whose optimizer does not diverge; their median and largest cost."""
     sane = [r for r in rows if r["optimizer"] == "goes on"]
     costs = [r["GE"] for r in sane]
     arrived = sum(r["reached"] >= STEPS and r["GE"] <= BAR for r in sane)
@@ -210,7 +212,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is not in the file yet, row by row."""
+    """Run the rows that are not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of families")
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of each family's own")

@@ -1,4 +1,4 @@
-"""Small networks of the kinds that people use and the catalogue lacks, made of torch's own layers."""
+"""Small networks of common kinds that the catalogue lacks, made from torch's own layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """Two convolutions beside the identity."""
+    """Two convolutions added to the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

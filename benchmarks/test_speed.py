@@ -1,6 +1,6 @@
-"""The few kernels that a run is made of, timed: ``pytest benchmarks/test_speed.py``.
+"""Times the main kernels of a run: ``pytest benchmarks/test_speed.py``.
 
-Not part of the test suite, which looks into ``tests/`` only.
+This is not part of the test suite, which collects ``tests/`` only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One thread for everything: imported before numpy and torch are."""
+"""Sets one thread for everything; it must be imported before numpy and torch."""
 
 import os
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Derivation", "derive", "symbolic"):  # loaded when it is asked for, since sympy takes its time
+    if name in ("Derivation", "derive", "symbolic"):  # loaded on request, because sympy is slow to import
         symbolic = import_module("dvi.symbolic")
         return symbolic if name == "symbolic" else getattr(symbolic, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

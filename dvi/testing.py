@@ -48,27 +48,28 @@ def _require(holds: Any, words: str) -> None:
 def check_integrator(integrator: Integrator, tolerance: float = 1e-2) -> None:
     """Check an integrator on :class:`dvi.problems.MatrixSweep`, whose eigenvalues reach 2 one after the other.
 
-    Checked are the exact weights and entries, and of each step: its length, its node, that it depends on nothing but
-    what it is given, that its memory goes through a checkpoint, that it interpolates between both its ends, and that
-    every CCP is counted; and on the stable flow, if it accepts it, that k = 0.
+    The check compares weights and entries with the exact ones.  For each step it checks the length and the node, and
+    that the step depends only on its arguments.  It also checks that the memory survives a checkpoint, that the step
+    interpolates between both its ends, and that every CCP is counted.  If the integrator accepts the stable flow, k
+    must be 0 there.
 
     Args:
-        integrator: one that accepts a central flow, of either accuracy.
-        tolerance: the largest distance from the exact weights that is allowed at the whole times up to 36.  Weights
-            move at a speed of 0.16.
+        integrator: an integrator that accepts a central flow, of either accuracy.
+        tolerance: the largest allowed distance from the exact weights at the whole times up to 36.  Weights move at a
+            speed of 0.16.
 
     Raises:
-        AssertionError: naming what is violated.
+        AssertionError: if the integrator fails; the message names what is violated.
     """
     driver = Driver(integrator)
     steady, slowing = (MatrixSweep([0.6, 0.5], [0.3, 0.2], lr=0.2, decay=decay, seed=1) for decay in (0.0, 0.04))
     flow = CentralFlow(steady.problem, GradientDescent(0.2), accuracy="paper")
     recorded, sweep = CentralFlow(slowing.problem, GradientDescent(slowing.learning_rate), accuracy="paper"), slowing
-    if driver.accepts(flow):  # of second order, the sweep is exact where the learning rate stays
+    if driver.accepts(flow):  # at second order, the sweep is exact only with a constant learning rate
         recorded = flow = CentralFlow(steady.problem, GradientDescent(0.2), accuracy="second-order")
         sweep = steady
     if refusal := driver.accepts(flow):
-        raise AssertionError(f"{driver} accepts no central flow, and no other is checked here: {refusal}")
+        raise AssertionError(f"{driver} accepts no central flow, the only flow that is checked here: {refusal}")
     _check_steps(driver, flow, "central")
     stable = StableFlow(steady.problem, GradientDescent(0.2), accuracy=flow.accuracy)
     if not driver.accepts(stable):
@@ -88,11 +89,11 @@ def _check_sweep(integrator: Integrator, flow: CompiledFlow, sweep: MatrixSweep,
         if np.abs(entries - t).min() > 1 and t < entries.max() + 5:
             k = next((k for when, _, k in reversed(solution.breakpoints) if when <= t), 0)
             exact = int((entries < t).sum())
-            _require(k == exact, f"at t = {t:g} there are {k} directions at 2, and {exact} on the exact flow")
+            _require(k == exact, f"at t = {t:g} there are {k} directions at 2, but {exact} on the exact flow")
 
 
 def _check_steps(driver: Driver, flow: CompiledFlow, name: str, h: float = 3.0) -> None:
-    """Steps up to t = 4, one after the other, each taken again; on the central flow the entries are at 2 and 2.5."""
+    """Take steps up to t = 4, each of them twice; on the central flow, directions enter at 2 and 2.5."""
     y, ledger = flow.initial, flow.problem.ledger
     memory = driver.init(flow, y)
     solved: list[Any] = []
@@ -147,14 +148,15 @@ def _check_same(one: State, other: State, words: str) -> None:
 def check_method(method: MethodLike, problem: Problem | None = None) -> None:
     """Check a method: its declaration, its derivatives, α and β, five steps of the optimizer, and that it pickles.
 
-    The derivatives of f and P are compared with differences of them; α and β with those of the gap along the flow.
+    The derivatives of f and P are compared with finite differences, and α and β with differences of the gap along the
+    flow.
 
     Args:
-        method: what :func:`dvi.central_flow` takes.
-        problem: on which, in float64 (default: a cubic in six weights).  The optimizer must not diverge on it.
+        method: a method as for :func:`dvi.central_flow`.
+        problem: a problem in float64 on which the optimizer does not diverge (default: a cubic in six weights).
 
     Raises:
-        AssertionError: naming what is violated.
+        AssertionError: if the method fails; the message names what is violated.
     """
     problem = problem or Cubic(6, seed=3, scale=0.1).problem
     try:
@@ -170,7 +172,7 @@ def check_method(method: MethodLike, problem: Problem | None = None) -> None:
     except (SolverError, *_REFUSALS) as error:
         raise AssertionError(f"the optimizer does not run: {error}") from error
     moved = torch.isfinite(y.w).all() and not torch.equal(y.w, optimizer.initial.w)
-    _require(moved, f"five steps of the optimizer stand still, or are not finite: {y.w.tolist()[:6]} …")
+    _require(moved, f"five steps of the optimizer do not move the weights, or are not finite: {y.w.tolist()[:6]} …")
     _check_rates(flow, y)
     try:
         copy = pickle.loads(pickle.dumps(method))
@@ -178,12 +180,12 @@ def check_method(method: MethodLike, problem: Problem | None = None) -> None:
         words = f"it cannot be pickled: {error}. Define it and its schedules by name, in a module."
         raise AssertionError(words) from error
     pairs = zip(*(pytree.tree_leaves(m.update(y.nu, g, y.t)) for m in (method, copy)), strict=True)
-    _require(all(torch.equal(a, b) for a, b in pairs), "its pickled copy makes another ν")
+    _require(all(torch.equal(a, b) for a, b in pairs), "its pickled copy gives another ν")
 
 
 def _check_rates(flow: CentralFlow, y: State) -> None:
-    """The gap changes at the rate β[X] − α along the drift with X: five points, truncation s⁴, rounding ε/s."""
-    rng, d, t = np.random.default_rng(0), len(y.w), y.t + 0.3  # between steps: tables of schedules may bend at them
+    """Check that the gap changes at the rate β[X] − α along the drift: five points, truncation s⁴, rounding ε/s."""
+    rng, d, t = np.random.default_rng(0), len(y.w), y.t + 0.3  # not at a whole time, where schedules may have kinks
     k = min(2, d)
     U = torch.from_numpy(rng.normal(size=(d, k)) / d**0.5).to(y.w)
     X = rng.normal(size=(k, k))
@@ -197,7 +199,7 @@ def _check_rates(flow: CentralFlow, y: State) -> None:
 
     eps = float(torch.finfo(y.w.dtype).eps)
     still = [(x / v).abs()[(x != 0) & (v != 0)] for x, v in zip(*map(pytree.tree_leaves, (y.nu, rate.nu)), strict=True)]
-    fastest = min([1 / float(rate.w.norm()), *(float(x.min()) for x in still if x.numel())])  # of what moves, its time
+    fastest = min([1 / float(rate.w.norm()), *(float(x.min()) for x in still if x.numel())])  # the shortest time scale
     s = 2 * eps**0.2 * fastest
     slope = (8 * (gap(s) - gap(-s)) - (gap(2 * s) - gap(-2 * s))) / (12 * s)
     predicted = smat(lin.beta.numpy() @ svec(X)) - lin.alpha.numpy()
@@ -206,8 +208,8 @@ def _check_rates(flow: CentralFlow, y: State) -> None:
     off = np.abs(slope - predicted).max()
     _require(
         off <= allowed,
-        f"along the flow the gap changes at a rate that is {off:.2g} from β[X] − α, {allowed:.1g} allowed: "
-        f"differences give {slope.tolist()}, α and β {predicted.tolist()}",
+        f"along the flow the gap changes at a rate that is {off:.2g} from β[X] − α; {allowed:.1g} is allowed. "
+        f"Differences give {slope.tolist()}, α and β {predicted.tolist()}",
     )
 
 
@@ -215,15 +217,15 @@ def _check_rates(flow: CentralFlow, y: State) -> None:
 
 
 def check_preconditioner(P: Preconditioner, d: int, like: Tensor | None = None) -> None:
-    """Check a preconditioner against its own matrix [d, d]: symmetric, positive definite, its inverse and its roots.
+    """Check a preconditioner against its own matrix [d, d]: symmetry, positive definiteness, inverse and square roots.
 
     Args:
         P: the preconditioner.
         d: its number of weights.
-        like: a tensor whose dtype and device it works with (default: float64 on the CPU).
+        like: a tensor with the dtype and device of the check (default: float64 on the CPU).
 
     Raises:
-        AssertionError: naming what is violated.
+        AssertionError: if the preconditioner fails; the message names what is violated.
     """
     eye = torch.eye(d, dtype=torch.float64) if like is None else torch.eye(d).to(like)
     eps = float(torch.finfo(eye.dtype).eps)
@@ -242,7 +244,7 @@ def check_preconditioner(P: Preconditioner, d: int, like: Tensor | None = None) 
         expected = np.zeros((d, d))
         expected[np.ix_(live, live)] = (Q * values**power) @ Q.T
         off = np.abs(getattr(P, name)(eye).double().cpu().numpy() - expected).max()
-        # an eigenvalue is known to eps times the largest
+        # an eigenvalue has an error of eps times the largest
         allowed = 100 * d * eps * condition * np.abs(expected).max()
         _require(off <= allowed, f"{name} is {off:.2g} from P^({power:g}) of the dense matrix, {allowed:.1g} allowed")
     mean, rate = live.sum() / np.trace(M), float(P.effective_lr())
@@ -275,14 +277,14 @@ def _check_shapes(P: Preconditioner, eye: Tensor) -> None:
 
 
 def check_problem(problem: Problem, w: Tensor | None = None) -> None:
-    """Check a problem's derivatives: against differences, H and T for symmetry, and columns alone and together.
+    """Check a problem's derivatives: against differences, for symmetry of H and T, and for columns alone and together.
 
     Args:
         problem: the problem.
-        w: where [d] (default: w0).
+        w: the weights [d] at which to check (default: w0).
 
     Raises:
-        AssertionError: naming what is violated.
+        AssertionError: if the problem fails; the message names what is violated.
     """
     w = problem.w0 if w is None else w
     before, rng = w.clone(), torch.get_rng_state()
@@ -300,7 +302,7 @@ def check_problem(problem: Problem, w: Tensor | None = None) -> None:
     _require(torch.equal(torch.get_rng_state(), rng), "the loss draws from torch's global random numbers")
     eps = float(torch.finfo(w.dtype).eps)
     room = {name: eps**0.5 + 10 * errors.get(name, 0.0) for name in ("hvps", "third_derivatives")}
-    # the columns' pairs in svec order, off-diagonal ones times the root of 2
+    # the pairs of columns in svec order, off-diagonal ones times √2
     cube = np.stack([smat(column) for column in (T @ U).double().cpu().numpy().T], axis=2)
     _close(HU.T @ U, (HU.T @ U).T, room["hvps"], "H is not symmetric: uᵀHv and vᵀHu")
     for order in permutations(range(3)):

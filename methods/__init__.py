@@ -1,4 +1,4 @@
-"""What minimises the loss: the (f, P) spec, preconditioners, one optimizer a file."""
+"""The methods that minimise the loss: the declaration (f, P), preconditioners, and one optimizer a file."""
 
 if __name__ != "dvi.methods":  # a second copy under another name would load every class twice
     raise ImportError("import dvi.methods, not methods")

@@ -1,4 +1,4 @@
-"""What can be wrong with a declaration."""
+"""The errors in a declaration."""
 
 
 class SpecError(ValueError):
@@ -6,7 +6,9 @@ class SpecError(ValueError):
 
 
 class ScheduleError(SpecError):
-    """A schedule fails at some time, gives what is no number in its range, or two values at one time."""
+    """A schedule fails at some time, gives something that is not a number in its range, or gives two values at one
+    time.
+    """
 
 
 class NotPositiveDefiniteError(SpecError):

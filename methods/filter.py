@@ -1,11 +1,11 @@
-"""Momentum as a linear filter on the gradient, and what an edge of stability makes of it.
+"""Momentum as a linear filter on the gradient, and its effect at the edge of stability.
 
 With w_{t+1} = w_t − P⁻¹ m_t and m_t = Q(z) g_t, the characteristic equation on an eigenvector HU = λPU is
 
     (z − 1) + λ Q(z) = 0,        x = z⁻¹,
 
-so the optimizer becomes unstable at the least real λ > 0 at which a root stands on the unit circle, λ = (1 − z)/Q(z).
-Where that is at z = −1 the optimizer oscillates with period two, as gradient descent does at λ = 2, and the filter
+so the optimizer becomes unstable at the least real λ > 0 for which a root lies on the unit circle, λ = (1 − z)/Q(z).
+If that root is z = −1, the optimizer oscillates with period two, as gradient descent does at λ = 2.  Then the filter
 enters its central flow through three numbers only: the threshold c, the gain Q₁ and the lag τ.
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from dvi.methods.errors import SpecError
 
-Memory = tuple[Tensor, ...]  # past gradients and past outputs [d], the latest last of each
+Memory = tuple[Tensor, ...]  # past gradients, then past outputs, all [d]; the latest of each is the last
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Q(x) = (n₀ + n₁x + …)/(d₀ + d₁x + …), x = z⁻¹ one step's delay; ``Filter()`` is 1, no momentum.
+    """Q(x) = (n₀ + n₁x + …)/(d₀ + d₁x + …), where x = z⁻¹ delays by one step; ``Filter()`` is 1, no momentum.
 
     >>> heavy_ball = Filter([1], [1, -0.9])
     >>> [round(float(number), 12) for number in (heavy_ball.threshold, heavy_ball.gain, heavy_ball.lag)]
@@ -45,7 +45,7 @@ class Filter:
 
     @property
     def trivial(self) -> bool:
-        """Is there no filter, Q = 1?"""
+        """True if there is no filter, Q = 1."""
         return self.order == 0 and float(self.numerator[0]) == float(self.denominator[0])
 
     @property
@@ -57,7 +57,7 @@ class Filter:
 
     @property
     def gain(self) -> Any:
-        """Q₁ = Q(x = 1): how much further than P⁻¹g a step goes on average."""
+        """Q₁ = Q(x = 1): the average step is Q₁ P⁻¹g."""
         return sum(self.numerator) / sum(self.denominator)
 
     @property
@@ -77,10 +77,10 @@ class Filter:
         return tuple(torch.zeros_like(w) for _ in range(self._inputs + self._outputs))
 
     def step(self, g: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """m_t [d] from g_t [d], and the memory after it, whose last is m_t.
+        """m_t [d] from g_t [d], and the memory after it, whose last entry is m_t.
 
-        Gradients and outputs themselves are kept (direct form I), so that where coefficients are scheduled the present
-        ones act on them: m_t = β_t m_{t−1} + g_t.
+        The memory holds gradients and outputs themselves (direct form I).  So scheduled coefficients act with their
+        present values: m_t = β_t m_{t−1} + g_t.
         """
         first, inputs = self.denominator[0], (*memory[: self._inputs], g)
         outputs = memory[self._inputs :]
@@ -107,8 +107,9 @@ class Filter:
             decay: γ of a decoupled weight decay, w_{t+1} = (1 − γ)w_t − P⁻¹m_t.
 
         Raises:
-            SpecError: if coefficients are missing or no numbers; else naming the pole, the gain, or the frequency at
-                which it would escape first.
+            SpecError: if coefficients are missing or not numbers; if the filter is unstable or its gain is not
+                positive; if the optimizer leaves stability at another frequency.  The message names the pole, the gain
+                or the frequency.
         """
         for part in (self.numerator, self.denominator):
             if not isinstance(part, Sequence) or not part or not all(isinstance(x, (Real, Tensor)) for x in part):
@@ -140,14 +141,14 @@ class Filter:
 
     @cached_property
     def escape(self) -> tuple[float, float] | None:
-        """(ω, λ): the least λ > 0 at which (z−1) + λQ = 0 has a root on the unit circle, z = exp(iω), 0 < ω ≤ π."""
+        """(ω, λ): the least λ > 0 for which (z−1) + λQ = 0 has a root z = exp(iω), 0 < ω ≤ π, on the unit circle."""
         return self.escape_under(0.0)
 
     def escape_under(self, decay: float) -> tuple[float, float] | None:
-        """The same with decoupled weight decay γ: of (z−1+γ) + λQ = 0.
+        """The same with decoupled weight decay γ: for (z−1+γ) + λQ = 0.
 
-        Where (1−γ−z)/Q(z) is real: Im[(1−γ−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0, a polynomial in cos ω once divided by
-        sin ω.
+        At such a root (1−γ−z)/Q(z) is real: Im[(1−γ−z) D(z̄) N(z)] = −Σ aₖ sin kω = 0.  Divided by sin ω, this is a
+        polynomial in cos ω.
         """
         numerator, denominator = (np.array(c) for c in self._numbers)
         crossings: list[tuple[float, float]] = []
@@ -194,7 +195,7 @@ def _roots_in_cosine(odd: list[float]) -> list[float]:
     if scale == 0:
         return []
     roots = polynomial.trim(1e-13 * scale).roots()
-    # a real root from a companion matrix is off by its rounding, the square root of it where two meet
+    # the error of a real root from a companion matrix is its rounding; the square root of it at a double root
     return [float(r.real) for r in np.asarray(roots, complex) if abs(r.imag) < 1e-7 and abs(r.real) < 1 - 1e-9]
 
 

@@ -1,4 +1,4 @@
-"""One number for each weight, by stretches of the flat vector: what ``decay()`` gives."""
+"""One number for each weight, constant or given over stretches of the flat vector, as ``decay()`` returns it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PerWeight:
 
     Attributes:
         stretches: pairs (value, n) for consecutive stretches of w: a number, or a tensor [n], for n weights.
-        like: a tensor [d] whose dtype and device those made here have.
+        like: a tensor [d] that sets dtype and device of the results.
     """
 
     stretches: tuple[tuple[Value, int], ...]
@@ -29,7 +29,7 @@ class PerWeight:
 
     @staticmethod
     def of(declared: Any, like: Tensor, name: str = "decay()") -> PerWeight:
-        """What a method declares, for weights like ``like`` [d].
+        """The declaration of a method, for weights like ``like`` [d].
 
         Raises:
             SpecError: if it is neither a number, nor a tensor [d], nor a list of pairs (number, how many weights).
@@ -45,7 +45,7 @@ class PerWeight:
 
     @property
     def uniform(self) -> bool:
-        """Is it one number for all?"""
+        """True if it is one number for all weights."""
         return len(self.stretches) == 1 and not _is_vector(self.stretches[0][0])
 
     @property
@@ -55,7 +55,7 @@ class PerWeight:
 
     @property
     def vector(self) -> Tensor:
-        """All of them [d]; a tensor [] where they are one."""
+        """All of them [d]; a tensor [] if it is one number for all."""
         tensors = [x if isinstance(x, Tensor) else self.like.new_tensor(x) for x, _ in self.stretches]
         if self.uniform:
             return tensors[0].to(self.like)
@@ -99,16 +99,16 @@ def _value(x: Any, n: int, like: Tensor, name: str) -> Value:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     what = f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-    raise SpecError(f"{name} gives {what} for {n} weights; it gives a number or a tensor of shape [{n}].")
+    raise SpecError(f"{name} gives {what} for {n} weights; it must give a number or a tensor of shape [{n}].")
 
 
 def _same(x: Value, other: Value) -> bool:
-    """Known to be one number, without a look at tensors."""
+    """True if both are known to be the same number without reading tensors."""
     return x is other or (isinstance(x, float) and isinstance(other, float) and x == other)
 
 
 def _merged(stretches: tuple[tuple[Value, int], ...]) -> tuple[tuple[Value, int], ...]:
-    """Neighbours with one and the same number as one; stretches without weights left out."""
+    """The stretches with equal neighbours merged and empty ones left out."""
     out: list[tuple[Value, int]] = []
     for x, n in stretches:
         if out and not _is_vector(x) and _same(x, out[-1][0]):

@@ -1,8 +1,8 @@
-"""A hyperparameter as a function of time: the optimizer's values at whole steps, and what a flow makes of them (C.7).
+"""A hyperparameter as a function of time: the optimizer's values at whole steps, and their reading by a flow (C.7).
 
-The optimizer's step from t to t + 1 uses the value at the whole number t, and nothing else.  A flow reads the function
-between whole numbers, too, one unit [t, t + 1] at a time.  Where the function jumps within a unit, the optimizer sees
-the new value at t + 1, and there the flow jumps; until then it keeps what the function was before the jump.
+The optimizer's step from t to t + 1 uses only the value at the whole number t.  A flow also reads the function between
+whole numbers, one unit [t, t + 1] at a time.  If the function jumps within a unit, the optimizer first uses the new
+value at t + 1.  So the flow jumps at t + 1; until then it continues the function from before the jump.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from dvi.methods.errors import ScheduleError, SpecError
 
-#: A jump of a table by less than this part of its values is no more than its resolution, and is smoothed.
+#: A jump of a table by less than this fraction of its values is below its resolution, and is smoothed.
 FINE = 0.01
 #: One change of a table belongs to a trend if it is at most this many times the change before it, or after it.
 STEADY = 2.0
-#: A change between two neighbouring numbers t is a jump if it is more than this part of the value.
+#: A change between two neighbouring numbers t is a jump if it is more than this fraction of the value.
 ROUNDING = 1e-9
-#: A kink counts if the slope changes by more than this part of the value, per unit time.
+#: A kink counts if the slope changes by more than this fraction of the value, per unit time.
 KINK = 1e-4
 
 _STEP = 1e-3  # of difference quotients, unit times: schedules vary over units of time or more
@@ -37,7 +37,7 @@ class Table:
     """A schedule with one value a step: ``values[t]`` for the step from t to t + 1.
 
     Raises:
-        SpecError: if it is empty, or something in it is no number.
+        SpecError: if it is empty, or an entry is not a number.
     """
 
     values: tuple[float, ...] = field(repr=False)
@@ -69,7 +69,7 @@ def as_number(value: Any) -> float:
     """The number that a Python, NumPy or torch scalar is.
 
     Raises:
-        TypeError, ValueError: if it is none (text is none, whatever it says).
+        TypeError, ValueError: if it is not a number (text never is).
     """
     if isinstance(value, (str, bytes, bytearray)):
         raise TypeError(f"{value!r} is text")
@@ -83,13 +83,13 @@ def as_number(value: Any) -> float:
 
 
 def as_schedule(value: Any, name: str) -> Any:
-    """A table where ``value`` is a sequence of numbers; anything else as it is."""
+    """A table if ``value`` is a sequence of numbers; anything else unchanged."""
     one_axis = isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1
     return Table.of(value, name) if one_axis or isinstance(value, (list, tuple)) else value
 
 
 def value_and_slope(schedule: Callable[[Any], Any], t: float, name: str = "A schedule") -> tuple[float, float]:
-    """The schedule's value and dvalue/dt at t (at a jump or a kink: those on its right).
+    """The schedule's value and dvalue/dt at t; at a jump or a kink, those on its right.
 
     Raises:
         SpecError: if the schedule's value is not a number.
@@ -105,11 +105,12 @@ class Unit:
 
     Attributes:
         first: its value at s.
-        last, final: until when it is followed, and its value there: the unit's end, or just before the first jump.
-        following: its value at the unit's end; None if it has none, which may be at the end of the run only.
-        broken: whether it jumps in between.
-        flat: whether it is constant from s to ``last``.
-        head, tail, bend: its slope in the first and in the last quarter, and how much slopes change, per unit time.
+        last, final: the time until which the flow follows it (the unit's end, or just before the first jump), and its
+            value there.
+        following: its value at the unit's end; None if it has none, which is possible only at the end of the run.
+        broken: True if it jumps in between.
+        flat: True if it is constant from s to ``last``.
+        head, tail, bend: its slope in the first and in the last quarter, and the change of slope per unit time.
     """
 
     first: float
@@ -124,11 +125,11 @@ class Unit:
 
 
 class Schedule:
-    """A user's function of time, asked for no other times than 0 ≤ t ≤ end, and read as the optimizer uses it.
+    """A user's function of time, called only for 0 ≤ t ≤ end, and read as the optimizer uses it.
 
     Args:
         function: t ↦ value.
-        name: how errors call it.
+        name: its name in errors.
         end: unit times; later times get the value at the end.
     """
 
@@ -144,7 +145,7 @@ class Schedule:
         """The function's value at t.
 
         Raises:
-            SpecError: if it raises anything, or gives what is no finite number.
+            SpecError: if it raises anything, or gives something that is not a finite number.
         """
         try:
             value = self._call(t)
@@ -170,7 +171,7 @@ class Schedule:
                 raise error from None
 
     def whole(self, s: int) -> float:
-        """The value at a whole number, which is the optimizer's own.
+        """The value at a whole number, which the optimizer uses.
 
         Raises:
             SpecError: see :meth:`ask`; or if the function gives another value than before.
@@ -180,7 +181,7 @@ class Schedule:
         return self._whole[s]
 
     def asked_again(self, s: int) -> float:
-        """The same, asked anew and compared."""
+        """The same value from a new call, compared with the first."""
         known, now = self.whole(s), self.ask(float(s))
         if now != known:
             raise ScheduleError(
@@ -193,7 +194,7 @@ class Schedule:
     # ---- unit by unit ---------------------------------------------------------------------------------------
 
     def unit(self, s: int) -> Unit:
-        """What the function does between s and s + 1."""
+        """The function between s and s + 1."""
         if s not in self._units:
             self._units[s] = self._looked_at(s)
         return self._units[s]
@@ -210,7 +211,7 @@ class Schedule:
         except ScheduleError:
             if top < self.end:
                 raise
-            # the last unit: what the optimizer uses is there, and serves
+            # the last unit: the value that the optimizer uses serves
             return Unit(first, float(s), first, following, broken=True, flat=True)
         for _ in range(16):  # as many jumps as a unit may have, each earlier than the one before
             change = [abs(b - a) for a, b in pairwise(y)]
@@ -234,7 +235,7 @@ class Schedule:
             return None  # a function for 0 ≤ t < end
 
     def _sampled(self, s: float, last: float, first: float, final: float | None) -> tuple[list[float], list[float]]:
-        """Five times from s to ``last`` and the values there, of which those at the ends may be known."""
+        """Five times from s to ``last`` and the values there; the values at the ends may be known already."""
         if last <= s:
             return [s] * 5, [first] * 5
         inside = [s + part * (last - s) for part in (0.25, 0.5, 0.75)]
@@ -243,7 +244,7 @@ class Schedule:
 
     def _jump(self, low: float, high: float, below: float, above: float) -> float | None:
         """The last number before a jump between two times; None if the function is continuous there."""
-        enough = 0.4 * abs(above - below)  # of a continuous function's change less and less is left
+        enough = 0.4 * abs(above - below)  # for a continuous function the remaining change gets smaller and smaller
         before = float(np.nextafter(high, low))
         if before > low:
             value = self.ask(before)
@@ -260,7 +261,9 @@ class Schedule:
         return low if abs(above - below) > ROUNDING * max(abs(above), abs(below)) else None
 
     def trend(self, s: int) -> bool:
-        """Is the unit one of a table's whose values change steadily?  Then the change at its end is spread over it."""
+        """True if the unit belongs to a table whose values change steadily: the change at its end is then spread over
+        it.
+        """
         if s not in self._trends:
             self._trends[s] = s < self.end and self._is_trend(s)
         return self._trends[s]
@@ -278,21 +281,21 @@ class Schedule:
         )
 
     def _change(self, s: int) -> float | None:
-        """By how much a table changes at the end of a unit; None if there is no table, or no more of it."""
+        """The change of a table at the end of a unit; None if there is no table, or if it has ended."""
         if s < 0 or s + 1 > self.end:
             return None
         unit = self.unit(s)
         return None if unit.following is None or not unit.flat else unit.following - unit.first
 
     def jumps(self, t: int) -> bool:
-        """Does a flow jump at the whole number t?"""
+        """True if a flow jumps at the whole number t."""
         if not 1 <= t <= self.end:
             return False
         unit = self.unit(t - 1)
         return unit.broken and unit.following is not None and not self.trend(t - 1)
 
     def bends(self, t: int) -> bool:
-        """Is there a kink at the whole number t?"""
+        """True if there is a kink at the whole number t."""
         if not 1 <= t <= self.end - 1:
             return False
         before, after = self.unit(t - 1), self.unit(t)
@@ -325,7 +328,9 @@ class Schedule:
         return self._slope(min(t, unit.last), float(s), unit.last, left)
 
     def _place(self, t: float, left: bool) -> tuple[float, int, Unit | None]:
-        """The time within 0 … end, the unit it lies in, and what that is like (None at a whole number: not needed)."""
+        """The time within 0 … end, the number of its unit, and that unit (None at a whole number, where it is not
+        needed).
+        """
         t = min(max(t, 0.0), self.end)
         s = math.floor(t)
         if t > s:
@@ -335,11 +340,11 @@ class Schedule:
         return t, s, None
 
     def _slope(self, t: float, low: float, high: float, left: bool) -> float:
-        """The slope of the function at t, by what it is between ``low`` and ``high``.
+        """The slope of the function at t, from its values between ``low`` and ``high``.
 
-        It is exact (forward differentiation) where it agrees with a difference quotient.  Where it does not, as in a
-        schedule made of ``math`` functions, which leave torch's differentiation without a word, the quotient is taken,
-        with an error of about 1e-7 relative.
+        Forward differentiation gives the exact slope; it is used if it agrees with a difference quotient.  It does not
+        agree for schedules made of ``math`` functions, through which torch silently does not differentiate.  Then the
+        quotient is used, with a relative error of about 1e-7.
         """
         h = min(_STEP, 0.25 * (high - low))
         if h < 1e-9:
@@ -363,7 +368,7 @@ class Schedule:
         return (4 * self.ask(t + h) - self.ask(t + 2 * h) - 3 * value) / (2 * h)
 
     def _turn(self, t: float, value: float, h: float) -> float:
-        """By how much slopes on both sides differ."""
+        """The difference between the slopes on both sides."""
         return abs(self.ask(t + h) - 2 * value + self.ask(t - h)) / h
 
 

@@ -1,4 +1,4 @@
-"""Parameter tensors in a flat weight vector: what a method with one state per tensor has to know."""
+"""Parameter tensors in a flat weight vector, for methods with one state per tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = Sequence[Sequence[int]]
 
 
 def sizes(shapes: Shapes) -> list[int]:
-    """How many weights each tensor has."""
+    """The number of weights of each tensor."""
     return [prod(shape) for shape in shapes]
 
 

@@ -1,12 +1,12 @@
-"""The declaration of an optimizer: init, f and P, Q where it has momentum, decay where weights decay by themselves.
+"""The declaration of an optimizer: init, f and P; also Q for momentum, and decay for decoupled weight decay.
 
 An optimizer is declared as a state spec (paper, Appendix C.7)
 
     ν_t = ν_{t−1} + f(ν_{t−1}, ∇L(w_t)),        w_{t+1} = w_t − P(ν_t)⁻¹ ∇L(w_t),
 
-with a filter Q before ∇L(w_t) and (1 − γ)w_t in place of w_t where they are declared.  Everything else — the discrete
-optimizer, its stable flow, its central flow with α, β and the cone complementarity problem — is derived from that
-declaration.
+If Q is declared, it filters ∇L(w_t) in the second equation; if decay is declared, (1 − γ)w_t replaces w_t.  Everything
+else is derived from that declaration: the discrete optimizer, its stable flow, and its central flow with α, β and the
+cone complementarity problem.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dvi.methods.preconditioners.base import Preconditioner
 from dvi.methods.schedules import Schedule, as_schedule
 
 Nu = Any  # a pytree of tensors: the optimizer's state ν
-Hyperparameter = Any  # a number or a schedule; inside f and P always the number
+Hyperparameter = Any  # a number or a schedule; inside f and P it is always the number
 
-#: What a hyperparameter of this name may be: (does it hold?, in words).
+#: The range of a hyperparameter with this name: (a test, the range in words).
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "lr": (lambda x: x > 0, "positive"),
     "eps": (lambda x: x >= 0, "zero or positive"),
@@ -46,7 +46,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
 class Method:
     """An optimizer declared as (init, f, P).  Subclass it; fields are hyperparameters.
 
-    A subclass is made a frozen dataclass by being declared, so that
+    Every subclass becomes a frozen dataclass.  So a complete declaration is
 
     >>> import torch, dvi
     >>> class AdaGrad(dvi.Method):
@@ -58,38 +58,38 @@ class Method:
     >>> AdaGrad(lr=0.1)
     AdaGrad(lr=0.1, eps=1e-08)
 
-    is the whole of it.  NumPy's numbers and tensors of shape [] become Python's.
+    Numbers of NumPy and tensors of shape [] are converted to Python numbers.
 
-    Any hyperparameter may be a schedule: a callable ``t -> value`` of the number t of steps taken so far (t = 0 at the
-    first step; the flow's time), or a sequence with one value a step.  ``self.lr`` is then the value at the current t
-    wherever ``f`` or ``P`` reads it, and dP/dt enters the flow (C.7).  The optimizer uses the values at whole t.  A run
-    of n steps asks for 0 ≤ t ≤ n, and does without a value at t = n.
+    Any hyperparameter may be a schedule.  A schedule is a callable ``t -> value`` of the number t of steps taken so far
+    (t = 0 at the first step; it is also the flow's time), or a sequence with one value a step.  Inside ``f`` and ``P``,
+    ``self.lr`` is then the value at the current t, and dP/dt enters the flow (C.7).  The optimizer uses the values at
+    whole t.  A run of n steps asks for 0 ≤ t ≤ n; a value at t = n is not required.
 
-    A schedule may jump.  A jump between the whole numbers t − 1 and t is one at t for the flow, which every integrator
-    lands on: the first step with the new value is the one from t on.  A table (a sequence, or ``lambda t:
-    values[int(t)]``) jumps at every whole number.  Where its values change steadily (one change is at most twice the
-    one before it or after it, or below 1 %), the flow takes the broken line through (t + ½, values[t]) instead;
-    elsewhere each value holds from t to t + 1.  Either way ∫ dt between jumps is the optimizer's sum.
+    A schedule may jump.  If it jumps between the whole numbers t − 1 and t, the flow jumps at t: the step that starts
+    at t is the first with the new value.  Every integrator ends a step there.  A table (a sequence, or ``lambda t:
+    values[int(t)]``) jumps at every whole number.  If its values change steadily (one change is at most twice the one
+    before it or after it, or below 1 %), the flow uses the broken line through (t + ½, values[t]) instead.  Otherwise
+    each value holds from t to t + 1.  In both cases ∫ dt between jumps is the optimizer's sum.
 
-    ``f`` and ``P`` must be made of torch operations (or operators) that can be differentiated, must not modify
-    their arguments in place, and must not read anything that changes from one step to the next except ν, g and
-    scheduled hyperparameters.  Where a flow is compiled, derivatives of both are compared with differences of them, and
-    what is lost (``.item()``, ``.detach()``, NumPy, ``torch.no_grad()``) is refused by name.  A part of ν that is zero
-    and stays zero does no harm, however steep f or P is there (√ν).  A flow calls f and P some times to differentiate
-    them and then replays the tensor operations that it saw (not with control flow that depends on numbers in ν or g,
-    which is called every time).
+    ``f`` and ``P`` must be made of differentiable torch operations (or operators).  They must not modify their
+    arguments in place.  Apart from ν, g and scheduled hyperparameters, they must not read anything that changes between
+    steps.  When a flow is compiled, the derivatives of both are compared with difference quotients.  Operations that
+    lose derivatives (``.item()``, ``.detach()``, NumPy, ``torch.no_grad()``) are refused by name.  A part of ν that is
+    zero and stays zero does no harm, however steep f or P is there (√ν).  A flow calls f and P a few times to
+    differentiate them and then replays the recorded tensor operations.  If their control flow depends on numbers in ν
+    or g, they are called every time.
 
-    A part of ν that keeps nothing of itself (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no differential
-    equation and is refused, unless ∂f/∂ν is diagonal and the method has an attribute ``memory`` > 0, unit times: in the
-    flows, not in the optimizer, such a part then relaxes towards its value within that time
-    (:class:`~dvi.methods.NormalizedGD`).
+    A part of ν that keeps nothing of its own value (``1 + ∂f/∂ν = 0``: the present ‖g‖², a delayed copy) has no
+    differential equation, so it is refused.  The exception is a diagonal ∂f/∂ν in a method with an attribute
+    ``memory`` > 0 (unit times).  In its flows, such a part relaxes towards its value within that time; the optimizer is
+    unchanged (:class:`~dvi.methods.NormalizedGD`).
 
     Raises:
-        SpecError: where the method is made, if a hyperparameter is not finite or not in the range that
-            :attr:`ranges` gives for its name (``lr`` positive, ``eps`` and ``weight_decay`` ≥ 0, ``beta1``,
-            ``beta2``, ``momentum`` in [0, 1)).  Where a run starts, if a schedule raises anything, gives what is no
-            finite number, leaves its range or gives two values at one time; later on that ends the run, with what was
-            computed until then.
+        SpecError: when the method is made, if a hyperparameter is not finite or outside the range that :attr:`ranges`
+            gives for its name (``lr`` positive, ``eps`` and ``weight_decay`` ≥ 0, ``beta1``, ``beta2``, ``momentum`` in
+            [0, 1)).  When a run starts, if a schedule raises anything, gives something that is not a finite number,
+            leaves its range, or gives two values at one time.  If that happens later, the run ends with the results up
+            to that time.
     """
 
     #: Ranges by field name; a subclass may extend them.
@@ -120,34 +120,34 @@ class Method:
         return {}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
-        """ν_t − ν_{t−1}, given ν_{t−1} and the gradient g [d] at w_t; of the structure of ν."""
+        """ν_t − ν_{t−1}, given ν_{t−1} and the gradient g [d] at w_t; it has the structure of ν."""
         return {}
 
     def P(self, nu: Nu) -> Preconditioner:
-        """Make the preconditioner, the learning rate folded in, so that the critical threshold is 2."""
+        """The preconditioner, including the learning rate, so that the critical threshold is 2."""
         raise SpecError(f"{type(self).__name__} declares no P(nu): say which preconditioner its state makes.")
 
     def Q(self) -> Filter:
-        """Momentum: the linear filter that makes the step's m_t of the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
+        """Momentum: the linear filter Q that acts on the gradients, w_{t+1} = w_t − P(ν_t)⁻¹ Q g_t."""
         return Filter()
 
     def remembered(self, w: Tensor, g: Tensor) -> Memory:
-        """The memory of the filter before the first step, given w [d] and the gradient g [d] there: empty, of zeros."""
+        """The memory of the filter before the first step, given w [d] and the gradient g [d] there: all zeros."""
         return self.at(0.0).Q().initial(w)
 
     def decay(self) -> Any:
         """Decoupled weight decay γ in [0, 1): w_{t+1} = (1 − γ)w_t − P(ν_t)⁻¹ Q g_t.
 
-        None: there is none.  A number, often ``self.lr * self.weight_decay``: for all weights.  A tensor [d], or a list
-        of pairs (γ, how many weights) for consecutive stretches of w: weight by weight.  γ must then be one number over
-        each part of P that is no ``Scalar`` or ``Diagonal``.
+        None means no decay.  A number, often ``self.lr * self.weight_decay``, holds for all weights.  A tensor [d], or
+        a list of pairs (γ, how many weights) for consecutive stretches of w, gives γ for each weight.  γ must then be
+        constant over each part of P that is neither a ``Scalar`` nor a ``Diagonal``.
         """
         return None
 
     # ---- what follows from it -------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The fields by name, schedules as they were given."""
+        """The fields by name; schedules are not evaluated."""
         if not dataclasses.is_dataclass(self):
             return {}
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -166,7 +166,7 @@ class Method:
 
         Args:
             t: unit times, the number of steps taken so far.
-            dt: a zero-valued tensor that carries a tangent when dP/dt is wanted: a scheduled value becomes
+            dt: a zero-valued tensor that carries a tangent if dP/dt is wanted.  A scheduled value becomes
                 ``value(t) + slope(t)·dt``.
         """
         read = {name: self.schedule(name) for name in self.scheduled}
@@ -177,7 +177,7 @@ class Method:
     def with_values(
         self, t: float, values: Mapping[str, float], slopes: Mapping[str, float], dt: Tensor | float = 0.0
     ) -> Method:
-        """This method with numbers for its schedules, those at t, and ``slopes`` (if any) times dt added.
+        """This method with its schedules replaced by numbers, their values at t plus ``slopes`` (if any) times dt.
 
         Raises:
             SpecError: if a number is out of its range.
@@ -198,7 +198,7 @@ class Method:
         return f"{type(self).__name__}({name}=…)"
 
     def check_range(self, name: str, value: float, at: float | None = None) -> None:
-        """Raise SpecError unless a hyperparameter's value (that of its schedule at a time) is in its range."""
+        """Raise SpecError unless a hyperparameter's value (or its schedule's value at a time) is in its range."""
         where = f"{type(self).__name__}({name}={value!r})" + ("" if at is None else f" at t = {at:g}")
         kind = SpecError if at is None else ScheduleError
         if not math.isfinite(value):
@@ -216,7 +216,7 @@ class FunctionMethod(Method):
     P_fn: Callable[[Nu], Preconditioner]
 
     def hyperparameters(self) -> dict[str, Any]:
-        """None: the functions have closed over theirs."""
+        """Empty: the functions hold their own hyperparameters."""
         return {}
 
     def init(self, w: Tensor) -> Nu:

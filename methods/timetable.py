@@ -12,14 +12,14 @@ from torch import Tensor
 from dvi.methods.errors import ScheduleError
 from dvi.methods.spec import Method
 
-_SAME = 1e-9  # unit times: two times that differ by no more than rounding
+_SAME = 1e-9  # unit times: two times that differ by less than this differ by rounding
 
 
 class Timetable:
-    """The schedules of a method, read as a flow needs them.
+    """The schedules of a method, as a flow reads them.
 
-    A run asks for them between 0 and its end only (:meth:`survey`), stretch by stretch (:meth:`stretch`).  At a jump
-    the values are those on its left where a stretch ends, and those on its right where the next one begins.
+    A run asks for them only between 0 and its end (:meth:`survey`), stretch by stretch (:meth:`stretch`).  At a jump,
+    the values on its left end one stretch, and the values on its right begin the next.
 
     Args:
         method: the declaration.
@@ -37,11 +37,11 @@ class Timetable:
     # ---- a run ----------------------------------------------------------------------------------------------
 
     def survey(self, start: float, end: float, whole: bool = False) -> None:
-        """Look at all schedules from ``start`` to ``end`` (unit times), before a run begins.
+        """Check all schedules from ``start`` to ``end`` (unit times) before a run begins.
 
         Args:
             start, end: of the run.
-            whole: for the optimizer, which asks for whole times only.
+            whole: True for the optimizer, which asks only for whole times.
 
         Raises:
             SpecError: if one fails, leaves its range, or gives two values at one time.
@@ -67,9 +67,9 @@ class Timetable:
 
     @contextmanager
     def stretch(self, t: float) -> Iterator[tuple[float, bool]]:
-        """Read the schedules as in the stretch of the run that begins at t or that t lies in.
+        """Read the schedules in the stretch of the run that begins at t or contains t.
 
-        Gives the time of the next jump or kink (∞ if there is none), and whether it is a jump.
+        Returns the time of the next jump or kink (∞ if there is none), and whether it is a jump.
         """
         i = bisect_right(self._corners, t + _SAME, key=lambda corner: corner[0])
         corner, jump = self._corners[i] if i < len(self._corners) else (math.inf, False)
@@ -80,7 +80,7 @@ class Timetable:
             self._active, self._until = self._open, math.inf
 
     def changes(self, t: float) -> str:
-        """In words: what jumps at t, from where and to where."""
+        """The jumps at t in words: the names, the values before and after."""
         words = [
             f"{name} from {schedule.value(t, left=True):.4g} to {schedule.value(t):.4g}"
             for name, schedule in self._run.items()
@@ -96,8 +96,8 @@ class Timetable:
         Args:
             t: unit times.
             dt: a zero-valued tensor that carries a tangent, or 0.
-            centred: read tables half a unit late, so that ∫ dt is the optimizer's sum (a flow of
-                first order; one of second order asks for :meth:`clock` itself, of all schedules).
+            centred: read tables half a unit late, so that ∫ dt is the optimizer's sum.  This is for flows of first
+                order; those of second order read all schedules at :meth:`clock`.
         """
         if not self.names:
             return self.method

@@ -1,4 +1,4 @@
-"""A declaration tried once, before anything is built on it."""
+"""Tries a declaration once, before anything is built on it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
     """Run init, f and P once at (w, g) and return ν after that first update.
 
     Raises:
-        SpecError: if ``init`` does not give a pytree of floating tensors on w's device, if ``f`` gives another
-            structure, shapes or dtypes than ν's, gives a number that is not finite, if ``P`` gives no preconditioner,
-            if one of them changes its arguments in place or gives something else when it is called again, if Q is
-            a filter that does not oscillate with period two first, or if ``decay`` gives what is no γ in [0, 1) for
-            each weight, or another one for weights that P mixes.
+        SpecError: if ``init`` does not return a pytree of floating-point tensors on w's device; if ``f`` returns
+            another structure, other shapes or dtypes than ν's, or a number that is not finite; if ``P`` does not
+            return a preconditioner; if one of them changes its arguments in place, or gives another result when it is
+            called again; if Q does not first oscillate with period two; if ``decay`` does not return a γ in [0, 1) for
+            each weight, or returns different ones for weights that P mixes.
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
     """
     name = type(method).__name__
@@ -79,10 +79,11 @@ def validate(method: Method, w: Tensor, g: Tensor) -> Nu:
 
 
 def decay_of(method: Method, w: Tensor, t: float | None = None) -> PerWeight | None:
-    """The decoupled weight decay γ of a method whose schedules were replaced by their values (those at t); or None.
+    """The decoupled weight decay γ of a method whose schedules were replaced by their values (at t); or None.
 
     Raises:
-        SpecError: if it is no γ in [0, 1) for each of the weights w [d]; along a run (with a t) a ScheduleError.
+        SpecError: if it is not a γ in [0, 1) for each of the weights w [d].
+        ScheduleError: the same along a run (if t is given).
     """
     declared = method.decay()
     if declared is None:
@@ -97,7 +98,7 @@ def decay_of(method: Method, w: Tensor, t: float | None = None) -> PerWeight | N
 
 
 def _between(gamma: PerWeight | None) -> list[float]:
-    """Decays for which a filter is looked at: where γ differs between weights, an eigenvector has a mean of them."""
+    """The decays for which a filter is checked: if γ differs between weights, an eigenvector sees a mean of them."""
     if gamma is None:
         return [0.0]
     low, high = gamma.range()
@@ -116,7 +117,7 @@ def _require_untouched(call: str, what: str, before: Nu, after: Nu, remedy: str)
 
 
 def _require_same(call: str, first: Nu, second: Nu) -> None:
-    """Raise unless two calls with the same arguments have given the same, but for the order of sums."""
+    """Raise unless two calls with the same arguments agree up to the order of sums."""
     for (path, a), (_, b) in zip(leaves(first), leaves(second), strict=True):
         if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
             continue
@@ -125,7 +126,7 @@ def _require_same(call: str, first: Nu, second: Nu) -> None:
             where = f" in ν{path}" if path else ""
             raise SpecError(
                 f"{call} gives something else{where} when it is called again with the same arguments. It draws random "
-                "numbers, or reads something that changes (a counter, a list, a global): make that a part of ν, or a "
+                "numbers, or reads a variable that changes (a counter, a list, a global). Make that a part of ν, or a "
                 "schedule t ↦ value."
             )
 

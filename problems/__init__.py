@@ -1,4 +1,4 @@
-"""What is minimised: a loss, its derivatives, toy problems with exact answers, networks and data."""
+"""The losses that are minimised: their derivatives, toy problems with exact answers, networks and data."""
 
 if __name__ != "dvi.problems":  # a second copy under another name would load every class twice
     raise ImportError("import dvi.problems, not problems")

@@ -1,6 +1,6 @@
-"""A loss changed by what does not ask for examples: a penalty added, or the sign turned.
+"""Changes of a loss that do not depend on examples: a penalty is added, or the sign is reversed.
 
-The same change is made of the whole loss, of a part of it, and of the loss of a mini-batch.
+The same change applies to the whole loss, to a part of it, and to the loss of a mini-batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Penalty:
-    """L2 regularisation: ½ Σ λᵢwᵢ² is added.
+    """L2 regularisation: adds ½ Σ λᵢwᵢ².
 
     Args:
         weights: λ, [] or [d].
@@ -33,7 +33,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Negation:
-    """A loss to be made large, as one to be made small."""
+    """Reverses the sign of a loss, so that minimising the result maximises the loss."""
 
     def __call__(self, loss: Tensor, w: Tensor) -> Tensor:
         """−L []."""
@@ -42,11 +42,11 @@ class Negation:
 
 @dataclass(frozen=True)
 class Changed:
-    """A part of a loss with a change made.
+    """A part of a loss with a change applied.
 
     Args:
         part: the part.
-        change: of its value.
+        change: the change of its value.
     """
 
     part: Part
@@ -57,7 +57,7 @@ class Changed:
         return self.change(self.part(w), w)
 
     def install(self, w: Tensor) -> None:
-        """Put w [d] back where the part keeps it."""
+        """Put w [d] back into the part, if the part stores its weights."""
         reinstate(self.part, w)
 
 

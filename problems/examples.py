@@ -1,4 +1,4 @@
-"""Data: tensors, or tuples and dictionaries of them, whose first dimension may be the examples."""
+"""Data: tensors, or tuples and dictionaries of tensors; their first dimension may count the examples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dvi.problems.errors import ProblemError
 Examples = Any
 
 
-#: What is no data but a setting.
+#: Values that are settings, not data.
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def own(data: Examples) -> Examples:
-    """Return a copy of the data that later changes of the original do not reach; mappings become dictionaries."""
+    """Return a copy of the data, independent of the original; mappings become dictionaries."""
     if isinstance(data, Mapping):
         return {key: own(value) for key, value in data.items()}
     return pytree.tree_map(_own_leaf, data)
@@ -37,7 +37,7 @@ def _own_leaf(leaf: Any) -> Any:
 
 
 def arguments(data: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a model is called with: positional arguments and keyword arguments."""
+    """Return the positional arguments and the keyword arguments of a call of the model."""
     if isinstance(data, Mapping):
         return (), dict(data)
     return (data if isinstance(data, tuple) else (data,)), {}
@@ -48,9 +48,9 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
 
     Args:
         data: the data.
-        name: what to call them in an error.
+        name: their name in errors.
         like: a tensor of the model's dtype and device.
-        any_dtype: whether floating-point data may have another dtype than the model.
+        any_dtype: True if floating-point data may have another dtype than the model.
 
     Raises:
         ProblemError: if they are not made of tensors, are empty or not finite, or do not fit the model.
@@ -70,7 +70,7 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
         raise ProblemError(f"{expected}; got {type(data).__name__}{hint}")
     for tensor in leaves:
         if isinstance(tensor, np.ndarray):
-            raise ProblemError(f"{expected}; there is an ndarray among them: torch.from_numpy(…)")
+            raise ProblemError(f"{expected}; got an ndarray among them: torch.from_numpy(…)")
         if not isinstance(tensor, Tensor):
             continue
         if tensor.device != like.device:
@@ -80,11 +80,11 @@ def refuse_unusable(data: Examples, name: str, like: Tensor, any_dtype: bool = F
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ProblemError(f"{name} have entries that are NaN or infinite")
         if tensor.ndim and len(tensor) == 0:
-            raise ProblemError(f"{name} are empty: there is to be at least 1 example")
+            raise ProblemError(f"{name} are empty: at least 1 example is needed")
 
 
 def count(data: Examples) -> int | None:
-    """Return the first dimension that all tensors share: the number of examples; None where they do not share one."""
+    """Return the first dimension that all tensors share, the number of examples; None if they do not share one."""
     leaves = [leaf for leaf in pytree.tree_leaves(data) if not isinstance(leaf, _PLAIN)]
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
         return None
@@ -93,19 +93,19 @@ def count(data: Examples) -> int | None:
 
 
 def take(data: Examples, which: slice | Tensor) -> Examples:
-    """Return some of the examples, of a slice as views; numbers, words and None among them are for all examples."""
+    """Return some of the examples, as views for a slice; numbers, strings and None are settings for all examples."""
     return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else leaf[which], data)
 
 
-#: How examples are divided, and what to do where that is not possible.
+#: How examples are divided, and the remedy if that is not possible.
 CHUNKED = ("taken in chunks", "Without chunk_size")
 SHARED = ("shared among ranks", "On one rank")
 
 
 def find_reduction(loss_of: Callable[[slice], float], n: int, words: tuple[str, str] = CHUNKED) -> int:
-    """Return 1 if the loss is a mean over examples, 0 if a sum: chunks weigh (their share of examples) to this power.
+    """Return 1 if the loss is a mean over examples, 0 if it is a sum: a chunk weighs its share to this power.
 
-    Tried on two or three examples, split unevenly where there are three.
+    This is tried on two or three examples; three are split unevenly.
 
     Raises:
         ProblemError: if it is neither.
@@ -118,26 +118,26 @@ def find_reduction(loss_of: Callable[[slice], float], n: int, words: tuple[str, 
         if isinstance(error, ProblemError):
             raise
         raise ProblemError(
-            f"to be {divided}, the model treats examples one by one; here it fails on a few of them: {error}.  "
+            f"to be {divided}, the model must treat examples one by one, but it fails on a few of them: {error}.  "
             f"{otherwise} it gets all at once"
         ) from error
     mean = (first + (size - 1) * rest) / size
-    # Losses of a few examples, in float32 at worst, with kernels that may round differently for each size.
+    # For losses of a few examples, at worst in float32, with kernels that may round differently for each size.
     tolerance = 1e-4 * (abs(whole) + abs(first) + abs(rest))
     if abs(whole - mean) <= tolerance:
         return 1
     if abs(whole - (first + rest)) <= tolerance:
         return 0
     raise ProblemError(
-        f"to be {divided}, a criterion is a mean or a sum over examples, and the model treats them one by one; "
-        f"here examples 1 to {size} give {whole:.6g}, the first {first:.6g} and the others {rest:.6g}, "
-        f"which makes neither a mean ({mean:.6g}) nor a sum ({first + rest:.6g}).  "
+        f"to be {divided}, a criterion must be a mean or a sum over examples, and the model must treat them one by "
+        f"one. Here examples 1 to {size} give {whole:.6g}, the first {first:.6g} and the others {rest:.6g}, "
+        f"which is neither a mean ({mean:.6g}) nor a sum ({first + rest:.6g}).  "
         f"{otherwise} any criterion will do"
     )
 
 
 def refuse_different(in_chunks: float, whole: float, words: tuple[str, str] = CHUNKED) -> None:
-    """Raise :class:`ProblemError` if the loss of all examples is not what its chunks add up to."""
+    """Raise :class:`ProblemError` if the loss of all examples differs from the total of its chunks."""
     if abs(in_chunks - whole) > 1e-4 * abs(whole):
         raise ProblemError(
             f"{words[0]} the loss is {in_chunks:.6g}, at once {whole:.6g}: some examples count for more than "

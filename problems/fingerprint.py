@@ -1,4 +1,4 @@
-"""What is in a pytree of tensors, as a short string that another session finds again."""
+"""A short string that identifies the contents of a pytree of tensors, the same in every session."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dvi.problems.distributed.ranks import ALONE, Ranks
 def fingerprint(tree: Any, ranks: Ranks = ALONE) -> str:
     """The sha256 of a pytree's structure and of its leaves: bytes, dtype and shape of tensors, the ``repr`` of others.
 
-    The device does not count: the same numbers on another one are the same data.  Nor does the number of ranks: where
-    each has some of the examples, it is that of all examples, in the order of ranks.
+    The device does not matter: the same numbers on another device are the same data.  Nor does the number of ranks: if
+    each has some of the examples, the result is that of all examples, in the order of ranks.
     """
     digest = sha256()
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:

@@ -1,7 +1,8 @@
-"""What a loss is made of, found out when the problem is made: by walking its graph and watching its operations once.
+"""Inspects a loss when the problem is made: its graph, and the operations of one evaluation.
 
-Derivatives are taken with respect to w alone.  A loss that depends on other things that train, that rounds to a lower
-precision on the way, or whose operations have "gradients" that are none, would be differentiated wrongly in silence.
+Derivatives are taken with respect to w alone.  So some losses would silently be differentiated wrongly: those that
+depend on other trained tensors, that round to a lower precision on the way, or that have operations whose "gradients"
+are not gradients.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from torch.utils import _pytree as pytree
 
 from dvi.problems.errors import ProblemError
 
-#: Functions that take a tensor for its shape, dtype and device only.
+#: Functions that use only the shape, dtype and device of a tensor.
 _SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 
 _NO_GRADIENT = "None of the inputs have requires_grad=True"  # torch's own words, of a checkpoint that loses gradients
 
 
 class Watcher(TorchFunctionMode):
-    """Watches the operations of one evaluation of a loss.
+    """Observes the operations of one evaluation of a loss.
 
     Args:
         w0: the weights [d].
-        foreign: tensors of the user's own module, by identity, in words: its parameters, which train but are not w, and
-            what its forward pass has left on it.
-        stale: tensors that the copy of the module has from an earlier forward pass, by identity, in words.
-        stack: the modules under way, in words (:meth:`~dvi.problems.modules.flat_model.FlatModel.traced`).
+        foreign: tensors of the user's own module, as {identity: description}.  They are its parameters, which train but
+            are not w, and the tensors that its forward pass has stored on it.
+        stale: tensors that the copy of the module has from an earlier forward pass, in the same form.
+        stack: descriptions of the modules whose forward passes are running
+            (:meth:`~dvi.problems.modules.flat_model.FlatModel.traced`).
 
     Raises:
         ProblemError: at the operation at fault.
@@ -60,7 +62,7 @@ class Watcher(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Carry out one operation, and look at it."""
+        """Carry out one operation and inspect it."""
         kwargs = kwargs or {}
         if func in (F.embedding, F.embedding_bag):
             self._look_at_embedding(func, args, kwargs)
@@ -72,8 +74,8 @@ class Watcher(TorchFunctionMode):
                     raise ProblemError(self._past_w(self._foreign[id(x)]))
                 if id(x) in self._stale:
                     raise ProblemError(
-                        f"{self._where()} uses {self._stale[id(x)][1]}, which was made of earlier weights: "
-                        "a cache. Switch it off, or empty it before you hand the model over"
+                        f"{self._where()} uses {self._stale[id(x)][1]}, which was computed from earlier weights: "
+                        "a cache. Switch it off, or empty it before you pass the model"
                     )
         for x in made:
             if x.is_floating_point() and x.requires_grad and _coarser(x.dtype, self._dtype):
@@ -84,7 +86,7 @@ class Watcher(TorchFunctionMode):
         if not self._stack:
             return past_w(what)
         return (
-            f"{self._where()} reads {what} of the original and not of itself, past w: it calls a function that refers "
+            f"{self._where()} reads {what} of your module instead of its copy, past w: it calls a function that refers "
             "to your module by name (a lambda, a closure, a replaced forward). Make it a method: def forward(self, x)"
         )
 
@@ -98,11 +100,11 @@ class Watcher(TorchFunctionMode):
         if options.get("max_norm") is not None:
             raise ProblemError(
                 f"{self._where()} has max_norm={options['max_norm']}: it rescales its weights in place at every "
-                "forward pass, so the loss is no function of them. Set max_norm=None"
+                "forward pass, so the loss is not a function of them. Set max_norm=None"
             )
         if options.get("scale_grad_by_freq"):
             raise ProblemError(
-                f"{self._where()} has scale_grad_by_freq=True: what it gives back is not the gradient of the loss. "
+                f"{self._where()} has scale_grad_by_freq=True: its result is not the gradient of the loss. "
                 "Set scale_grad_by_freq=False"
             )
         if options.get("sparse"):
@@ -121,17 +123,17 @@ class Watcher(TorchFunctionMode):
             )
         raise ProblemError(
             f"{self._where()} computes in {dtype} {cause} ({func.__name__}), while the weights are {self._dtype}: "
-            f"derivatives would be good to the lower precision only, without a word. {remedy}"
+            f"derivatives would silently have the lower precision. {remedy}"
         )
 
 
 def past_w(what: str) -> str:
-    """Say that a loss depends on something that trains beside w, and what to do."""
+    """Return the error for a loss that depends on something trained besides w, with a remedy."""
     return (
-        f"the loss depends on {what}, past w: it stays where it is while w moves, and the gradient lacks its part. "
-        "A penalty on a model's parameters is penalty= (a function of the parameters by name) or weight_decay= of "
-        "from_module; parameters of a criterion belong in one module with the model, whose forward returns the loss "
-        "(criterion=None); what is to stay fixed is handed over as tensor.detach() or by requires_grad_(False)"
+        f"the loss depends on {what}, past w: it does not move with w, and the gradient leaves it out. "
+        "For a penalty on a model's parameters use penalty= (a function of the parameters by name) or weight_decay= of "
+        "from_module. Put parameters of a criterion into one module with the model, whose forward returns the loss "
+        "(criterion=None). Pass fixed tensors as tensor.detach(), or set requires_grad_(False)"
     )
 
 
@@ -139,7 +141,7 @@ def other_leaves(value: Tensor, w: Tensor) -> list[Tensor]:
     """Return the leaves of the graph of ``value`` [] other than w [d].
 
     Raises:
-        ProblemError: if a part of the graph is computed by reentrant checkpointing, which allows no such derivatives.
+        ProblemError: if reentrant checkpointing computes a part of the graph, since it allows no such derivatives.
 
     """
     found: dict[int, Tensor] = {}
@@ -168,7 +170,7 @@ REENTRANT = (
 
 @contextmanager
 def attentive() -> Iterator[None]:
-    """Inside, torch's warning that a checkpoint loses gradients is an error; other warnings come as they would."""
+    """In this context, torch's warning that a checkpoint loses gradients is an error; other warnings are unchanged."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -180,7 +182,7 @@ def attentive() -> Iterator[None]:
 
 @contextmanager
 def unwritten(w: Tensor) -> Iterator[None]:
-    """Inside, a loss is evaluated that must not write into its weights w [d].
+    """A context for evaluating a loss, which must not write into its weights w [d].
 
     Raises:
         ProblemError: if it does.

@@ -1,7 +1,7 @@
-"""What was asked of a loss, counted, and what it cost in gradients.
+"""Counts the evaluations of a loss, and their cost in gradients.
 
-Wall-clock time does not carry from one machine to another; the number of evaluations does.  A ledger counts them,
-and weighs each kind by its cost relative to one gradient: *gradient equivalents*.
+Wall-clock time depends on the machine; the number of evaluations does not.  A ledger counts evaluations, and weighs
+each kind by its cost relative to one gradient: *gradient equivalents*.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 KINDS = ("gradients", "hvps", "third_derivatives", "values", "ccp_solves", "collectives", "collective_bytes")
 
-# Relative to one value_and_grad.  A complementarity problem is a few numbers on the host: free.  What collectives cost
-# depends on the network between ranks, and is not known here.
+# Relative to one value_and_grad.  A complementarity problem is a few numbers on the host and counts as free.  The cost
+# of collectives depends on the network between ranks and is not known here.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "gradients": 1.0,
     "hvps": 2.5,
@@ -35,9 +35,9 @@ class Ledger:
         hvps: Hessian-vector products, one per column of the block.
         third_derivatives: contractions T[u, v], one per pair of directions.
         values: forward-only evaluations.
-        ccp_solves: complementarity problems solved (counted by whoever solves them).
+        ccp_solves: complementarity problems solved (the solver of each reports it).
         collectives: sums over ranks (:func:`dvi.distribute`).
-        collective_bytes: bytes that each rank handed over to them.
+        collective_bytes: bytes that each rank contributed to them.
         weights: cost of one of each, in gradients.
 
     """
@@ -77,7 +77,7 @@ class Ledger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside uncounted: checks and measurements are no part of a run's cost."""
+        """A context in which nothing is counted: checks and measurements are not part of a run's cost."""
         before = self.counts
         try:
             yield
@@ -89,11 +89,11 @@ class Ledger:
             setattr(self, kind, count)
 
     def __sub__(self, earlier: Ledger) -> Ledger:
-        """Return what was counted since the snapshot ``earlier``, at this ledger's weights."""
+        """Return the counts since the snapshot ``earlier``, with this ledger's weights."""
         return self._combine(earlier, -1)
 
     def __add__(self, other: Ledger) -> Ledger:
-        """Both together, at this ledger's weights."""
+        """The sum of both, with this ledger's weights."""
         return self._combine(other, 1)
 
     def _combine(self, other: Ledger, sign: int) -> Ledger:

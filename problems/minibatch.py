@@ -1,7 +1,8 @@
 """A loss that is a mean over examples, taken example by example and in mini-batches.
 
-The noise of a mini-batch is the spread of the gradients of single examples.  They are computed a chunk of examples at a
-time, so memory is bounded, and the chunk is handed on before the next one is made: nobody holds n gradients at once.
+The noise of a mini-batch is the spread of the gradients of single examples.  These are computed for one chunk of
+examples at a time.  Each chunk is yielded before the next one is made, so memory is bounded and no n gradients are
+stored at once.
 """
 
 from __future__ import annotations
@@ -22,30 +23,31 @@ from dvi.problems.examples import Examples, count, find_reduction, own, refuse_u
 from dvi.problems.fingerprint import fingerprint
 from dvi.problems.problem import Problem
 
-#: The mean loss [] of some examples, given the weights in pieces that lie one after the other in w.
+#: The mean loss [] of some examples, given the weights as consecutive pieces of w.
 BatchLoss = Callable[[tuple[Tensor, ...], Examples], Tensor]
 
-#: Vectors like w that are alive in a backward pass for each example whose gradient is taken.
+#: Number of vectors like w that a backward pass keeps in memory for each example.
 _ALIVE = 4
 
-#: Numbers in the gradients of a chunk from which on a larger one is no faster.
+#: Size of a chunk's gradients, in numbers, above which a larger chunk is not faster.
 _WORTHWHILE = 2**24
 
 
 class MiniBatches:
     """The examples of a problem, one by one and in batches.
 
-    Every way to ask for gradients counts in the problem's ledger: all n examples once are one gradient.
+    All gradients count in the problem's ledger: n examples are one gradient.
 
     Args:
-        problem: whose loss is the mean of ``loss`` over all examples, with the problem's changes (a penalty, a sign).
-        loss: the mean loss [] of some examples, without them.
+        problem: the problem, whose loss is the mean of ``loss`` over all examples, plus the problem's changes (a
+            penalty, a sign).
+        loss: the mean loss [] of some examples, without these changes.
         data: all examples, along the first dimension of each tensor.
-        release: called with w0 when a computation has ended (a module is left with plain weights).
-        max_gib: memory for the gradients of a chunk of examples.
+        release: called with w0 after a computation, so that a module is left with plain weights.
+        max_gib: memory for the gradients of a chunk of examples, in GiB.
 
     Attributes:
-        n: how many examples there are.
+        n: number of examples.
 
     Raises:
         ProblemError: if the loss is not the mean of the losses of single examples, in value and gradient.
@@ -71,7 +73,7 @@ class MiniBatches:
         self._chunk = int(min(n, max(1, max_gib * 2**30 // per_example), max(1, _WORTHWHILE // problem.dim)))
         self._sizes = [math.prod(shape) for shape in problem.shapes]
         self._vectorised = True
-        self._spent = 0  # examples that were differentiated and do not yet make a whole gradient
+        self._spent = 0  # examples that were differentiated but not yet counted as a whole gradient
         with problem.ledger.paused():
             self._look_at_reduction()
             for change in problem.changes:
@@ -96,22 +98,22 @@ class MiniBatches:
         """The losses [r] and gradients [r, d] of r mini-batches.
 
         Args:
-            W: weights [r, d], of each batch its own; or [d], the same for all.
-            chosen: which examples, [r, b].
+            W: weights [r, d], one row for each batch; or [d], the same for all.
+            chosen: the indices of the examples of each batch, [r, b].
 
         Raises:
             NotFiniteError: if one is not finite.
         """
         self._enter(chosen.numel())
         losses, gradients = self._computed(W, chosen)
-        if not bool(torch.isfinite(losses.sum() + gradients.sum())):  # a sum is one pass over what may be large
+        if not bool(torch.isfinite(losses.sum() + gradients.sum())):  # a sum takes only one pass over a large tensor
             raise NotFiniteError(f"the loss of {self._problem.name}, or its gradient, is not finite on some examples")
         return losses, gradients
 
     # ---- inside ----------------------------------------------------------------------------------------
 
     def _enter(self, examples: int) -> None:
-        """Count so many examples; all of them are a gradient."""
+        """Count this many examples; n examples are one gradient."""
         whole, self._spent = divmod(self._spent + examples, self.n)
         self._problem.ledger.gradients += whole
 
@@ -125,7 +127,7 @@ class MiniBatches:
         return losses.detach(), gradients.detach()
 
     def _together(self, W: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """By torch.func, piece by piece of w: the gradient of one long vector would be added up of padded pieces."""
+        """By torch.func, for each piece of w: the gradient in one long vector would be a sum of padded pieces."""
 
         def loss(pieces: tuple[Tensor, ...], which: Tensor) -> Tensor:
             return self._loss(pieces, take(self._data, which))
@@ -146,21 +148,21 @@ class MiniBatches:
         return torch.stack(losses), torch.stack(gradients)
 
     def _can_be_vectorised(self) -> bool:
-        """Does torch vectorise this loss, and to the same result as one example after the other?"""
+        """True if torch vectorises this loss, with the same result as one example after the other."""
         w, some = self._problem.w0, torch.arange(min(self.n, 3), device=self._problem.device)[:, None]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a warning says that an operation is slow or has no batching rule
                 together = self._computed(w, some)
                 apart = self._computed(w.repeat(len(some), 1), some)
-        except Exception:  # whatever a model does that torch.func does not allow: control flow, in-place, no rule
+        except Exception:  # any operation that torch.func does not allow: control flow, in-place, no batching rule
             return False
         self._vectorised = False
         singly = self._computed(w, some)
         return all(self._agree(a, b) for found in (together, apart) for a, b in zip(found, singly, strict=True))
 
     def _agree(self, a: Tensor, b: Tensor, size: float = 0.0) -> bool:
-        """The same but for the order of sums, of terms as large as b or as ``size``."""
+        """True if both are the same up to the order of sums, whose terms are as large as b or as ``size``."""
         scale = max(float(b.abs().max()), size, torch.finfo(b.dtype).tiny)
         return bool((a - b).abs().max() <= 1e4 * torch.finfo(b.dtype).eps * scale)
 
@@ -174,7 +176,7 @@ class MiniBatches:
             reduction = find_reduction(loss_of, self.n)
         except ProblemError as error:
             raise ProblemError(
-                f"mini-batches need a loss that is a mean over examples which do not see one another: {error}"
+                f"mini-batches need a loss that is a mean over examples that do not affect one another: {error}"
             ) from error
         finally:
             self._release(self._problem.w0)
@@ -185,11 +187,11 @@ class MiniBatches:
             )
 
     def _look_at_mean(self) -> None:
-        """The examples weigh the same, and their gradients add up to the gradient."""
+        """Check that the examples have equal weights, and that their gradients add up to the gradient."""
         w = self._problem.w0
         value, gradient = self._problem.value_and_grad(w)
         total, summed = w.new_zeros(()), torch.zeros_like(w)
-        sizes = [0.0, 0.0]  # of what is added up, which may cancel
+        sizes = [0.0, 0.0]  # sizes of the terms, which may cancel
         for losses, gradients in self.each(w):
             total, summed = total + losses.sum(), summed + gradients.sum(dim=0)
             sizes = [max(a, float(x.abs().max())) for a, x in zip(sizes, (losses, gradients), strict=True)]
@@ -204,7 +206,7 @@ class MiniBatches:
 
 
 class _ChangedLoss:
-    """The loss of some examples with a change of the problem's, which is the same for every batch."""
+    """The loss of some examples with one of the problem's changes, the same for every batch."""
 
     def __init__(self, loss: BatchLoss, change: Change) -> None:
         self._loss, self._change = loss, change
@@ -225,13 +227,13 @@ class ExampleProblem(Problem):
     8
 
     Args:
-        losses: ``(w [d], *data) -> [n]``, the losses of the examples it is given, each from its own example alone.
+        losses: ``(w [d], *data) -> [n]``, the losses of the given examples; each depends on its own example alone.
         data: a tensor [n, …] or a tuple of them.
         w0: initial weights [d].
         derivatives, max_directions, name: as in :class:`Problem`.
 
     Raises:
-        ProblemError: as :class:`Problem`, or if the data are no tensors of n examples.
+        ProblemError: as for :class:`Problem`, or if the data are not tensors of n examples.
     """
 
     def __init__(
@@ -270,7 +272,7 @@ class _Mean:
 
 
 class _OfSome:
-    """The mean over some examples, of w in one piece."""
+    """The mean over some examples, as a function of w in one piece."""
 
     def __init__(self, mean: _Mean) -> None:
         self._mean = mean

@@ -1,4 +1,4 @@
-"""A loss of flat weights and all the derivatives that a central flow asks for."""
+"""A loss of flat weights with all the derivatives that a central flow needs."""
 
 from __future__ import annotations
 
@@ -26,52 +26,53 @@ from dvi.problems.ledger import Ledger
 from dvi.problems.timing import measure
 
 NO_EXAMPLES = (
-    "this problem is one loss of flat weights and knows no examples to draw mini-batches of: make it with "
+    "this problem is one loss of flat weights, without examples for mini-batches: make it with "
     "dvi.Problem.from_module(model, criterion, inputs, targets) or dvi.Problem.from_examples(losses, data, w0)"
 )
 
-NO_MODULE = "this problem was not made from a module: it knows no model, only a loss of flat weights"
+NO_MODULE = "this problem was not made from a module: it has no model, only a loss of flat weights"
 
 Backend = Literal["autodiff", "mixed", "finite-difference"]
 
 
 class Problem:
-    """A loss L(w) of flat weights w [d], its derivatives, and a ledger of what was asked.
+    """A loss L(w) of flat weights w [d], its derivatives, and a ledger of evaluations.
 
-    Public methods validate their arguments and count; the backend computes.  Everything happens in the dtype and on
-    the device of ``w0``.
+    Public methods validate their arguments and count; the backend computes.  All computations use the dtype and the
+    device of ``w0``.
 
     Args:
         loss: the function w [d] -> L []; or a sequence of such functions, whose sum is the loss.  The parts of a sum
-            are differentiated one at a time, so memory is that of the largest one.
-        w0: initial weights [d], float32 or float64.  Copied.
-        derivatives: "autodiff" (exact), "finite-difference" (differences of gradients: fewer demands on the loss and
-            cheaper; on small networks H and T are good to about 1e-7, in float32 to 1e-4 and 1e-3), or "mixed"
-            (H exact, T by differences, which is where most of the cost is).
-        max_directions: how many directions automatic differentiation takes at once.  1 needs the least memory and is
-            fastest on a CPU; more helps a GPU whose kernels are small, if every operation has a batching rule.
-        name: what the problem is called in results.
+            are differentiated one at a time, so the memory is that of the largest part.
+        w0: initial weights [d], float32 or float64.  They are copied.
+        derivatives: "autodiff": exact.  "finite-difference": differences of gradients, which are cheaper and demand
+            less of the loss; on small networks H and T are accurate to about 1e-7, in float32 to 1e-4 and 1e-3.
+            "mixed": H exact, and T, which costs most, by differences.
+        max_directions: number of directions that automatic differentiation takes at once.  1 needs the least memory
+            and is fastest on a CPU.  More are faster on a GPU with small kernels, if every operation has a batching
+            rule.
+        name: the problem's name in results.
 
     Attributes:
         w0: the initial weights [d].
         ledger: counts of evaluations so far.
 
     Raises:
-        ProblemError: if the loss at ``w0`` is no finite scalar that depends on w and is the same when asked twice, if
+        ProblemError: if the loss at ``w0`` is not a finite scalar that depends on w, or differs between two calls; if
             it depends on other tensors that require a gradient, or computes in a lower precision than w's.
 
     """
 
     #: ``from_module(model, criterion, inputs, targets, …)``: the loss of a module as a function of its parameters.
-    #: This is :class:`~dvi.problems.ModuleProblem`, which takes this place when it is defined.
+    #: It is set to :class:`~dvi.problems.ModuleProblem` when that class is defined.
     from_module: ClassVar[Callable[..., Any]]
 
     #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
     weight_decay: float = 0.0
-    #: What :meth:`penalised` and :meth:`negated` made of the loss, in this order; a mini-batch's loss is changed alike.
+    #: The changes by :meth:`penalised` and :meth:`negated`, in their order; they apply to mini-batches, too.
     changes: tuple[Change, ...] = ()
     #: ``from_examples(losses, data, w0, …)``: the mean of a loss over examples, for mini-batches.
-    #: This is :class:`~dvi.problems.ExampleProblem`, which takes this place when it is defined.
+    #: It is set to :class:`~dvi.problems.ExampleProblem` when that class is defined.
     from_examples: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -86,7 +87,7 @@ class Problem:
         _refuse_inference_mode()
         self._parts: tuple[Part, ...] = (loss,) if callable(loss) else tuple(loss)
         if not self._parts:
-            raise ProblemError("a loss of no parts at all")
+            raise ProblemError("the list of the loss's parts is empty")
         if not isinstance(max_directions, int) or max_directions < 1:
             raise ProblemError(f"max_directions counts directions, at least 1; got {max_directions!r}")
         self.w0 = _flat_weights(w0)
@@ -120,17 +121,17 @@ class Problem:
         raise ProblemError(f'derivatives is "autodiff", "mixed" or "finite-difference", not {self.derivatives!r}')
 
     def penalised(self, weight_decay: float | Tensor | Mapping[str, float]) -> Self:
-        """This problem with ½ Σᵢ λᵢwᵢ² added to its loss, and a ledger of its own: L2 regularisation.
+        """This problem with ½ Σᵢ λᵢwᵢ² added to its loss (L2 regularisation), and with a new ledger.
 
-        It is what ``weight_decay`` means in ``torch.optim.SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``.  The decay of
-        ``AdamW`` is another: it leaves the loss alone (:class:`dvi.methods.AdamW`).
+        ``weight_decay`` has this meaning in ``torch.optim.SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``.  The decay of
+        ``AdamW`` does not change the loss (:class:`dvi.methods.AdamW`).
 
         Args:
-            weight_decay: λ ≥ 0, a number, or a tensor [d] with one for each weight; for a problem made from a module
-                also a mapping from names of parameters to λ, 0 for those that it does not name.
+            weight_decay: λ ≥ 0: a number, or a tensor [d] with one number for each weight.  For a problem made from a
+                module, also a mapping from names of parameters to λ; parameters without an entry have λ = 0.
 
         Raises:
-            ProblemError: if λ is of another shape, negative or not finite, or names no parameter.
+            ProblemError: if λ has another shape, is negative or not finite, or if a name is not that of a parameter.
 
         """
         if isinstance(weight_decay, Mapping):
@@ -148,12 +149,12 @@ class Problem:
         return new
 
     def negated(self) -> Self:
-        """This problem with −L in place of L, and a ledger of its own: what ``maximize=True`` of torch minimises."""
+        """This problem with −L in place of L, as for ``maximize=True`` in torch, and with a new ledger."""
         parts = tuple(Changed(part, Negation()) for part in self._parts)
         return self._changed(parts, self.w0, f"−{self.name}", Negation())
 
     def starting_at(self, w: Tensor) -> Self:
-        """This problem with the weights ``w`` [d] in place of w0, and a ledger of its own.
+        """This problem with the weights ``w`` [d] in place of w0, and with a new ledger.
 
         Raises:
             ProblemError: if w is not of the shape, dtype and device of w0, or the loss is not finite there.
@@ -171,7 +172,7 @@ class Problem:
         return new
 
     def _shard(self, ranks: Ranks, whole: bool) -> Sequence[Part]:
-        """Keep this rank's share of the loss, and return its parts; ``whole``: of a loss that every rank has."""
+        """Keep this rank's share of the loss, and return its parts; ``whole``: every rank has the whole loss."""
         if not whole:
             return self._parts
         parts = self._parts
@@ -186,13 +187,13 @@ class Problem:
         return parts[start:stop]
 
     def _by_name(self, values: Mapping[str, float]) -> Tensor:
-        """Numbers by the names of parameters, as a vector [d]."""
+        """A vector [d] from numbers by the names of parameters."""
         raise ProblemError(NO_MODULE)
 
     def fingerprints(self) -> dict[str, str]:
-        """What the loss is made of beside its function, by name, as hashes of the contents; {} where it is not known.
+        """Hashes of the data of the loss, by name; {} if the data are not known.
 
-        Two problems of the same name are told apart by them, in another session, too.
+        They distinguish two problems of the same name, also between sessions.
         """
         return {}
 
@@ -203,7 +204,7 @@ class Problem:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameter tensors that lie one after the other in w; of a plain loss, one vector [d]."""
+        """Shapes of the parameter tensors, in their order in w; for a plain loss, one vector [d]."""
         return ((self.dim,),)
 
     @property
@@ -242,7 +243,7 @@ class Problem:
     def value_and_grad(self, w: Tensor, *, checked: bool = True) -> tuple[Tensor, Tensor]:
         """Return the loss L(w) [] and its gradient [d].
 
-        With ``checked`` off they are not looked at: to know whether they are finite is to wait for the device.
+        With ``checked=False`` they are not tested for finite numbers, since that test waits for the device.
 
         Raises:
             ProblemError: if ``w`` is not of the shape, dtype and device of ``w0``, or the loss is not finite.
@@ -283,7 +284,8 @@ class Problem:
     def hessian_gradient(self, w: Tensor, U: Tensor, squares: bool = False) -> Tensor:
         """Rows ∇_w uᵢᵀH(w)uⱼ [k(k+1)/2, d] for the columns of U [d, k], in svec order; ``squares``: i = j only, [k, d].
 
-        Off-diagonal rows are times √2, in the order of ``torch.triu_indices``: svec(X) @ rows is ∇³L[UXUᵀ].
+        Off-diagonal rows are multiplied by √2, so svec(X) @ rows is ∇³L[UXUᵀ].  The order is that of
+        ``torch.triu_indices``.
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
@@ -304,9 +306,9 @@ class Problem:
         return _finite(rows, "third derivative")
 
     def hessian_gradient_of(self, w: Tensor, U: Tensor, X: Tensor) -> Tensor:
-        """Return the vector ∇³L(w)[U X Uᵀ] [d] for U [d, k] and X [k, k], in as many contractions as X has rank.
+        """Return the vector ∇³L(w)[U X Uᵀ] [d] for U [d, k] and X [k, k]; the number of contractions is the rank of X.
 
-        Only the symmetric part of X counts, of any signature: ∇³L is symmetric.
+        Only the symmetric part of X counts, since ∇³L is symmetric; it may have any signature.
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
@@ -341,12 +343,14 @@ class Problem:
     def check(self, w: Tensor | None = None, *, gradient_only: bool = False) -> None:
         """Compare first, second and third derivatives with differences, at ``w`` (default: w0) and at a point nearby.
 
-        That costs 50 to 100 gradients, not counted in the ledger.  A loss with kinks (ReLU, max, abs) is compared piece
-        by piece; that it has some is logged as a warning, once.  With ``gradient_only`` the gradient is compared with
-        the loss between the two points, to a tenth: what an optimizer needs, for 10 gradients.
+        This costs 50 to 100 gradients, which the ledger does not count.  A loss with kinks (ReLU, max, abs) is compared
+        piece by piece, and a warning about its kinks is logged once.  With ``gradient_only``, only the gradient is
+        compared with the change of the loss between the two points, to ten per cent.  That costs 10 gradients and is
+        all that an optimizer needs.
 
         Raises:
-            DerivativeError: if one is wrong, not finite or not available; the message names the module at fault.
+            DerivativeError: if a derivative is wrong, not finite or not available; the message names the module at
+                fault.
 
         """
         w = self.w0 if w is None else w
@@ -370,7 +374,7 @@ class Problem:
                 tell_of_kinks(self.name)
 
     def kinks_between(self, w: Tensor, x: Tensor) -> bool:
-        """Whether the loss has a kink between the weights ``w`` and ``x`` [d]; the few gradients are not counted."""
+        """True if the loss has a kink between the weights ``w`` and ``x`` [d]; the few gradients are not counted."""
         self._check_weights(w)
         self._check_weights(x)
         found = False
@@ -379,9 +383,11 @@ class Problem:
         return any(self._ranks.gather(found))
 
     def uncertainty(self, w: Tensor | None = None) -> dict[str, float]:
-        """Relative errors of derivatives made by differences, along the gradient at ``w`` (default: w0); {} if exact.
+        """Relative errors of derivatives by differences, along the gradient at ``w`` (default: w0); {} if all are
+        exact.
 
-        Keys "hvps" and "third_derivatives".  Estimated by doubling the steps; the few gradients are not counted.
+        The keys are "hvps" and "third_derivatives".  The estimate comes from doubling the steps; its few gradients are
+        not counted.
         """
         w = self.w0 if w is None else w
         self._check_weights(w)
@@ -391,9 +397,10 @@ class Problem:
         return {kind: max(found[kind] for found in self._ranks.gather(own)) for kind in own}
 
     def measure_weights(self, repeats: int = 5) -> dict[str, float]:
-        """Time each kind of evaluation against ``value_and_grad`` and weigh the ledger by the median ratios.
+        """Time each kind of evaluation relative to ``value_and_grad``, and use the median ratios as the ledger's
+        weights.
 
-        Measured once and remembered; nothing but ``ledger.gradient_equivalents`` depends on the result.
+        They are measured once.  Only ``ledger.gradient_equivalents`` depends on them.
         """
         if not self._measured:
             with self.ledger.paused():
@@ -404,39 +411,39 @@ class Problem:
         return dict(self.ledger.weights)
 
     def mini_batches(self, max_gib: float = 0.5) -> Any:
-        """The examples of the loss, one by one and in batches; only problems that are made of examples have some.
+        """The examples of the loss, one by one and in batches; only for problems made from examples.
 
         See :class:`~dvi.problems.MiniBatches`.
         """
         raise ProblemError(NO_EXAMPLES)
 
     def outputs(self, w: Tensor, inputs: Any) -> Any:
-        """Return what the model makes of ``inputs``; only problems made from a module have one.
+        """Return the model's outputs for ``inputs``; only for problems made from a module.
 
         See :meth:`ModuleProblem.outputs`.
         """
         raise ProblemError(NO_MODULE)
 
     def output_curvature(self, w: Tensor, inputs: Any, U: Tensor, X: Tensor) -> Tensor:
-        """Return ½⟨∇²h, U X Uᵀ⟩ of the model's outputs h; only problems made from a module have one.
+        """Return ½⟨∇²h, U X Uᵀ⟩ for the model's outputs h; only for problems made from a module.
 
         See :meth:`ModuleProblem.output_curvature`.
         """
         raise ProblemError(NO_MODULE)
 
     def load_into(self, model: torch.nn.Module, w: Tensor) -> None:
-        """Write ``w`` into a model's parameters; only problems made from a module have one.
+        """Write ``w`` into a model's parameters; only for problems made from a module.
 
         See :meth:`ModuleProblem.load_into`.
         """
         raise ProblemError(NO_MODULE)
 
     def _blame(self, w: Tensor) -> str:
-        """Where a wrong derivative comes from, in words."""
+        """The cause of a wrong derivative, in words."""
         return "the loss function (a detach, a custom backward, or numbers too large for the dtype?)"
 
     def _principal_directions(self, U: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights x [r] and rows v [r, d] with Σ xᵢ vᵢvᵢᵀ = U sym(X) Uᵀ, without those that vanish."""
+        """Weights x [r] and rows v [r, d] with Σ xᵢ vᵢvᵢᵀ = U sym(X) Uᵀ, without zero terms."""
         k = U.shape[1]
         if not isinstance(X, Tensor) or X.shape != (k, k):
             raise ProblemError(f"X is [k, k] with k = {k}, the number of columns of U; got {_describe(X)}")
@@ -466,7 +473,7 @@ class Problem:
         return value
 
     def _try_loss(self) -> None:
-        """Refuse a loss that is no function of w alone, or no finite, differentiable scalar at w0."""
+        """Refuse a loss that is not a function of w alone, or not a finite, differentiable scalar at w0."""
         values, leaves, used = [], [], []
         for _ in range(2):
             total, others, depends = 0.0, [], False
@@ -492,10 +499,10 @@ class Problem:
             raise ProblemError("the loss does not depend on w (or was detached from it): nothing to differentiate")
         if any(leaf is x for leaf in leaves[1] for x in used):
             raise ProblemError(
-                "the loss uses what it made of its weights in an earlier evaluation: something in it is cached. "
+                "the loss uses a value that it computed from its weights in an earlier evaluation, so it has a cache. "
                 "Switch the cache off, or empty it at the beginning of forward"
             )
-        # A leaf that is made anew at every evaluation is the loss's own business (it differentiates by its inputs).
+        # A leaf that every evaluation makes anew is allowed (the loss differentiates with respect to its inputs).
         for leaf in leaves[1]:
             if any(leaf is other for other in leaves[0]):
                 self._refuse_leaf(leaf)
@@ -507,10 +514,10 @@ class Problem:
         self._value_at_w0 = values[0]
 
     def check_unchanged(self) -> None:
-        """Ask the loss at w0 once more: is it what it was when the problem was made?  Not counted in the ledger.
+        """Evaluate the loss at w0 once more, without counting, and compare it with its value when the problem was made.
 
         Raises:
-            LossChangedError: if it is not, since then the loss is no function of w alone.
+            LossChangedError: if it has changed, since then the loss is not a function of w alone.
 
         """
         with self.ledger.paused():
@@ -519,13 +526,13 @@ class Problem:
             raise LossChangedError(
                 f"the loss of {self.name} at w0 was {self._value_at_w0} when the problem was made, and is {now} now: "
                 "data or parameters that it reads have changed since, or it draws random numbers or counts its calls. "
-                "What was computed with it cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
+                "Its results cannot be trusted; copy what a loss reads (tensor.clone()) before you use it"
             )
 
     def _near(self) -> Tensor:
-        """Weights [d] near w0 in no special position: at w0 examples may be alike, which hides how they are weighed.
+        """Weights [d] near w0 in general position: at w0 examples may have equal losses, which hides their weights.
 
-        w0 itself, where the loss is not finite there.
+        If the loss is not finite there, w0 itself.
         """
         generator = torch.Generator("cpu").manual_seed(0)
         noise = torch.randn(self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.w0)
@@ -538,21 +545,21 @@ class Problem:
         return at
 
     def _agrees(self, one: float, other: float) -> bool:
-        """Are these the same value of the loss, but for the order in which a device adds up?"""
+        """True if these values of the loss are the same up to the order in which a device adds."""
         return abs(one - other) <= 1e3 * torch.finfo(self.dtype).eps * max(abs(one), abs(other))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Inside, the operations of a loss are looked at."""
+        """In this context, the operations of a loss are inspected."""
         with attentive(), Watcher(self.w0):
             yield
 
     def _refuse_leaf(self, leaf: Tensor) -> None:
-        """Refuse a tensor that requires grad, is not w, and was there before the loss was evaluated."""
+        """Refuse a tensor that requires a gradient, is not w, and existed before the loss was evaluated."""
         raise ProblemError(past_w(f"a tensor of shape {list(leaf.shape)} that requires a gradient"))
 
     def _name_random(self) -> str:
-        """Where two values of the loss at one w come from, in words."""
+        """The cause of two values of the loss at one w, in words."""
         return ""
 
 
@@ -568,7 +575,10 @@ def _flat_weights(w0: Tensor) -> Tensor:
     if not isinstance(w0, Tensor) or w0.ndim != 1:
         raise ProblemError(f"w0 is a flat tensor [d]; got {_describe(w0)}")
     if w0.dtype not in (torch.float32, torch.float64):
-        raise ProblemError(f"w0 is float32 or float64; got {w0.dtype}, which third derivatives cannot be taken in")
+        raise ProblemError(
+            f"third derivatives need float32 or float64, and w0 is {w0.dtype}: convert the weights and the data, "
+            "for a module by model.double() and inputs.double()"
+        )
     if w0.numel() == 0:
         raise ProblemError("w0 is empty: there is nothing to minimise over")
     return w0.detach().clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What each kind of evaluation costs on this machine, in gradients."""
+"""The cost of each kind of evaluation on this machine, in gradients."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 2  # directions at once: as many as a flow follows most of the time
+BLOCK = 2  # directions at once: a flow usually follows about this many
 
 
 class Evaluated(Protocol):
-    """What is measured: a problem, by what is asked of it."""
+    """The part of a problem that is timed."""
 
     w0: Tensor
 
@@ -33,11 +33,11 @@ class Evaluated(Protocol):
 
 
 def measure(problem: Evaluated, repeats: int) -> dict[str, float]:
-    """Median time of one of each kind over that of one gradient: CPU time, on another device by the clock on the wall.
+    """Median time of each kind of evaluation, relative to one gradient: CPU time, or wall-clock time on other devices.
 
-    On a shared machine the wall's clock goes on while others compute, longest for calls that do not fit a time slice.
-    The kinds take turns, so that a slow spell of the machine falls on all of them.  Each evaluation is at new weights:
-    nothing can be reused from the last.
+    On a shared machine, wall-clock time includes the time of others, most of all for calls longer than a time slice.
+    The kinds take turns, so that a slow period of the machine affects all of them.  Each evaluation is at new weights,
+    so nothing can be reused from the last.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     U = torch.randn(problem.w0.numel(), BLOCK, generator=generator, dtype=torch.float64, device="cpu").to(problem.w0)
@@ -55,8 +55,8 @@ def measure(problem: Evaluated, repeats: int) -> dict[str, float]:
         for kind, (call, number) in calls.items():
             w = problem.w0 * (1 + 1e-6 * next(shifts))
             start = clock()
-            call(w)  # ends with a check for finite numbers, which waits for the device
-            if turn:  # the first is a rehearsal
+            call(w)  # it ends with a test for finite numbers, which waits for the device
+            if turn:  # the first turn is a warm-up
                 times[kind].append((clock() - start) / number)
     gradient = median(times["gradients"])
     return {kind: median(spent) / gradient for kind, spent in times.items()}

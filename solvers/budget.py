@@ -1,4 +1,4 @@
-"""What a run spends per unit time, counted over the last units: all integrators with a budget= ask here."""
+"""What a run has spent per unit time over the last few units.  All integrators with a budget= use this count."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Spending:
     """Gradient equivalents of the last steps.
 
     Attributes:
-        steps: (t, gradient equivalents), t the end of each, [n, 2].
+        steps: one row (t, gradient equivalents) per step, [n, 2]; t is the end of the step.
     """
 
     steps: Array = field(default_factory=lambda: np.zeros((0, 2)))
 
     def after(self, t: float, cost: float) -> Spending:
-        """With one more step, which ended at t; what is older than the window is forgotten."""
+        """The record with one more step, which ended at t; steps older than the window are dropped."""
         return Spending(np.vstack([self._window(t), [[t, cost]]]))
 
     def per_unit_time(self, t: float) -> float:
-        """On average over the window before t."""
+        """Mean cost per unit time over the window that ends at t."""
         return float(self._window(t)[:, 1].sum()) / CONSTANTS.window
 
     def _window(self, t: float) -> Array:

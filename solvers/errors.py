@@ -1,8 +1,8 @@
-"""What can go wrong in the numerics."""
+"""The errors of the numerics."""
 
 
 class SolverError(RuntimeError):
-    """A computation could not be brought to a right answer; the message names the cause and the remedy."""
+    """A computation failed; the message names the cause and the remedy."""
 
 
 class ConvergenceError(SolverError):
@@ -10,11 +10,11 @@ class ConvergenceError(SolverError):
 
 
 class DomainError(SolverError):
-    """A state at which the flow is not defined was tried; with a smaller step an integrator may avoid it."""
+    """A trial state lies outside the domain of the flow; an integrator may avoid it by a smaller step."""
 
 
 class MemoryLimitError(SolverError):
-    """So many directions are critical that their third derivatives would not fit the memory that was allowed."""
+    """The third derivatives of all critical directions would not fit into the allowed memory."""
 
 
 class StepError(SolverError):
@@ -22,4 +22,4 @@ class StepError(SolverError):
 
 
 class BudgetError(StepError):
-    """A run would cost more per unit time than it was allowed."""
+    """A run would cost more per unit time than its budget allows."""

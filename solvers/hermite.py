@@ -1,4 +1,4 @@
-"""Cubic Hermite interpolation: between the ends of a step from the values and slopes there, to fourth order locally."""
+"""Cubic Hermite interpolation between the ends of a step, from values and slopes there; locally of fourth order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Number = TypeVar("Number", float, Array)
 
 
 def basis(s: Number, h: Number) -> tuple[Number, Number, Number, Number]:
-    """Weights of (value, slope) at the start and (value, slope) at the end, at a part s of a step h."""
+    """Weights of (value, slope) at the start and (value, slope) at the end, at the fraction s of a step h."""
     return (1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2 * h, s**2 * (3 - 2 * s), -(s**2) * (1 - s) * h
 
 

@@ -1,4 +1,4 @@
-"""The contract of an integrator with its defaults: one that has only ``init``, ``step`` and ``observe`` works, too."""
+"""The contract of an integrator, with defaults for all but ``init``, ``step`` and ``observe``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dvi.solvers.protocol import Flow, Integrator, Node, State, StepResult
 
 
 class IntegratorBase(ABC):
-    """All that a run asks of an integrator, with the answers of one that says nothing about itself.
+    """All that a run asks of an integrator, with defaults.
 
     A subclass defines ``init``, ``step`` and ``observe`` as :class:`dvi.solvers.Integrator` describes them.  It
-    overrides the rest where its own answers are others.
+    overrides the other methods if their defaults do not fit.
     """
 
     @abstractmethod
@@ -27,32 +27,32 @@ class IntegratorBase(ABC):
 
     @abstractmethod
     def observe(self, flow: Flow, memory: Any, y: State) -> Node:
-        """What would be seen at y, without a step."""
+        """The node at y, without a step."""
 
     def accepts(self, flow: Flow) -> str:
         """Why this integrator cannot drive the flow, with a remedy; "" if it can.  Default: flows in w and ν alone."""
         return not_first_order(type(self).__name__, flow)
 
     def horizon(self, memory: Any) -> float:
-        """The h from which on a longer one would not change the step.  Default: none, every step knows the end."""
+        """A larger h than this would not change the step.  Default: infinity, so every step depends on the end."""
         return inf
 
     def restart(self, flow: Flow, memory: Any, y: State) -> Any:
-        """The memory behind a jump of the flow, given the memory before it.  Default: that of a new start."""
+        """The memory after a jump of the flow, given the memory before it.  Default: that of a new start."""
         return self.init(flow, y)
 
     @property
     def fixed_steps(self) -> bool:
-        """Has the user chosen the steps?  Then a run is not ended for what they cost at kinks.  Default: no."""
+        """True if the user has chosen the steps.  Then their cost at kinks does not end a run.  Default: False."""
         return False
 
 
 def not_first_order(name: str, flow: Flow) -> str:
     """Why an integrator of flows in w and ν alone cannot drive this flow, or ""."""
     if flow.quasistatic:
-        return "The stationary flow settles ν at every stage: its integrator is dvi.Quasistatic(h)."
+        return "The stationary flow needs the stationary ν at every stage: its integrator is dvi.Quasistatic(h)."
     if flow.stepwise:
-        return "The central map is driven by SemiImplicit(dt=1), one step of the optimizer at a time."
+        return "The central map takes one step of the optimizer at a time: its integrator is SemiImplicit(dt=1)."
     if flow.inertial:
         return (
             f'{name} cannot drive a flow of accuracy="second-order", whose momentum is part of '
@@ -63,9 +63,9 @@ def not_first_order(name: str, flow: Flow) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Driver(IntegratorBase):
-    """An integrator as a run asks it, which need have no more than ``init``, ``step`` and ``observe``.
+    """An integrator as a run sees it.  The integrator needs only ``init``, ``step`` and ``observe``.
 
-    What it does not have, or has as None, is answered by the defaults.
+    The defaults replace any other method that it lacks or has as None.
 
     Args:
         given: the integrator.
@@ -103,7 +103,7 @@ class Driver(IntegratorBase):
         return self.given.observe(flow, memory, y)
 
     def accepts(self, flow: Flow) -> str:
-        """Its own, or flows in w and ν alone."""
+        """Its own, or the default: flows in w and ν alone."""
         own = getattr(self.given, "accepts", None)
         return not_first_order(type(self.given).__name__, flow) if own is None else str(own(flow))
 

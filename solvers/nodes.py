@@ -1,4 +1,4 @@
-"""What a run records of a moment, as all integrators make it."""
+"""Nodes: what a run records of one time.  All integrators make them here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def node(
     rate: Rate,
     approach: Approach | None = None,
 ) -> Node:
-    """What a run records of a moment t; eigenvalues only if they were looked at then, else those of ``approach``."""
+    """The node at time t.  Its eigenvalues are those computed at t; if there are none, those of ``approach``."""
     looked = now.t >= t - 1e-9 * max(1.0, abs(t)) or not flow.constrained
     values = now.shown if flow.constrained else now.eigenvalues[:1]
     return Node(

@@ -1,4 +1,4 @@
-"""Numbers as people have them, in what an integrator is configured with."""
+"""Numbers from NumPy and torch as settings of an integrator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def number(x: Any, what: str) -> Any:
     """The Python number in a NumPy scalar, or in an array or a tensor of shape [].
 
     Raises:
-        ValueError: if it is none; ``what`` says which argument.
+        ValueError: if x is not a number; ``what`` names the argument.
     """
     if isinstance(x, np.generic) or (isinstance(x, (np.ndarray, Tensor)) and x.ndim == 0):
         x = x.item()
@@ -23,7 +23,7 @@ def number(x: Any, what: str) -> Any:
 
 
 def with_numbers(config: Any) -> None:
-    """Make Python numbers of the fields of a frozen dataclass whose default is a number."""
+    """Convert the numeric fields of a frozen dataclass to Python numbers."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):

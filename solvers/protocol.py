@@ -1,7 +1,7 @@
 """What an integrator asks of a flow, and what it gives back.
 
-The integrators in this folder know no loss and no optimizer.  They solve any differential variational inequality of
-the form (paper, C.7)
+The integrators in this package see neither a loss nor an optimizer.  They solve any differential variational inequality
+of the form (paper, C.7)
 
     dy/dt = F(y) + G(y)[X],    X ⪰ 0,    gap(y) = Uᵀ(2P − H)U ⪰ 0,    ⟨X, gap⟩ = 0,
 
@@ -30,13 +30,13 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class State:
-    """Where a flow or an optimizer is.
+    """The state of a flow or an optimizer.
 
     Attributes:
         w: weights [d].
         nu: the optimizer's state ν, a pytree of tensors.
         t: the clock, unit times.
-        m: momentum, for those that have it: a flow's m [d]; of an optimizer, its filter's memory (a tuple of [d]).
+        m: momentum, if there is one.  For a flow: m [d].  For an optimizer: the memory of its filter, a tuple of [d].
     """
 
     w: Tensor
@@ -46,7 +46,7 @@ class State:
 
     @property
     def parts(self) -> tuple[Tensor, PyTree]:
-        """(w, ν), what :func:`combine` takes."""
+        """(w, ν), the form that :func:`combine` takes."""
         return self.w, self.nu
 
     def moved(self, rate: Rate, h: float) -> State:
@@ -57,11 +57,11 @@ class State:
 
 @dataclass(frozen=True)
 class Staggered:
-    """Where a flow with momentum is: m [d] and ν half a step before w [d], as a leapfrog has them.
+    """The state of a flow with momentum: m [d] and ν half a step before w [d], as in a leapfrog scheme.
 
     Attributes:
         w, t: weights and clock.
-        m, nu: momentum and ν at t − h/2, h the last step.
+        m, nu: momentum and ν at t − h/2, where h is the last step.
         nu_now: ν at t.
     """
 
@@ -73,7 +73,7 @@ class Staggered:
 
     @property
     def state(self) -> State:
-        """All of it at t, the momentum as it is."""
+        """The state at t; the momentum is that at t − h/2."""
         return State(self.w, self.nu_now, self.t, self.m)
 
 
@@ -86,12 +86,12 @@ class Rate:
 
     @property
     def parts(self) -> tuple[Tensor, PyTree]:
-        """(dw/dt, dν/dt), what :func:`combine` takes."""
+        """(dw/dt, dν/dt), the form that :func:`combine` takes."""
         return self.w, self.nu
 
 
 def combine(terms: list[tuple[float, Any]]) -> Any:
-    """The linear combination Σ cᵢ·xᵢ of pytrees of tensors, one pass over each."""
+    """The linear combination Σ cᵢ·xᵢ of pytrees of tensors, with one pass over each."""
     coefficients, trees = zip(*terms, strict=True)
     return pytree.tree_map(lambda *leaves: _weighted_sum(coefficients, leaves), *trees)
 
@@ -108,7 +108,7 @@ def _weighted_sum(coefficients: Sequence[float], leaves: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Frame:
-    """The critical subspace at an anchor point, with all that the constraint needs of the loss there.
+    """The critical subspace at an anchor point, with the derivatives of the loss that the constraint needs.
 
     Attributes:
         w: the anchor [d].
@@ -116,8 +116,8 @@ class Frame:
         HU: H(w) U, [d, k].
         M: UᵀHU, [k, k], host float64.
         T: ∇_w of uᵢᵀH(w)uⱼ for all pairs, [k(k+1)/2, d], svec order.
-        on_edge: put in HU = 2P(ν)U wherever oscillations act on ν, which is what holds on the constraint (C.5); for a
-            frame that is used away from its anchor.
+        on_edge: use HU = 2P(ν)U in the action of oscillations on ν.  This holds on the constraint (C.5).  It serves
+            frames that are used away from their anchor.
     """
 
     w: Tensor
@@ -138,12 +138,12 @@ class Linearised(Protocol):
 
     @property
     def alpha(self) -> Array:
-        """[k, k]: how fast the gap closes without oscillation."""
+        """[k, k]: the rate at which the gap closes without oscillation."""
         ...
 
     @property
     def beta(self) -> Array:
-        """[n, n] acting on svec, n = k(k+1)/2: how fast oscillation X opens the gap."""
+        """[n, n] acting on svec, n = k(k+1)/2: the rate at which oscillation X opens the gap is β[X]."""
         ...
 
     @property
@@ -152,11 +152,11 @@ class Linearised(Protocol):
         ...
 
     def drift(self, X: Array | None) -> Rate:
-        """dy/dt with oscillation covariance Σ = UXUᵀ (X = None: without)."""
+        """dy/dt with oscillation covariance Σ = UXUᵀ (X = None: without oscillation)."""
         ...
 
     def kick(self, Z: Array) -> Rate:
-        """The part of the drift that is due to oscillations, for X = Z: the displacement by an impulse Z = ∫X dt."""
+        """The part of the drift that comes from oscillations, for X = Z: the displacement by an impulse Z = ∫X dt."""
         ...
 
 
@@ -165,7 +165,7 @@ class ImplicitStep(Protocol):
 
     @property
     def decay(self) -> float:
-        """What is left of the momentum after the step."""
+        """The factor by which the step shrinks the momentum."""
         ...
 
     @property
@@ -175,20 +175,20 @@ class ImplicitStep(Protocol):
 
     @property
     def beta(self) -> Array:
-        """[n, n] acting on svec: what X adds to it."""
+        """[n, n] acting on svec: β[X] is what X adds to the gap."""
         ...
 
     def end(self, X: Array | None) -> Staggered:
-        """Where the step ends with X (None: without)."""
+        """The end of the step with X (None: without oscillation)."""
         ...
 
 
 class SmoothFlow(Protocol):
-    """What every flow offers: its kind, the loss, and how it goes where nothing oscillates."""
+    """What every flow offers: its kind, the loss, and its rate without oscillation."""
 
     @property
     def name(self) -> str:
-        """Which flow it is, in words."""
+        """The name of the flow, in words."""
         ...
 
     @property
@@ -198,17 +198,17 @@ class SmoothFlow(Protocol):
 
     @property
     def inertial(self) -> bool:
-        """Is momentum part of the state?  Then dw/dt does not depend on X, and only a semi-implicit step will do."""
+        """True if momentum is part of the state.  Then X does not enter dw/dt, and only a semi-implicit step works."""
         ...
 
     @property
     def quasistatic(self) -> bool:
-        """Is ν kept at its stationary value?  Then the flow is one in w alone, and ν is settled at every stage."""
+        """True if ν is kept at its stationary value.  Then the flow is one in w alone, and every stage solves for ν."""
         ...
 
     @property
     def stepwise(self) -> bool:
-        """Is it a map, which goes one whole step of the optimizer at a time?"""
+        """True for a map, which advances by one whole step of the optimizer at a time."""
         ...
 
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
@@ -224,19 +224,19 @@ class SmoothFlow(Protocol):
         ...
 
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """−dw/dt [d] where X = 0 and m = g: κP(ν)⁻¹ g, and what weight decay adds."""
+        """−dw/dt [d] for X = 0 and m = g: κP(ν)⁻¹ g, plus the term of weight decay."""
         ...
 
     def nu_decay(self, y: State, g: Tensor) -> float:
-        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν (0 without memory loss)."""
+        """The decay rate of ν per unit time: the spectral radius of ∂ν̇/∂ν (0 if ν does not decay)."""
         ...
 
     def in_domain(self, y: State) -> bool:
-        """Is P(ν) positive definite at y?"""
+        """True if P(ν) is positive definite at y."""
         ...
 
     def sound(self, y: State) -> Tensor | None:
-        """The same as a bool [] on the device; None where the device cannot tell."""
+        """The same as :meth:`in_domain`, as a bool [] on the device; None if it cannot be computed there."""
         ...
 
     def spent(self) -> float:
@@ -245,14 +245,14 @@ class SmoothFlow(Protocol):
 
 
 class ConstrainedFlow(SmoothFlow, Protocol):
-    """What a flow offers beside that to one who keeps its constraint: eigenvectors, frames, third derivatives."""
+    """What a flow with a constraint offers in addition: eigenvectors, frames, third derivatives."""
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
-        """V [d, m] ↦ P^{−1/2} H P^{−1/2} V: symmetric, with the eigenvalues of P⁻¹H."""
+        """The operator V [d, m] ↦ P^{−1/2} H P^{−1/2} V: symmetric, with the eigenvalues of P⁻¹H."""
         ...
 
     def basis(self, y: State, V: Tensor) -> Tensor:
-        """Vectors V [d, k] in the metric of P: U [d, k] with UᵀPU = VᵀV."""
+        """U [d, k] = P^{−1/2} V of vectors V [d, k]: UᵀPU = VᵀV."""
         ...
 
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
@@ -268,19 +268,19 @@ class ConstrainedFlow(SmoothFlow, Protocol):
         ...
 
     def count_ccp(self) -> None:
-        """Enter one CCP solve into the ledger."""
+        """Record one CCP solve in the ledger."""
         ...
 
 
 class InertialFlow(ConstrainedFlow, Protocol):
-    """What a flow with momentum as a state offers beside that: semi-implicit steps."""
+    """What a flow with momentum as a state offers in addition: semi-implicit steps."""
 
     def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
         """Momentum and ν half a step h behind y."""
         ...
 
     def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
-        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it."""
+        """s, whose momentum and ν are half a step ``before`` behind w, with these half a step h behind w."""
         ...
 
     def longest_step(self, y: State, sharpness: float) -> float:
@@ -293,24 +293,25 @@ class InertialFlow(ConstrainedFlow, Protocol):
 
 
 class Flow(InertialFlow, Protocol):
-    """A flow as a run hands it to an integrator, with all of that.  Signatures name the least that they need."""
+    """A flow as a run passes it to an integrator, with all of that.  Signatures name the least part that they need."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What was seen at one moment of a run.
+    """The observations at one time of a run.
 
     Attributes:
         t: unit times.
         loss: L(w).
         grad_sq: ‖∇L(w)‖².
-        eigenvalues: of P⁻¹H, descending; the leading ones that were followed (none where there was no need to look).
+        eigenvalues: the leading ones of P⁻¹H, descending; empty at nodes without an eigensolve.
         U, HU: the frame's basis and H times it, [d, k].
         X: oscillation covariance in that basis, [k, k].
-        X_time: the moment for which X speaks (the middle of a step for integrators that average over it).
+        X_time: the time to which X belongs (the middle of a step for integrators that average over the step).
         g: the gradient [d].
         rate: dy/dt there, if known.
-        foreseen: where there was no look, the eigenvalues in the frame as the gap's model has them, descending.
+        foreseen: at nodes without an eigensolve, the eigenvalues in the frame predicted by the model of the gap,
+            descending.
     """
 
     t: float
@@ -327,7 +328,7 @@ class Node:
 
     @property
     def k(self) -> int:
-        """Number of critical directions with the constraint watched."""
+        """Number of directions in the constraint."""
         return len(self.X)
 
 
@@ -337,13 +338,13 @@ class StepResult:
 
     Attributes:
         y: the state at the end.
-        memory: what the integrator wants to be given back at the next step.
-        node: what was seen at the beginning, with the X of this step.
+        memory: the integrator's memory, to be passed to the next step.
+        node: the observations at the beginning, with the X of this step.
         interpolate: t ↦ state inside the step, to the integrator's order.
-        strain: the error estimate over the tolerance, where the step was taken though that is more than is allowed (no
-            shorter one may be tried, or earlier ones had to be taken back, too); else 0.
-        missed: an effective sharpness far above 2 that was found at the end, not having been seen coming; else 0.
-        unit: it was one step of one unit, because what shorter ones resolve is not worth their cost.
+        strain: the error estimate over the tolerance, if the step was accepted although the estimate is too large;
+            else 0.  That happens if no shorter step may be tried, or if earlier tries were rejected, too.
+        missed: an unpredicted effective sharpness far above 2 at the end of the step; else 0.
+        unit: True for a step of one unit, taken because shorter ones are not worth their cost.
     """
 
     y: State
@@ -358,25 +359,25 @@ class StepResult:
 class Integrator(Protocol):
     """An integrator: a frozen configuration.  The state of a run goes in and comes out, so a run can stop anywhere.
 
-    1. It keeps nothing between calls: what it wants to remember is its memory, made of frozen dataclasses of this
-       package, tensors, arrays, numbers, and tuples, lists and dicts of these, so that a run can be stored and taken
-       up bit for bit.
-    2. ``step`` advances by at most ``h``; recorded moments come from ``interpolate``, never from shortened steps.
-    3. A node is seen at the beginning of a step and carries the X of that step; ``X_time`` says for when it speaks.
+    1. It keeps nothing between calls.  What it must remember is its memory: frozen dataclasses of this package,
+       tensors, arrays, numbers, and tuples, lists and dicts of these.  So a run can be stored and resumed bit for bit.
+    2. ``step`` advances by at most ``h``.  Values at recorded times come from ``interpolate``, never from shortened
+       steps.
+    3. A node belongs to the beginning of a step and carries the X of that step.  ``X_time`` is the time of that X.
     4. A flow that is not constrained has k = 0: no frame, no CCP.
-    5. Every CCP is entered with ``flow.count_ccp()``; evaluations of the loss count themselves.
-    6. A state that raises ``DomainError`` is to be avoided by a shorter step; what cannot be done raises ``StepError``.
+    5. It calls ``flow.count_ccp()`` for every CCP.  Evaluations of the loss are counted automatically.
+    6. If a trial state raises ``DomainError``, it tries a shorter step.  If no step works, it raises ``StepError``.
 
-    Beside these three methods an integrator may have four more; :class:`dvi.solvers.IntegratorBase` has the defaults.
+    Besides these three methods an integrator may have four more; :class:`dvi.solvers.IntegratorBase` has the defaults.
 
-    - ``accepts(flow) -> str``: "" if it can drive this flow, else why not, in words with a remedy.  Default: it drives
-      flows that are neither inertial nor quasistatic nor stepwise.
-    - ``horizon(memory) -> float``: the h from which on a longer one would not change the step.  With it, a finished run
-      can be made longer from near its end.  Default: infinity, and it is made longer from its beginning.
-    - ``restart(flow, memory, y)``: the memory behind a jump of the flow, where the step before ends.  Default:
+    - ``accepts(flow) -> str``: "" if it can drive this flow, else the reason and a remedy, in words.  Default: it
+      drives flows that are neither inertial nor quasistatic nor stepwise.
+    - ``horizon(memory) -> float``: a larger ``h`` than this would not change the step.  With it, a finished run can be
+      extended from near its end.  Default: infinity, so that a run is extended from its beginning.
+    - ``restart(flow, memory, y)``: the memory after a jump of the flow at the end of a step.  Default:
       ``init(flow, y)``.
-    - ``fixed_steps`` (a bool): the user has chosen the steps, so that a run is not ended for what they cost at kinks.
-      Default: False.
+    - ``fixed_steps`` (a bool): the user has chosen the steps, so their cost at kinks does not end a run.  Default:
+      False.
     """
 
     def init(self, flow: Flow, y: State) -> Any:
@@ -388,12 +389,12 @@ class Integrator(Protocol):
         ...
 
     def observe(self, flow: Flow, memory: Any, y: State) -> Node:
-        """What would be seen at y, without a step (the last moment of a run)."""
+        """The node at y, without a step (for the last time of a run)."""
         ...
 
 
 def like(array: NDArray[Any], example: Tensor) -> Tensor:
-    """A host array as a tensor of the dtype and on the device of an example (whatever torch's default device is)."""
+    """A host array as a tensor with the dtype and device of an example (torch's default device has no influence)."""
     return torch.from_numpy(np.array(array, dtype=np.float64)).to(example)
 
 

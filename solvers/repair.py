@@ -1,4 +1,4 @@
-"""Trial states set back into the domain of P."""
+"""Moves trial states back into the domain of P."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from dvi.solvers.protocol import SmoothFlow, State
 
 @dataclass(frozen=True)
 class Repair:
-    """Trial states of a step from ``start``, set back where they have left the domain of P.
+    """Moves trial states of a step from ``start`` back into the domain of P.
 
-    A second moment never becomes negative, but a stage of a method of second order may make it so where it is nearly
-    zero, however short the step.  Entries of ν that were positive at the start of the step and are not in the trial
-    state are set to what mere forgetting would have left of them, start · exp(−decay · h), which the exact flow of an
-    average of squares cannot fall below.  This is done where, and only where, P(ν) would not be positive definite
-    otherwise.
+    An exact second moment never becomes negative.  But a stage of a second-order method may make a nearly zero one
+    negative, however short the step.  Entries of ν that were positive at the start of the step and are not in the trial
+    state are set to start · exp(−decay · h).  The exact flow of an average of squares cannot fall below that value.
+    This is done only if P(ν) would otherwise not be positive definite.
 
     Args:
         flow, start: of the step.
-        decay: how fast ν forgets there, per unit time, if it is known; then all is decided on the device, where the
-            device can tell whether P is positive definite.
+        decay: the decay rate of ν there, per unit time, if known.  Then the decision needs no transfer from the device,
+            provided that the device can tell whether P is positive definite.
     """
 
     flow: SmoothFlow
@@ -33,13 +32,13 @@ class Repair:
     decay: float | None = None
 
     def __call__(self, y: State) -> State:
-        """A trial state y, or where it has left the domain of P, the same with ν set back inside."""
+        """A trial state y; if it has left the domain of P, ν is moved back inside."""
         pairs = list(zip(pytree.tree_leaves(y.nu), pytree.tree_leaves(self.start.nu), strict=True))
         if not pairs:
             return y
         sound = None if self.decay is None else self.flow.sound(y)
         if sound is None:
-            # Nothing to set back is the usual case; then P need not be made only to be looked at.
+            # Usually nothing must be moved; then P need not be computed just for this check.
             if not any(bool(((before > 0) & ~(now > 0)).any()) for now, before in pairs) or self.flow.in_domain(y):
                 return y
             sound = torch.zeros((), dtype=torch.bool, device=y.w.device)

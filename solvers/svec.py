@@ -44,12 +44,12 @@ class Triu:
 
 
 def dimension(k: int) -> int:
-    """Return the length n = k(k+1)/2 of the svec of a k × k matrix."""
+    """Return n = k(k+1)/2, the length of the svec of a k × k matrix."""
     return k * (k + 1) // 2
 
 
 def order(n: int) -> int:
-    """Return the order k of the matrix whose svec has length n. Raises ValueError where n is not k(k+1)/2 for any k."""
+    """Return the order k of the matrix whose svec has length n. Raises ValueError if n is not k(k+1)/2 for any k."""
     k = (isqrt(8 * n + 1) - 1) // 2 if n >= 0 else -1
     if dimension(k) != n or k < 0:
         raise ValueError(f"no symmetric matrix has an svec of length {n}: it must be k(k+1)/2 (0, 1, 3, 6, 10, 15, …)")
@@ -77,15 +77,15 @@ def triu(k: int) -> Triu:
         identity=on_diagonal.astype(np.float64),
     )
     for name in ("rows", "columns", "diagonal", "weight", "flat", "position", "inverse_weight", "identity"):
-        getattr(made, name).setflags(write=False)  # shared by all who ask
+        getattr(made, name).setflags(write=False)  # shared by all callers
     return made
 
 
 def svec(M: ArrayOrTensor) -> ArrayOrTensor:
     """Return the upper triangle of M [..., k, k] as a vector [..., n].
 
-    Numpy array or torch tensor; dtype and device are kept. M is taken to be symmetric: what lies below the diagonal
-    is not read. Raises ValueError where M is not square.
+    M is a Numpy array or torch tensor; dtype and device are kept. M is assumed to be symmetric: entries below the
+    diagonal are not read. Raises ValueError if M is not square.
     """
     if M.ndim < 2 or M.shape[-1] != M.shape[-2]:
         raise ValueError(f"svec takes square matrices [..., k, k], not an array of shape {tuple(M.shape)}")
@@ -101,7 +101,7 @@ def svec(M: ArrayOrTensor) -> ArrayOrTensor:
 def smat(v: ArrayOrTensor) -> ArrayOrTensor:
     """Return the symmetric matrix [..., k, k] whose svec is v [..., n].
 
-    Numpy array or torch tensor; dtype and device are kept. Raises ValueError where n is not k(k+1)/2.
+    v is a Numpy array or torch tensor; dtype and device are kept. Raises ValueError if n is not k(k+1)/2.
     """
     if v.ndim < 1:
         raise ValueError("smat takes vectors [..., n], not a scalar")
@@ -116,7 +116,7 @@ def smat(v: ArrayOrTensor) -> ArrayOrTensor:
 def skron(G: Array) -> Array:
     """Return the matrix [m(m+1)/2, k(k+1)/2] of H ↦ G H Gᵀ in svec, G [m, k]: the symmetric Kronecker product G ⊗ G.
 
-    ``skron(G) @ svec(H) == svec(G @ H @ G.T)``; it is orthogonal where G is, and ``skron(G).T == skron(G.T)``.
+    ``skron(G) @ svec(H) == svec(G @ H @ G.T)``. It is orthogonal if G is, and ``skron(G).T == skron(G.T)``.
     """
     to, of = triu(G.shape[0]), triu(G.shape[1])
     at_row, at_column = G.take(to.rows, 0), G.take(to.columns, 0) * (0.5 * to.weight)[:, None]  # [·, k]

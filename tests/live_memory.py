@@ -75,8 +75,12 @@ def swept(d, k, derivatives="autodiff", dtype=torch.float64):
     sweep = dvi.problems.MatrixSweep([1.0] * k, [0.5 * (i + 1) for i in range(k)], 0.1, dtype=dtype)
     frame = torch.randn(d, sweep.problem.dim, dtype=dtype, generator=torch.Generator().manual_seed(0))
     frame = torch.linalg.qr(frame)[0].T.contiguous()
-    loss = lambda w: sweep._loss(frame @ w)  # noqa: E731
-    return dvi.Problem(loss, torch.zeros(d, dtype=dtype), derivatives=derivatives), 0.1, 5 * k + 6, [frame]
+    return (
+        dvi.Problem(lambda w: sweep.loss(frame @ w), torch.zeros(d, dtype=dtype), derivatives=derivatives),
+        0.1,
+        5 * k + 6,
+        [frame],
+    )
 
 
 def measured(problem, lr, steps, beside):

@@ -8,9 +8,13 @@ from __future__ import annotations
 import datetime
 import itertools
 import multiprocessing
-import time
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,9 +22,12 @@ from torch import nn
 import dvi
 from dvi.methods import GradientDescent
 from dvi.problems import DerivativeError, digits, fashion, sorting
+from dvi.problems.catalogue.data import make_sorting
+from dvi.problems.catalogue.tasks import cross_entropy
 from dvi.problems.networks.by_name import sequence_network
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker
+from dvi.storage import hdf5
 
 D = torch.float64
 EXPECTED = (dvi.ProblemError, dvi.RanksError, dvi.RunError, dvi.StoreError, TypeError, ValueError)
@@ -128,13 +135,8 @@ def catalogue(name):
         return sorting(name, n=7)
     if name in ("lstm", "mamba"):  # smaller than any size that has a name
         model = sequence_network(name, "small", 4, 15, 8, width=4, depth=1)
-        reference = sorting("rnn", n=7)
-        return dvi.Problem.from_module(model, dvi.problems.catalogue.tasks.cross_entropy, *data_of(reference))
+        return dvi.Problem.from_module(model, cross_entropy, *make_sorting(7))
     return fashion(name, n=7, classes=2)
-
-
-def data_of(problem):
-    return problem._inputs, problem._targets
 
 
 def derivatives(problem):
@@ -166,6 +168,13 @@ def evaluate(group, options, sizes=None):
         problem = dvi.distribute(small(ends(sizes)[rank], **options), group, shards=True)
     found = derivatives(problem)
     return found, problem.ledger.counts, problem.fingerprints(), problem.examples
+
+
+def fingerprints_in_pieces(group):
+    """As of data that are too large to be sent at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvi.problems.distributed.ranks.PIECE", 64)
+        return dvi.distribute(small(), group).fingerprints()
 
 
 def amended(problem):
@@ -261,14 +270,17 @@ def pickled(group):
 
 
 def failing(group, kind):
-    """Rank 1 alone cannot compute a product."""
-    problem = dvi.distribute(small(), group)
-    if problem.ranks.rank == 1:
+    """Rank 1 alone cannot compute a product, once its loss is in the mood for it."""
+    moody = []
 
-        def fail(w, V):
+    def loss(w):
+        if moody:
             raise kind("out of luck")
+        return w.sin().sum()
 
-        problem._derivatives.hvp = fail
+    problem = dvi.distribute(dvi.Problem(loss, normal(5, seed=6)), group, shards=True)
+    if problem.ranks.rank == 1:
+        moody.append(True)
     return problem.hvp(problem.w0, torch.eye(problem.dim, 2, dtype=D))
 
 
@@ -304,7 +316,7 @@ def off_by_an_ulp(group, where):
     """Rank 1 asks with other weights, directions or state than the others, in one last bit."""
     problem = dvi.distribute(small(), group)
     w, V = problem.w0.clone(), torch.eye(problem.dim, 2, dtype=D)
-    changed = {"weights": w, "directions": V, "state": w}[where]
+    changed = {"weights": w, "directions": V, "state": w, "clock": w.clone()}[where]
     if problem.ranks.rank == 1:
         flat = changed.view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(9.0, dtype=D))
@@ -312,15 +324,15 @@ def off_by_an_ulp(group, where):
         return problem.value_and_grad(w)
     if where == "directions":
         return problem.hvp(problem.w0, V)
-    return problem.ranks.agree({"w": w, "t": 1.0}, "at t = 1")
+    t = 1.0 if where == "state" else float(np.nextafter(1.0, 1.0 + problem.ranks.rank))
+    return problem.ranks.agree({"w": w, "t": t}, "at t = 1")
 
 
 def late(group):
-    """Rank 1 does not come within the timeout."""
+    """Rank 1 does not come within the timeout, which is shortened by what torch has no public name for."""
     problem = dvi.distribute(small(), group)
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), group)
     if problem.ranks.rank == 1:
-        time.sleep(3)
         return None
     return problem.value_and_grad(problem.w0)
 
@@ -357,11 +369,21 @@ def spoilt(group, folder):
     return race(dvi.distribute(small(), group), 3, folder)
 
 
-def doomed(rank, size, store, path, steps):
-    """A process of a run that may be killed; says how it ended by its exit code."""
+def doomed(rank, size, store, path, steps, victim, gradient):
+    """A process of a run, which is killed at a gradient if it is the victim; says how it ended by its exit code."""
     start(rank, size, store, seconds=30)
+    hdf5.time = SimpleNamespace(monotonic=lambda: 0.0)  # no clock decides when the file is written: at every unit
+    problem = dvi.distribute(digits(n=101, width=8))
+    inner, gradients = problem.value_and_grad, itertools.count(1)
+
+    def watched(*given, **named):
+        if rank == victim and next(gradients) == gradient:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*given, **named)
+
+    problem.value_and_grad = watched
     try:
-        race(dvi.distribute(digits(n=101, width=8)), steps, path, True, checkpoint_every=1e-9)
+        race(problem, steps, path, True, checkpoint_every=0.0)
     except dvi.RunError as error:
         raise SystemExit(3 if error.status is dvi.Status.RANKS else 4) from None
     except dvi.RanksError:

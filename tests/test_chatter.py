@@ -53,8 +53,8 @@ def test_coming_and_going_at_one_place_is_counted_and_ended():
     # every second step of 1/64 ends an oscillation; whether w stays where it is, is asked after half a unit
     assert solution.ledger.t[-1] == pytest.approx(0.5, abs=2 / 64)
     (words,) = [note for note in solution.notes if note.startswith("Stopped")]
-    assert "have stopped to oscillate 16 times" in words
-    assert "the oscillation itself is 1 wide" in words  # X = 1 along a unit vector
+    assert "stopped oscillating 16 times" in words
+    assert "The amplitude of the oscillation is 1." in words  # X = 1 along a unit vector
     with pytest.raises(dvi.RunError, match="loosen tol"):
         dvi.solve(
             dvi.central_flow(

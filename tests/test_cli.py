@@ -9,6 +9,7 @@ import pytest
 
 import dvi
 from dvi import cli
+from dvi.runs import comparing
 
 pytest.importorskip("tyro")
 from dvi.cli.names import KINDS
@@ -445,8 +446,8 @@ def test_wrong_input(tmp_path, capsys, flags, words):
     [
         (["info", "nothing.h5"], "nothing.h5 does not exist"),
         (["plot", "nothing.h5"], "nothing.h5 does not exist"),
-        (["plot"], "Which results?"),
-        (["info"], "Which results?"),
+        (["plot"], "No result is given"),
+        (["info"], "No result is given"),
         (["plot", "a.h5", "b.h5", "--out", "x.png"], "give a folder"),
     ],
 )
@@ -496,14 +497,14 @@ def interrupt_after(monkeypatch, calls):
     """Let the user press Ctrl-C after that many recorded moments, with a checkpoint at each."""
     clock = iter(range(0, 10**9, 1000))
     monkeypatch.setattr("dvi.storage.hdf5.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    weights, count = dvi.compare.__globals__["_distance"], iter(range(calls))
+    distance_between, count = comparing.distance_between, iter(range(calls))
 
     def distance(a, b):
         if next(count, None) is None:
             raise KeyboardInterrupt
-        return weights(a, b)
+        return distance_between(a, b)
 
-    monkeypatch.setitem(dvi.compare.__globals__, "_distance", distance)
+    monkeypatch.setattr(comparing, "distance_between", distance)
 
 
 def test_resume_gives_the_same_file(tmp_path, capsys, monkeypatch):

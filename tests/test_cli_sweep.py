@@ -10,14 +10,14 @@ from dvi import cli
 pytest.importorskip("tyro")
 pytest.importorskip("h5py")
 pytest.importorskip("sklearn")
-from dvi.cli.commands import _not_meant
+from dvi.cli.commands import not_meant
 from dvi.cli.sweep import grid
 
 TINY = ["--problem", "digits-mlp", "--n", "20", "--classes", "3", "--width", "4", "--method", "gd", "--steps", "3"]
 
 
 def names(*words):
-    return [name for name, _ in grid(list(words), _not_meant)]
+    return [name for name, _ in grid(list(words), not_meant)]
 
 
 def rejected(capsys, *words):
@@ -32,7 +32,7 @@ def test_flags_with_several_values_make_a_grid():
     assert names(*TINY, "--method.lr", "0.1", "0.2", "--seed", "0", "1") == [
         "method.lr=0.1,seed=0", "method.lr=0.1,seed=1", "method.lr=0.2,seed=0", "method.lr=0.2,seed=1",
     ]  # fmt: skip
-    (_, row), *_ = grid([*TINY, "--lr=0.1", "--seed", "0", "1"], _not_meant)
+    (_, row), *_ = grid([*TINY, "--lr=0.1", "--seed", "0", "1"], not_meant)
     assert row == [*TINY, "--lr", "0.1", "--seed", "0"]
 
 
@@ -95,7 +95,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for words, told in (
         (["list", "fig99"], "fig99 is no experiment"),
         (["list", "fig14z"], "fig14z is no experiment"),
-        (["run"], "Which experiments?"),
+        (["run"], "No experiment is given"),
         (["figure", "6", "--folder", str(tmp_path)], "dvi paper run fig6 --size small"),
         (["figure", "99", "--folder", str(tmp_path)], "There are no experiments of figure 99"),
         (["run", "fig14b", "--size", "full", "--device", "abacus", "--folder", str(tmp_path)], "abacus"),

@@ -194,7 +194,8 @@ def test_nothing_depends_on_the_default_device_and_dtype(name, foreign_defaults)
             problem.hessian_derivative(w, U, U[:, :1]),
         ]
         if name in SMALL:
-            inputs = problem._inputs[:3]
+            images = name.startswith("digits")
+            inputs = load_digits(3, dtype=dtype, device="cpu")[0] if images else make_sorting(3, device="cpu")[0]
             results += [problem.outputs(w, inputs), problem.output_curvature(w, inputs, U, X)]
         assert all(result.dtype == dtype and result.device.type == "cpu" for result in results)
         problem.measure_weights(repeats=1)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CubicLoss, examples
+from conftest import CubicLoss, examples, frame_of
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import eigh
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import dvi
 import dvi.testing
 from dvi.methods import Adam, AdamW, Filter, GradientDescent, HeavyBall, NAdam, Nesterov, RMSProp, RMSPropNorm
+from dvi.solvers.nodes import empty_frame
 from dvi.solvers.protocol import State
 from dvi.solvers.svec import smat, svec
 
@@ -234,26 +235,24 @@ def test_gradient_descent_with_decay_is_gradient_descent_with_a_penalty(name):
     torch.testing.assert_close(ours.drift(X).w, theirs.drift(X).w, rtol=1e-12, atol=1e-13)
 
 
-def without(problem, weight_decay):
-    """The problem from whose loss ½Σλw² was taken: with that decay, gradient descent is as it was without."""
-    weights = as_vector(weight_decay)[: problem.dim]
-    return dvi.Problem(lambda w: problem._parts[0](w) - 0.5 * (weights * w.square()).sum(), problem.w0)
-
-
 @pytest.mark.parametrize("weight_decay", [0.5, [(0.6, 1), (0.0, 1), (0.3, 1)]])
 @pytest.mark.parametrize("integrator", [dvi.RungeKutta(4, h=1 / 4), dvi.MacroStep(1e-4)])
 def test_the_flow_along_a_curved_edge_in_closed_form(weight_decay, integrator):
     """The circle's exact weights, which slide along its edge from t = 1.3: the plateau is at (2 − ηλ)/η."""
     circle = dvi.problems.Circle(entry=1.3)
     weights = torch.tensor([0.6, 0.0, 0.3], dtype=torch.float64) if isinstance(weight_decay, list) else weight_decay
-    problem = dvi.Problem(lambda w: circle.problem._parts[0](w) - 0.5 * (weights * w.square()).sum(), circle.problem.w0)
-    flow = dvi.central_flow(problem, GDW(circle.lr, weight_decay), check=False)
+
+    def loss(w):
+        """That of the circle without ½Σλw², which the decay adds."""
+        return circle.loss(w) - 0.5 * (weights * w.square()).sum()
+
+    flow = dvi.central_flow(dvi.Problem(loss, circle.problem.w0), GDW(circle.lr, weight_decay), check=False)
     run = dvi.solve(flow, steps=8, integrator=integrator, save=("w",), progress=False)
     error = max(np.linalg.norm(w - circle.weights(t).numpy()) for t, w in zip(run.t, run.series["w"], strict=True))
     # docs/mathematics.md: 3e-6 and 2e-4 for these integrators on the circle itself
     assert error < (1e-5 if isinstance(integrator, dvi.RungeKutta) else 5e-4)
     assert run.breakpoints[0][0] == pytest.approx(1.3, abs=0.01)
-    H = torch.autograd.functional.hessian(problem._parts[0], torch.tensor(run.series["w"][-1])).numpy()
+    H = torch.autograd.functional.hessian(loss, torch.tensor(run.series["w"][-1])).numpy()
     largest = eigh(H, np.diag(1 / circle.lr - 0.5 * as_vector(weight_decay).numpy()[:3]), eigvals_only=True)[-1]
     assert largest == pytest.approx(2, abs=1e-3)  # the flow's error in w, times a curvature of order 1/η
 
@@ -382,9 +381,8 @@ def test_the_central_map_is_the_optimizer_where_nothing_oscillates(name):
     y = State(start.w, start.nu, start.t, start.m)
     _, g = flow.value_and_grad(y)
     s = flow.stagger(y, g, 1.0)
-    frame = flow._frame(y, torch.zeros(6, 0, dtype=torch.float64), torch.zeros(6, 0, dtype=torch.float64))
     following, _ = after(dvi.discrete(problem, method), 11)
-    end = flow.implicit_step(s, g, frame, 1.0).end(None)
+    end = flow.implicit_step(s, g, empty_frame(flow, y), 1.0).end(None)
     torch.testing.assert_close(end.w, following.w, rtol=1e-12, atol=1e-13)
 
 
@@ -398,7 +396,7 @@ def test_the_gap_at_the_end_of_a_semi_implicit_step(name, dt):
     y = State(torch.tensor(w), flow.initial.nu, 3.0, flow.initial.m)
     _, g = flow.value_and_grad(y)
     U = torch.tensor(rng.normal(size=(6, 2)))
-    frame = flow._frame(y, U, flow.problem.hvp(y.w, U))
+    frame = frame_of(flow, y, U)
     s = flow.stagger(y, g, dt)
     step = flow.implicit_step(s, g, frame, dt)
     end = step.end(None)

@@ -186,7 +186,7 @@ def test_check_passes_what_is_right(dtype):
 def test_check_says_where_differences_are_too_coarse():
     """Embeddings of size 0.02 behind a layer norm: in float32 no step is both small enough and large enough."""
     problem = sorting(n=10, width=8, depth=1, heads=2, dtype=torch.float32, derivatives="finite-difference")
-    with pytest.raises(DerivativeError, match=r"bends too sharply for differences in torch.float32"):
+    with pytest.raises(DerivativeError, match=r"too strongly curved for differences in torch.float32"):
         problem.check(problem.w0 + 0.01)
     exact = sorting(n=10, width=8, depth=1, heads=2, dtype=torch.float32)
     exact.check(exact.w0 + 0.01)

@@ -7,7 +7,10 @@ holds an expression that must be true, which readers do not see.
 """
 
 import contextlib
+import doctest
+import importlib
 import io
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -44,6 +47,21 @@ def difference(shown, printed):
 def gap(text, start, end):
     """Whether nothing but white space stands between two parts of a page."""
     return not text[start:end].strip()
+
+
+def with_examples():
+    """Modules of all floors whose text has examples: they are under ``dvi.``, whatever folder they come from."""
+    paths = {"dvi": dvi.__file__}
+    for found in pkgutil.walk_packages(dvi.__path__, "dvi."):
+        paths[found.name] = found.module_finder.find_spec(found.name).origin
+    return [name for name, path in paths.items() if ">>>" in Path(path).read_text()]
+
+
+@pytest.mark.parametrize("name", with_examples())
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.slow

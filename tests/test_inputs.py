@@ -106,7 +106,7 @@ def test_a_model_that_computes_its_loss_itself():
     same(Problem.from_module(named("loss"), None, inputs))
     whole = Problem.from_module(named("loss"), None, inputs, chunk_size=3)
     same(whole)
-    with pytest.raises(ProblemError, match=r"without a criterion the model gives its loss.*hand over a criterion"):
+    with pytest.raises(ProblemError, match=r"without a criterion the model must return its loss.*pass a criterion"):
         Problem.from_module(named("dict"), None, (X, Z))
 
 
@@ -166,7 +166,7 @@ class Dense(nn.Module):
 
 def test_chunks_of_what_is_no_list_of_examples_are_refused():
     adjacency = (normal(7, 7) > 0).to(F64)
-    with pytest.raises(ProblemError, match="treats examples one by one; here it fails on a few of them"):
+    with pytest.raises(ProblemError, match="must treat examples one by one, but it fails on a few of them"):
         Problem.from_module(graph(Dense), F.mse_loss, (X, adjacency), Y, chunk_size=3)
     one = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).to(F64)
     with pytest.raises(ProblemError, match="fails on a few of them: Expected more than 1 value"):

@@ -158,18 +158,32 @@ def test_kinks_are_told_once(caplog):
 def test_kinks_that_differences_cannot_be_taken_across():
     """Third derivatives by differences of a dense net of kinks are of no use; the remedy is named."""
     problem = digits(n=60, width=16, activation="relu", derivatives="finite-difference", dtype=torch.float32)
-    with pytest.raises(DerivativeError, match=r'or has kinks; take derivatives="autodiff"'):
+    with pytest.raises(DerivativeError, match=r'or has kinks: take derivatives="autodiff"'):
         problem.check()
+
+
+def loss_of_net(kinked):
+    """The loss of ``net`` as a function of a vector of weights, in one part."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), kinked(), nn.Linear(8, 8), Sine(), nn.Linear(8, 3))).to(F64)
+    sizes = {name: p.shape for name, p in model.named_parameters()}
+    x, y = (normal(40, n, seed=n) for n in (6, 3))
+
+    def loss(w):
+        pieces = w.split([shape.numel() for shape in sizes.values()])
+        weights = {name: piece.view(shape) for piece, (name, shape) in zip(pieces, sizes.items(), strict=True)}
+        return F.mse_loss(torch.func.functional_call(model, weights, (x,)), y)
+
+    return (loss,)
 
 
 @pytest.mark.parametrize("name", ["ReLU", "max-pool", "abs", "1-norm", "sort"])
 def test_a_piece_is_the_loss_up_to_its_border_and_smooth_beyond(name):
-    problem = net(KINKED[name])
-    piece = Piece(problem._parts, problem.w0)
+    problem, parts = net(KINKED[name]), loss_of_net(KINKED[name])
+    piece = Piece(parts, problem.w0)
     u = normal(problem.dim, seed=3)
     u /= u.norm()
     near, far = problem.w0 + 1e-9 * u, problem.w0 + 0.5 * u
-    for x, y in zip(piece(near), value_and_gradient(problem._parts, near), strict=True):
+    for x, y in zip(piece(near), value_and_gradient(parts, near), strict=True):
         assert torch.allclose(x, y, rtol=1e-13, atol=1e-13)
     assert not piece.ends_before(near)
     assert piece.ends_before(far)

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -257,3 +258,32 @@ central_flow stable_flow discrete solve compare derive load methods problems sol
 def test_what_the_design_promises_is_exported(symbol):
     assert symbol in dvi.__all__
     assert hasattr(dvi, symbol)
+
+
+# Names with an underscore that are torch's, or of the figures: the library's own are not for tests.
+FOREIGN = {
+    "_pytree", "_python_dispatch", "_local_scalar_dense", "_has_same_storage_numel", "_set_pg_timeout",
+    "_forward_pre_hooks", "_parameters", "_buffers", "_threshold",
+}  # fmt: skip
+
+
+def private(source):
+    """Private names that a test reads, imports or replaces by name, beside those of its own classes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names = [] if own else [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value.rsplit(".", 1)[-1]]  # of monkeypatch.setattr
+        else:
+            names = []
+        yield from (name for name in names if re.fullmatch(r"_[a-z]\w{2,}(?<!_)", name) and name not in FOREIGN)
+
+
+def test_tests_speak_of_what_is_public():
+    found = {path.name: list(private(path.read_text())) for path in sorted((ROOT / "tests").glob("*.py"))}
+    assert {name: names for name, names in found.items() if names and name != "test_layout.py"} == {}
+    for source in ("problem._parts", "from dvi.compiler.flows import _tell", 'patch.setattr("dvi.runs.a._b_c", 1)'):
+        assert list(private(source))  # it can fail

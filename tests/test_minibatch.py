@@ -6,35 +6,49 @@ from torch import nn
 
 import dvi
 from dvi.methods import GradientDescent
-from dvi.problems import ProblemError
+from dvi.problems import CNN, GPT, MLP, RNN, ProblemError
+from dvi.problems.catalogue.data import load_digits, make_sorting
+from dvi.problems.catalogue.tasks import cross_entropy, squared_error
+
+
+def marked(n):
+    """Digits and one-hot targets."""
+    images, labels = load_digits(n)
+    return images, nn.functional.one_hot(labels, 10).double()
+
 
 MODELS = {
-    "mlp": lambda: dvi.problems.digits(n=12, width=5),
-    "mlp, cross-entropy": lambda: dvi.problems.digits(n=12, width=5, loss="ce"),
-    "cnn": lambda: dvi.problems.digits("cnn", n=8, width=2),
-    "transformer": lambda: dvi.problems.sorting(n=8, width=12, depth=1, length=4),
-    "rnn": lambda: dvi.problems.sorting("rnn", n=8, width=6, length=4),
-    "chunks": lambda: dvi.problems.digits(n=12, width=5, chunk_size=5),
+    "mlp": (lambda: MLP([64, 5, 10]), squared_error, lambda: marked(12)),
+    "mlp, cross-entropy": (lambda: MLP([64, 5, 10]), cross_entropy, lambda: load_digits(12)),
+    "cnn": (lambda: CNN(1, 10, 2), squared_error, lambda: marked(8)),
+    "transformer": (lambda: GPT(4, 7, 4, width=12, depth=1, heads=2), cross_entropy, lambda: make_sorting(8, 4)),
+    "rnn": (lambda: RNN(4, 4, width=6), cross_entropy, lambda: make_sorting(8, 4)),
+    "chunks": (lambda: MLP([64, 5, 10]), squared_error, lambda: marked(12)),
 }
 
 
-def alone(problem, i):
+def alone(model, criterion, x, y):
     """The loss of one example and its gradient, by torch.autograd on the model itself."""
-    w = problem.w0.clone().requires_grad_()
-    loss = problem._loss.of(problem._loss.outputs(w, problem._inputs[i : i + 1]), problem._targets[i : i + 1])
-    return loss.detach(), torch.autograd.grad(loss, w)[0]
+    loss = criterion(model(x), y)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), torch.cat([g.reshape(-1) for g in gradients])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_examples_are_those_of_each_alone(name):
-    problem = MODELS[name]()
+    make, criterion, data = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().double()
+    x, y = data()
+    problem = dvi.Problem.from_module(model, criterion, x, y, chunk_size=5 if name == "chunks" else None)
     losses, G = (torch.cat(parts) for parts in zip(*problem.mini_batches().each(problem.w0), strict=True))
     value, g = problem.value_and_grad(problem.w0)
     # sums of some thousand products, in another order
     torch.testing.assert_close(losses.mean(), value, rtol=1e-12, atol=0)
     torch.testing.assert_close(G.mean(dim=0), g, rtol=0, atol=1e-12)
     for i in (0, 5):
-        one, gradient = alone(problem, i)
+        one, gradient = alone(model, criterion, x[i : i + 1], y[i : i + 1])
         torch.testing.assert_close(losses[i], one, rtol=1e-12, atol=0)
         torch.testing.assert_close(G[i], gradient, rtol=0, atol=1e-12)
 
@@ -99,7 +113,7 @@ def test_a_module_is_left_with_plain_weights():
     problem = dvi.problems.digits(n=10, width=4)
     list(problem.mini_batches().each(problem.w0 + 1))
     problem.check()  # uses the module again
-    problem.outputs(problem.w0, problem._inputs)
+    problem.outputs(problem.w0, load_digits(10)[0])
 
 
 # ---- what is refused ------------------------------------------------------------------------------------
@@ -145,7 +159,7 @@ def test_examples_that_see_one_another_are_refused():
         def forward(self, x):
             return x - x.mean(dim=0)
 
-    with pytest.raises(ProblemError, match="do not see one another"):
+    with pytest.raises(ProblemError, match="do not affect one another"):
         module(nn.Linear(4, 2), Centred()).mini_batches()
 
 

@@ -287,7 +287,8 @@ def test_replicas_from_a_state_are_torchs_own_steps(kind):
     _, G = run.batch(y.w, 0)
     # replicas begin with the ν that a first update makes on average; here each takes its own
     if not run.calculus.stateless:
-        y = State(y.w, run._each(lambda nu, g: _updated(run, nu, g), _before(run, y), G), y.t, y.m)
+        nus = [updated(run, run.method.at(0.0).init(w), g) for w, g in zip(y.w, G, strict=True)]
+        y = State(y.w, pytree.tree_map(lambda *of: torch.stack(of), *nus), y.t, y.m)
     seen = []
     for step in range(1, 7):
         y, _, G = run.advanced(y, G, step)
@@ -295,13 +296,8 @@ def test_replicas_from_a_state_are_torchs_own_steps(kind):
     torch.testing.assert_close(torch.stack(seen), torch.stack(torchs, dim=1), rtol=0, atol=1e-12)  # order of sums
 
 
-def _before(run, y):
-    return run.spread_out(State(y.w[0], run.method.at(0.0).init(y.w[0]), 0.0)).nu
-
-
-def _updated(run, nu, g):
-    change = run.method.at(0.0).f(nu, g)
-    return pytree.tree_map(torch.add, nu, change)
+def updated(run, nu, g):
+    return pytree.tree_map(torch.add, nu, run.method.at(0.0).f(nu, g))
 
 
 def test_a_race_of_a_torch_optimizer_goes_on_from_its_state():

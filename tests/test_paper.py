@@ -10,7 +10,7 @@ import dvi
 from dvi.paper import making, report, stored
 from dvi.paper.table import SIZES, Experiment, read, table
 from dvi.problems import ProblemError
-from dvi.sweeps.records import records
+from dvi.sweeps.records import Record, records, write_record
 from dvi.sweeps.work import work
 
 pytest.importorskip("h5py")
@@ -146,6 +146,23 @@ def test_a_run_from_the_table_to_the_figure(tmp_path, short):
     assert f"| fig34a | rnn-mse, rmsprop {short.options['small']['lr']:g}, 6 steps |" in told
     lines = list(report.overview([short], "small", records(tmp_path, ["fig34a"])))
     assert " done" in lines[0]
+
+
+def test_a_run_of_numbers_that_the_table_has_changed_since_is_missing(tmp_path, short, monkeypatch):
+    task = making.task_of(short, "small")
+    write_record(tmp_path, Record(short.name, task.spec, "done"))
+    assert short.name not in stored.missing(34, folder=tmp_path)
+    longer = {"small": short.options["small"] | {"steps": 7}, "full": short.options["full"]}
+    monkeypatch.setitem(table().experiments, short.name, Experiment(**{**vars(short), "options": longer}))
+    assert short.name in stored.missing(34, folder=tmp_path)
+
+
+def test_the_weights_that_are_watched_are_the_middles_of_equal_parts(tmp_path, short, monkeypatch):
+    given, spec = {}, making.spec_of(short, "small")
+    monkeypatch.setattr(dvi, "compare", lambda *_, **named: given.update(named))
+    making.run(spec, tmp_path / "a.h5")
+    d = making.make_problem(spec).dim
+    assert given["coordinates"] == [int((i + 0.5) * d / 12) for i in range(12)]
 
 
 def test_the_full_size_asks_for_its_data(tmp_path):

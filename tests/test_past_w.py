@@ -217,7 +217,7 @@ def test_a_run_whose_loss_has_changed_meanwhile_says_so_and_keeps_what_it_has(ra
     assert result.status is dvi.Status.LOSS_CHANGED
     assert "when the problem was made, and is" in result.notes[-1]
     assert len(result.discrete.t if race else result.t) > 20
-    with pytest.raises(dvi.RunError, match="depends on something beside the weights"):
+    with pytest.raises(dvi.RunError, match="depends on something besides the weights"):
         run(throw=True)
 
 
@@ -278,7 +278,7 @@ class Caching(nn.Module):
 def test_a_cache_of_weights_is_refused():
     cold, warm = Caching(), Caching()
     warm(X)
-    with pytest.raises(ProblemError, match="something in it is cached"):
+    with pytest.raises(ProblemError, match="so it has a cache"):
         Problem.from_module(cold, F.mse_loss, X, Y)
     with pytest.raises(ProblemError, match=r"uses the tensor _cache of the model.*a cache"):
         Problem.from_module(warm, F.mse_loss, X, Y)

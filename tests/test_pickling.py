@@ -303,6 +303,8 @@ def test_a_pool_of_spawned_processes():
         with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
             pool.submit(sweep, dvi.Problem(lambda w: valley(w), start()), 0.5).result(timeout=120)
         assert len(pool.submit(sweep, dvi.Problem(valley, start()), 0.5).result(timeout=120).t) == 6  # it lives
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:  # a worker ends, its result stays
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "dvi"])
+    with ProcessPoolExecutor(1, mp_context=server, max_tasks_per_child=1) as pool:  # a worker ends, its result stays
         results = [pool.submit(sweep, dvi.Problem(valley, start()), lr) for lr in (0.5, 0.6)]
         assert all(len(result.result(timeout=120).t) == 6 for result in results)

@@ -6,6 +6,7 @@ import torch
 
 import dvi
 from dvi.problems.catalogue.data import load_digits
+from dvi.results.averages import gaussian_average
 from dvi.runs.observables import Observer
 from dvi.solvers.protocol import Node, host
 
@@ -79,3 +80,11 @@ def test_the_race_shows_prediction_and_average_side_by_side():
     predicted, stable = race.central.series["predicted_outputs"][100], race.stable.series["outputs"][100]
     assert np.abs(seen - predicted).max() < 0.3 * np.abs(seen - stable).max()
     assert race.central.series["predicted_coordinate_grad_sq"].shape == (121, 1)
+
+
+def test_local_averages_are_those_of_c_2():
+    """Against the sum itself; weights beyond six standard deviations, e^−18, are left out."""
+    t, sigma = np.arange(0, 30, 0.5), 2.0
+    values = np.random.default_rng(0).normal(size=(len(t), 2))
+    c = np.exp(-((t[:, None] - t) ** 2) / (2 * sigma**2))
+    np.testing.assert_allclose(gaussian_average(t, values, sigma), c @ values / c.sum(axis=1)[:, None], atol=1e-7)

@@ -75,7 +75,7 @@ def test_finite_differences_of_a_cubic(d, k, seed):
     Products are one-sided, with an error of ε^½ as well.
     """
     cubic = Cubic(d, seed)
-    problem = Problem(cubic._loss, cubic.problem.w0, derivatives="finite-difference")
+    problem = Problem(cubic.loss, cubic.problem.w0, derivatives="finite-difference")
     w, U = normal(d, seed=seed), normal(d, k, seed=seed + 1)
     X = normal(k, k, seed=seed + 3)
     assert_contract(problem, w, cubic.gradient(w), cubic.hessian(w), cubic.T, U, U, X + X.T, 3e-6)
@@ -289,7 +289,7 @@ class TestRefusals:
             (quartic, torch.arange(3), "float32 or float64"),
             (quartic, normal(3).half(), "float32 or float64"),
             (quartic, normal(0), "empty"),
-            ([], normal(3), "no parts"),
+            ([], normal(3), "parts is empty"),
         ],
     )
     def test_bad_losses_and_weights(self, loss, w0, message):

@@ -389,6 +389,17 @@ def test_momentum_is_warmed_up_before_a_comparison():
     assert race.distance["discrete", "central"][-1] < 0.5 * cold.distance["discrete", "central"][-1]
 
 
+@pytest.mark.parametrize("make", [dvi.stable_flow, dvi.central_flow])
+def test_the_loss_is_right_where_momentum_swings_faster_than_steps_are_long(make):
+    """Here the cubic through the losses at the ends of steps is up to a fifth of the largest loss away, and below 0."""
+    h = torch.tensor([1.0, 0.05], dtype=torch.float64)
+    problem = dvi.Problem(lambda w: (h * w * w).sum() / 2, torch.ones(2, dtype=torch.float64))
+    flow = make(problem, dvi.methods.HeavyBall(0.3, 0.9))
+    run = dvi.solve(flow, 60, eigen_every=0, save=("w",), progress=False)
+    loss = run.series["w"] ** 2 @ h.numpy() / 2
+    assert np.abs(run.loss - loss).max() < 0.01 * loss.max()
+
+
 def test_the_optimizer_is_recorded_at_whole_steps_only():
     cubic, w = bowl(3)
     with pytest.raises(ValueError, match="whole"):

@@ -5,10 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-import textwrap
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -19,10 +16,21 @@ import pytest
 from sweep_tasks import broken, gd, killed
 
 import dvi
+from dvi.sweeps import processes
 from dvi.sweeps.api import sweep
 from dvi.sweeps.cluster import Slurm
 from dvi.sweeps.locks import holder, locked
-from dvi.sweeps.records import MANIFEST, Task, lock_path, read_record, records, result_path
+from dvi.sweeps.records import (
+    MANIFEST,
+    Record,
+    Task,
+    lock_path,
+    read_record,
+    records,
+    result_path,
+    write_record,
+)
+from dvi.sweeps.work import work
 
 
 def task(name, **options):
@@ -106,6 +114,23 @@ def test_another_run_of_the_same_name_is_refused(tmp_path):
         task("a/b")
 
 
+def test_what_a_run_has_cost_adds_up_over_its_sessions(tmp_path):
+    began = "2020-01-01T00:00:00+00:00"
+    before = Record("a", {"lr": 0.15}, "unfinished", cpu_seconds=1e6, wall_seconds=2e6, sessions=3, began=began)
+    write_record(tmp_path, before)
+    record = work(task("a"), tmp_path)
+    assert (record.state, record.sessions, record.began) == ("done", 4, began)
+    assert 1e6 < record.cpu_seconds < 1.1e6
+    assert 2e6 < record.wall_seconds < 2.1e6
+    assert read_record(tmp_path, "a") == record
+
+
+def test_a_run_that_had_ended_before_its_record_was_written_is_not_made_again(tmp_path):
+    ended = gd(result_path(tmp_path, "a"), lr=300.0, steps=200)
+    record = work(Task("a", broken, {}), tmp_path)
+    assert (record.state, record.status) == ("failed", ended.status.name)
+
+
 def _hold(path, ready, go_on):
     with locked(path):
         ready.set()
@@ -132,103 +157,89 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
             assert not twice
 
 
-def wait_until(condition, patience=120.0):
+def wait_until(condition, patience=300.0):
     until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_runs_killed_at_ten_random_moments_give_the_same_results(tmp_path):
-    """Every other time only after a checkpoint, so that there is progress; the others may hit the start, too."""
-    options = {"steps": 1200, "checkpoint_every": 0.05, "pause": 0.005}
-    whole, parts, a = tmp_path / "whole", tmp_path / "parts", task("a", **options)
-    sweep([a], whole, progress=False)
-    draw, reached, path = random.Random(0), [0], result_path(parts, "a")
-
-    def written():
-        return path.stat().st_mtime_ns if path.exists() else 0
-
-    def kill(after_checkpoint):
-        seen, workers = written(), []
-        wait_until(lambda: workers.extend(multiprocessing.active_children()) or workers)
-        if after_checkpoint:
-            wait_until(lambda: written() != seen)
-        time.sleep(draw.uniform(0, 0.3))
-        workers[0].kill()
-
+def test_runs_killed_at_ten_moments_give_the_same_results(tmp_path):
+    """At some gradient of a session, or in the midst of writing the file; with checkpoints, or with none."""
+    draw, steps, reached, path = random.Random(0), 120, [0], result_path(tmp_path / "parts", "a")
     for turn in range(10):
-        killer = threading.Thread(target=kill, args=(turn % 2 == 0,))
-        killer.start()
-        (record,) = sweep([a], parts, progress=False)
-        killer.join()
-        assert record.state == "unfinished"
+        moment = {"writing": draw.randrange(2, 9)} if turn % 3 == 2 else {"gradient": draw.randrange(1, 60)}
+        a = task("a", steps=steps, checkpoints=turn % 4 != 3, **moment)
+        (record,) = sweep([a], tmp_path / "parts", workers=1, progress=False)
+        assert (record.state, record.sessions) == ("unfinished", turn + 1)
         reached.append(len(dvi.load(path).t) if path.exists() else 0)
     assert reached == sorted(reached)  # nothing that a checkpoint held is lost
-    assert 0 < reached[-1] < 1201
-    (record,) = sweep([a], parts, progress=False)
-    assert (record.state, record.sessions) == ("done", 11)
-    require_equal(result_path(whole, "a"), path)
+    assert len(set(reached)) > 5
+    assert reached[-1] < steps + 1
+    found = [sweep([task("a", steps=steps)], tmp_path / name, progress=False)[0] for name in ("whole", "parts")]
+    assert [(record.state, record.sessions) for record in found] == [("done", 1), ("done", 11)]
+    require_equal(result_path(tmp_path / "whole", "a"), path)
 
 
-SCRIPT = textwrap.dedent("""
-    import sys
-    from functools import partial
-    sys.path.insert(0, {tests!r})
-    from sweep_tasks import gd
-    from dvi.sweeps.api import sweep
-    from dvi.sweeps.records import Task
-
-    if __name__ == "__main__":
-        tasks = [
-            Task(name, partial(gd, lr=lr, steps=400, checkpoint_every=0.5, pause=0.04), {{"lr": lr}})
-            for name, lr in {{"a": 0.15, "b": 0.1}}.items()
-        ]
-        found = sweep(tasks, {folder!r}, workers=2, progress=False)
-        sys.exit([record.state for record in found] != ["done", "done"])
-""")
+def two(folder, gate):
+    """The sweep of two runs that wait for the gate half-way; its exit code is 0 if both were done."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell switches off for what runs behind it
+    options = {"steps": 40, "checkpoints": True, "gradient": 25, "gate": gate}
+    tasks = [task("a", **options), task("b", lr=0.1, **options)]
+    sys.exit([record.state for record in sweep(tasks, folder, workers=2, progress=False)] != ["done", "done"])
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the sweep of SCRIPT in a process of its own; whatever is left of it is ended."""
-    begun = []
+    """Starts ``two`` in a process of its own; whatever is left of it is ended."""
+    begun, context = [], multiprocessing.get_context("forkserver")
 
-    def begin(folder):
-        script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder)))
-        begun.append(subprocess.Popen([sys.executable, str(script)], env=dict(os.environ, OMP_NUM_THREADS="1")))
+    def begin(*args):
+        begun.append(context.Process(target=two, args=args))
+        begun[-1].start()
         return begun[-1]
 
     yield begin
     for process in begun:
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_leaves_no_workers_and_loses_nothing(tmp_path, start):
-    """Its workers write a last checkpoint and end; Ctrl-C does the same."""
-    folder = tmp_path / "x"
+def test_a_sweep_that_is_killed_leaves_no_workers_and_loses_nothing(tmp_path, start, monkeypatch):
+    """Its workers write a last checkpoint and end; Ctrl-C does the same.  They wait at the gate until that comes."""
+    folder, gate = tmp_path / "x", tmp_path / "gate"
+    gate.touch()
 
     def at_work():
         return [bool(holder(lock_path(folder, name))) for name in "ab"]
 
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = start(folder)
+        process = start(folder, gate)
         wait_until(lambda: all(at_work()) and all(result_path(folder, name).exists() for name in "ab"))
-        process.send_signal(number)
-        process.wait(120)
+        os.kill(process.pid, number)
+        process.join(120)
         wait_until(lambda: not any(at_work()))
         assert [record.state for record in records(folder, "ab")] == ["unfinished"] * 2
         assert [dvi.load(result_path(folder, name)).status.name for name in "ab"] == ["INTERRUPTED"] * 2
     sessions = [record.sessions for record in records(folder, "ab")]
-    first, second = start(folder), start(folder)  # two at a time share what is left
-    assert (first.wait(300), second.wait(300)) == (0, 0)
-    assert [record.state for record in records(folder, "ab")] == ["done"] * 2
-    assert [record.sessions for record in records(folder, "ab")] == [n + 1 for n in sessions]  # each by one of them
-    sweep([task("a", steps=400), task("b", lr=0.1, steps=400)], tmp_path / "whole", progress=False)
+    other, met = start(folder, gate), set()
+    wait_until(lambda: all(at_work()))
+
+    def seen(path):
+        """The gate opens when the sweep here has met both runs, which are the other one's until they are done."""
+        found = holder(path)
+        met.update([path] if found else [])
+        if len(met) == 2:
+            gate.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(processes, "holder", seen)
+    found = sweep([task("a", steps=40), task("b", lr=0.1, steps=40)], folder, workers=2, progress=False)
+    other.join(300)
+    assert other.exitcode == 0
+    assert [(record.state, record.sessions) for record in found] == [("done", n + 1) for n in sessions]
+    sweep([task("a", steps=40), task("b", lr=0.1, steps=40)], tmp_path / "whole", progress=False)
     for name in "ab":
         require_equal(result_path(folder, name), result_path(tmp_path / "whole", name))
 
@@ -238,15 +249,40 @@ def test_jobs_of_a_cluster(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
-    tasks = [task("a"), Task("broken", broken, {}), Task("killed", killed, {})]
     slurm = Slurm(cluster="local", hours=0.05)
-    found = {record.name: record for record in sweep(tasks, tmp_path, slurm=slurm, progress=False)}
-    assert {name: record.state for name, record in found.items()} == {
-        "a": "done", "broken": "error", "killed": "unfinished",
-    }  # fmt: skip
-    assert "nothing works" in found["broken"].message
-    assert found["killed"].message.startswith("Job ")
+    done, died = sweep([task("a"), Task("killed", killed, {})], tmp_path, slurm=slurm, progress=False)
+    assert (done.state, died.state) == ("done", "unfinished")
+    assert died.message.startswith("Job ")
     assert dvi.load(result_path(tmp_path, "a")).status is dvi.Status.SUCCESS
+
+
+def test_a_job_whose_run_cannot_be_made_says_so_in_its_record(tmp_path):
+    from dvi.sweeps.cluster import Job
+
+    assert Job()(Task("broken", broken, {}), tmp_path, 1) is True
+    record = read_record(tmp_path, "broken")
+    assert record.state == "error"
+    assert "nothing works" in record.message
+
+
+def test_what_a_job_asks_for(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+
+    class Asked:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def update_parameters(self, **given):
+            self.given = given
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Asked)
+    more = {"slurm_account": "physics"}
+    slurm = Slurm(partition="gpu", hours=1.5, cards=2, cpus=3, mem_gb=8.0, at_once=7, more=more)
+    assert slurm.executor(tmp_path).given == {
+        "name": "dvi", "timeout_min": 90, "gpus_per_node": 2, "cpus_per_task": 3, "mem_gb": 8.0,
+        "slurm_partition": "gpu", "slurm_array_parallelism": 7, "slurm_account": "physics",
+    }  # fmt: skip
+    assert {"mem_gb", "slurm_partition"}.isdisjoint(Slurm().executor(tmp_path).given)
 
 
 def test_a_job_that_is_stopped_in_time_goes_on(tmp_path):

@@ -689,7 +689,7 @@ class Shampoo(dvi.Preconditioner):
 REFUSED = {
     "a branch": (dict(f=lambda nu, g: {"v": g**2 if g.sum() > 0 else g}), "compares"),
     "a truth": (dict(f=lambda nu, g: {"v": g**2 if g.sum() else g}), "branches on the value"),
-    "a number": (dict(f=lambda nu, g: {"v": g * float(g.sum())}), "asks for the number"),
+    "a number": (dict(f=lambda nu, g: {"v": g * float(g.sum())}), "needs the value"),
     "clamp": (dict(f=lambda nu, g: {"v": torch.clamp(g**2, max=1.0)}), "clamp.*switches"),
     "a method": (dict(f=lambda nu, g: {"v": (g**2).clamp(max=1.0)}), "clamp.*switches"),
     "maximum": (dict(f=lambda nu, g: {"v": torch.maximum(g**2, nu["v"])}), "maximum.*switches"),

@@ -120,7 +120,7 @@ class Remembering(Foreign):
 
 
 def test_a_memory_that_no_file_holds_is_refused_before_the_run(tmp_path):
-    with pytest.raises(TypeError, match="cannot hold a Remembering: make an integrator's memory of tuples"):
+    with pytest.raises(TypeError, match=r"cannot hold a Remembering\. Make an integrator's memory of tuples"):
         dvi.compare(
             sweep(), GradientDescent(0.2), 2, integrator=Remembering(), progress=False, path=tmp_path / "run.h5"
         )

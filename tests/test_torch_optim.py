@@ -171,6 +171,7 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 40),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 12),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=60),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.002, anneal_epochs=20),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=7, cycle_momentum=True),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.01, 1, 10), lr_scheduler.CosineAnnealingLR(o, 50)], [10]
@@ -411,7 +412,7 @@ def test_what_does_not_match_is_named():
     wide = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     with pytest.raises(SpecError, match=r"0\.weight has shape \[6, 3\] in the optimizer, \[5, 3\] in w"):
         dvi.central_flow(problem, torch.optim.SGD(wide.named_parameters(), lr=0.1))
-    with pytest.raises(SpecError, match="which is which cannot be known"):
+    with pytest.raises(SpecError, match="their order in the vector is unknown"):
         dvi.central_flow(dvi.Problem(lambda w: w.square().sum(), problem.w0), torch.optim.SGD(model.parameters(), 0.1))
 
 
@@ -624,7 +625,7 @@ def test_formulas_are_derived_of_an_optimizer():
     model = network()
     optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}])
     assert dvi.derive(optimizer).latex() == dvi.derive(dvi.methods.Adam(1e-3)).latex()
-    with pytest.raises(SpecError, match="its groups have formulas of their own"):
+    with pytest.raises(SpecError, match="each group has its own formulas"):
         dvi.derive(optimizer, numeric=True)
 
 

@@ -500,20 +500,38 @@ def test_the_stable_flow_follows_the_optimizer_where_nothing_oscillates(kind):
     assert off < 0.05
 
 
-@pytest.mark.slow
-@every_kind
-def test_the_central_flow_goes_through_the_edge(kind):
+def through_the_edge(kind, *integrators, accuracy=None):
+    """A central flow, its runs of 12 units by each integrator, and which part of the stable flow's distance is theirs.
+
+    One flow is solved by all: what it traces of the method, most of the cost, is made once.
+    """
     problem = network()
     method = kind.make(kind.edge, problem.shapes)
-    integrator = dvi.MacroStep(1e-3) if method.Q().trivial else dvi.SemiImplicit(tol=kind.tol)
-    race = dvi.compare(problem, method, 12, integrator=integrator, eigen_every=0, progress=False)
-    central, warm = race.central, race.about["warm_start"]
+    flow = dvi.central_flow(problem, method, accuracy=accuracy)
+    settings = {"save": ("w",), "progress": False}
+    runs = [dvi.solve(flow, 12, integrator=it, warm_start="auto", **settings) for it in integrators]
+    settings["warm_start"] = int(runs[0].about["warm_start"])
+    optimizer = dvi.solve(dvi.discrete(problem, method), 12, eigen_every=0, **settings)
+    stable = dvi.solve(dvi.stable_flow(problem, method, accuracy=accuracy), 12, **settings)
+    off = [np.linalg.norm(run.series["w"][-1] - optimizer.series["w"][-1]) for run in (*runs, stable)]
+    return flow, [(run, distance / off[-1]) for run, distance in zip(runs, off, strict=False)]
+
+
+# The two that differ from Shampoo in a factor or an exponent go through the edge at second order, below.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("shampoo, averages", "shampoo, one-sided")])
+def test_the_central_flow_goes_through_the_edge(name):
+    kind = ZOO[name]
+    momentum = not kind.make(kind.edge, SHAPES).Q().trivial
+    flow, [(central, distance)] = through_the_edge(
+        kind, dvi.SemiImplicit(tol=kind.tol) if momentum else dvi.MacroStep(1e-3)
+    )
     assert central.breakpoints[0][1] == "enter"
     assert central.breakpoints[0][0] < 4
     # an arrival is overrun by the second order of a step, an eigenvector is known to 1e-3 and its eigenvalue to 1e-6
     assert np.nanmax(central.eigenvalues) < 2 + 5e-3
     # cP − H ⪰ 0 on the critical directions, which are looked for anew
-    lin = dvi.central_flow(problem, method, check=False).linearise(central.w, central.nu, t=warm + 12)
+    lin = flow.linearise(central.w, central.nu, t=central.about["warm_start"] + 12)
     assert len(lin.gap) >= 1
     assert np.linalg.eigvalsh(lin.gap.numpy())[0] > -5e-3
     # and the CCP there, its β symmetric or not, has a solution that oscillates
@@ -521,7 +539,7 @@ def test_the_central_flow_goes_through_the_edge(kind):
     assert np.trace(solved.X) > 0
     assert abs(np.sum(solved.X * solved.S)) <= 1e-9 * np.abs(lin.alpha.numpy()).max() * np.trace(solved.X)
     # It is the flow that the optimizer follows: without oscillations it goes elsewhere
-    assert race.distance["discrete", "central"][-1] < 0.8 * race.distance["discrete", "stable"][-1]
+    assert distance < 0.8
 
 
 @pytest.mark.slow
@@ -585,19 +603,16 @@ def test_at_second_order_a_step_of_one_is_the_optimizers_where_nothing_oscillate
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shampoo", "shampoo, one-sided", "shampoo, momentum", "shampoo, averages, momentum"])
+@pytest.mark.parametrize("name", ["shampoo, averages", "shampoo, one-sided", "shampoo, momentum"])
 def test_at_second_order_matrix_state_goes_through_the_edge(name):
-    kind, problem = SECOND_ORDER[name], network()
-    method = kind.make(kind.edge, problem.shapes)
+    steps = (dvi.SemiImplicit(0.5), dvi.SemiImplicit(0.25))
+    _, runs = through_the_edge(SECOND_ORDER[name], *steps, accuracy="second-order")
     over = []
-    for dt in (0.5, 0.25):
-        race = dvi.compare(
-            problem, method, 12, integrator=dvi.SemiImplicit(dt), accuracy="second-order", eigen_every=0, progress=False
-        )
-        assert race.central.breakpoints[0][1] == "enter"
-        assert race.distance["discrete", "central"][-1] < 0.8 * race.distance["discrete", "stable"][-1]
-        over.append(np.nanmax(race.central.eigenvalues) - 2)
-        assert np.nanmax(race.central.eigenvalues[-3:]) < 2 + 5e-3
+    for central, distance in runs:
+        assert central.breakpoints[0][1] == "enter"
+        assert distance < 0.8
+        over.append(np.nanmax(central.eigenvalues) - 2)
+        assert np.nanmax(central.eigenvalues[-3:]) < 2 + 5e-3
     # an arrival is overrun by the second order of a step
     assert over[0] < 0.05
     assert over[1] < over[0] / 2 or over[1] < 1e-3

@@ -2,12 +2,12 @@
 Two optimizers beside their central flows
 =========================================
 
-RMSProp and gradient descent train a small network on scikit-learn's handwritten digits.  Each runs three times from
+RMSProp and gradient descent train a small network on scikit-learn's handwritten digits.  For each, three runs begin at
 one start: the optimizer itself, its *central flow*, which follows the optimizer's time average, and its *stable flow*,
-which ignores oscillations.  The numbers and pictures show which of the two flows tells the truth once the optimizer is
-at the edge of stability.
+which ignores oscillations.  The numbers and figures show which of the two flows describes the optimizer at the edge of
+stability.
 
-As a script: ``python docs/examples/plot_digits.py``; a minute or two on a laptop, no downloads.
+As a script: ``python docs/examples/plot_digits.py``.  It takes one or two minutes on a laptop and downloads nothing.
 """
 
 import sys
@@ -20,13 +20,13 @@ import torch
 import dvi
 from dvi.plotting import time_average
 
-torch.set_num_threads(1)  # the matrices are small: threads would only wait for each other
+torch.set_num_threads(1)  # the matrices are so small that threads would only wait for each other
 folder = Path("runs/demo")
 folder.mkdir(parents=True, exist_ok=True)
 
 # %%
 # The problem: 300 images, an MLP with two tanh layers of 32, squared error, float64.
-# The methods: each is declared by how its state moves and by its preconditioner; the flows are derived from that.
+# The methods: each is declared by the change of its state and by its preconditioner, from which the flows are derived.
 
 methods = {
     "gd": (dvi.methods.GradientDescent(lr=0.2), 1500),
@@ -43,7 +43,7 @@ for name, (method, steps) in methods.items():
 
 # %%
 # Gradient descent (Fig. 2 of the paper).  At the edge of stability the largest eigenvalue of ηH stays at 2 in the
-# central flow and hovers about 2 in the optimizer; the stable flow goes on into ever sharper regions.
+# central flow and hovers about 2 in the optimizer; the stable flow continues into ever sharper regions.
 
 races["gd"].plot(folder / "gd.png")
 
@@ -54,8 +54,8 @@ races["rmsprop"].plot(folder / "rmsprop.png")
 
 # %%
 # In numbers, over the time at the edge of stability: the mean distance in weight space between the optimizer and each
-# flow, and by how much a flow's loss misses the optimizer's time-averaged loss.  The central flow predicts that average
-# as L + ½⟨H, Σ⟩, its own loss plus what oscillations add.
+# flow, and the error of a flow's loss relative to the optimizer's time-averaged loss.  The central flow predicts that
+# average as L + ½⟨H, Σ⟩, its own loss plus the contribution of oscillations.
 
 
 def at_the_edge(race):

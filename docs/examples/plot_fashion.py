@@ -2,8 +2,9 @@
 A convolutional network on pictures of clothes
 ==============================================
 
-RMSProp on Fashion-MNIST beside its central flow and its stable flow.  The network is the small version of the paper's
-CNN, the pictures ship with the library.  Less than a minute on a laptop, no downloads.
+This example runs RMSProp on Fashion-MNIST together with its central flow and its stable flow.  The network is the
+small version of the paper's CNN, and the pictures ship with the library.  It takes less than a minute on a laptop and
+downloads nothing.
 """
 
 import sys
@@ -15,7 +16,7 @@ import torch
 import dvi
 from dvi.problems.catalogue.fashion import load_fashion
 
-torch.set_num_threads(1)  # the matrices are small: threads would only wait for each other
+torch.set_num_threads(1)  # the matrices are so small that threads would only wait for each other
 folder = Path("runs/demo")
 folder.mkdir(parents=True, exist_ok=True)
 
@@ -27,7 +28,7 @@ problem = dvi.problems.fashion("cnn-pool", loss="mse", n=100, classes=4, pixels=
 method = dvi.methods.RMSProp(lr=5e-4, beta2=0.99, eps=1e-8, bias_correction=True)
 
 # %%
-# What the network says of four test pictures is observed along the way, and predicted.
+# The network's outputs for four test pictures are observed during the run, and predicted.
 
 pictures = load_fashion(n=100, classes=4, pixels=14)
 print(f"{method}\n  on {problem} … ", end="", flush=True)

@@ -3,10 +3,10 @@ How sharp a minimum do mini-batches find?
 =========================================
 
 Small batches keep an optimizer away from the edge of stability.  Here gradient descent runs on scikit-learn's digits
-with batches of several sizes, eight replicas of each, and beside each of them its central flow with mini-batch noise.
-The picture shows the effective sharpness at the end against the batch size.
+with batches of several sizes, in eight replicas for each size, and is compared with its central flow with mini-batch
+noise.  The figure shows the effective sharpness at the end against the batch size.
 
-As a script: ``python docs/examples/plot_minibatch.py``; about a minute on a laptop, no downloads.
+As a script: ``python docs/examples/plot_minibatch.py``.  It takes about a minute on a laptop and downloads nothing.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ sampling = dvi.Sampling(replicas=8, window=10, max_directions=16)
 steps, sizes = 150, (4, 8, 16, 30, 60, 120, 200)
 
 # %%
-# The last 50 steps of the flow are averaged, and the averages of the replicas that belong to them.
+# The last 50 steps of the flow are averaged, and the averages of the replicas over the same steps.
 
 rows = []
 for batch_size in sizes:
@@ -51,7 +51,7 @@ for batch_size in sizes:
     print(f"B = {batch_size:3d}: sharpness of runs {runs:.2f} ± {error:.2f}, of the flow {flow:.2f}")
 
 # %%
-# The central flow of the full batch begins once gradient descent has settled; it is read at the same steps.
+# The central flow of the full batch begins when gradient descent is stable; its values are taken at the same steps.
 
 full = dvi.compare(problem, method, steps, runs=("central",), progress=False).central
 at = np.array([100, 125, 150]) - int(full.about["warm_start"])

@@ -3,11 +3,11 @@ Where RMSProp's ν is heading
 ============================
 
 RMSProp's ν is a variable of its own, yet it converges to a value that the weights alone determine: its *stationary*
-value, the solution of a convex program.  On a flow along scikit-learn's digits this shows the convergence (Fig. 8
-of the paper), how well the stationary flow predicts the rate at which the loss falls (Fig. 10), and what becomes of the
-flow when its curvature penalty is taken out (Figs. 5 and 11).
+value, the solution of a convex program.  On scikit-learn's digits, this example shows the convergence (Fig. 8 of the
+paper) and how well the stationary flow predicts the rate at which the loss falls (Fig. 10).  It also shows the flow
+without its curvature penalty (Figs. 5 and 11).
 
-As a script: ``python docs/examples/plot_stationary.py``; about a minute on a laptop, no downloads.
+As a script: ``python docs/examples/plot_stationary.py``.  It takes about a minute on a laptop and downloads nothing.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ central = dvi.central_flow(problem, method)
 settled = {without: dvi.stationary_flow(problem, method, without=without) for without in (None, "curvature penalty")}
 
 # %%
-# The central flow, stopped every ten steps to ask where ν would settle if the weights were held.
+# The central flow stops every ten steps, and the stationary ν at its weights is computed.
 
 start, point, rows = None, None, []
 for stop in range(10, 161, 10):
@@ -54,7 +54,7 @@ for name, values in (("the stationary flow", predicted), ("the same without pena
 print(f"the duality gap proves each stationary ν to {gap.max():.0e}")
 
 # %%
-# The same method beside its ablated flow.
+# The same method with its ablated flow.
 
 race = dvi.compare(problem, method, 160, runs=("central", "ablated"), progress=False)
 

@@ -10,13 +10,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a shell command.
 
     Args:
-        arguments: what stands after ``dvi`` (default: the process's own).
+        arguments: the words after ``dvi`` (default: those of the process).
 
     Returns:
-        the exit code: 0 done, 1 a run could not go on, 2 wrong input, 130 interrupted.
+        the exit code: 0 done, 1 a run could not continue, 2 wrong input, 130 interrupted.
 
     Raises:
-        SystemExit: where ``--help`` is asked for (0) or the value of a flag cannot be read (2).
+        SystemExit: for ``--help`` (0), or if the value of a flag cannot be read (2).
     """
     try:
         import tyro  # noqa: F401  an extra, without which the commands cannot be imported

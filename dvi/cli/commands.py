@@ -1,4 +1,4 @@
-"""What the shell commands do, say and draw; ``dvi sweep`` and ``dvi paper`` are in files of their own."""
+"""The shell commands except ``dvi sweep`` and ``dvi paper``, which have their own files."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from dvi.storage.files import writable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
 
-#: Arguments that the library's own classes and functions demand, and the shell does not.
+#: Defaults in the shell for arguments that the library's own classes and functions require.
 _DEFAULTS = {"steps": 1000, "lr": 1e-3, "beta2": 0.99}
 
 _Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a shell command; the exit code, see :func:`dvi.cli.main`."""
-    before = sys.path[:]  # to which the folders of the user's files are added
+    """Run a shell command and return its exit code, see :func:`dvi.cli.main`."""
+    before = sys.path[:]  # the folders of the user's files are added to it
     try:
         with launched():
             return _run(list(arguments))
@@ -45,15 +45,15 @@ def run(arguments: Sequence[str]) -> int:
         say(str(error))
         return FAILED
     except KeyboardInterrupt:
-        say("Interrupted. What was computed is kept: the same command goes on with it.")
+        say("Interrupted. The result until now is kept; the same command continues from it.")
         return INTERRUPTED
-    except dvi.RunError as error:  # before anything was computed: the start itself is impossible
+    except dvi.RunError as error:  # nothing was computed, because the start itself is impossible
         say(str(error))
         return FAILED
     except dvi.StoreError as error:
         say(str(error))
         return BAD_INPUT if error.result is None else FAILED
-    except (ImportError, OSError, ValueError) as error:  # wrong flags, hyperparameters, losses and sizes: ValueErrors
+    except (ImportError, OSError, ValueError) as error:  # ValueErrors: wrong flags, hyperparameters, losses and sizes
         say(str(error))
         return BAD_INPUT
     finally:
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    own = {"rest", "understood", "runner"}  # what `dvi sweep` is given here
+    own = {"rest", "understood", "runner"}  # arguments that `dvi sweep` gets here
     commands: dict[str, Make] = {
         "compare": _compare(arguments[1:] if arguments[:1] == ["compare"] else []),
         "plot": flags(plot),
@@ -75,21 +75,21 @@ def _run(arguments: list[str]) -> int:
         cast(Any, functools.reduce(operator.or_, types)),
         prog="dvi",
         description="Central flows: what an optimizer at the edge of stability does on average. "
-        "Run one beside its flows, draw what came out, say in words what it means, or look into a file; "
+        "Run one together with its flows, draw the result, describe it in words, or show the contents of a file; "
         "make many runs, or the paper's experiments. "
         "`dvi COMMAND --help` has examples.",
         args=arguments,
         return_unknown_args=True,
     )
     if arguments[0] == "sweep":
-        return int(command(rest=rest, understood=_not_meant, runner=run_into))
+        return int(command(rest=rest, understood=not_meant, runner=run_into))
     if rest:
         raise UsageError(_not_understood(rest[0], arguments))
     return int(command())
 
 
 def _group(commands: dict[str, Make]) -> Make:
-    """A command that consists of others, as `dvi paper` does of `dvi paper run` and more."""
+    """A command that consists of others, like `dvi paper`."""
     types = [Annotated[Any, tyro.conf.subcommand(name, constructor=make)] for name, make in commands.items()]
 
     def chosen(command: Any) -> Any:
@@ -102,7 +102,7 @@ def _group(commands: dict[str, Make]) -> Make:
 
 
 def _not_understood(word: str, arguments: Sequence[str]) -> str:
-    """What a flag that does not apply would apply to, or what may have been meant."""
+    """The message for a flag that is not understood: what it applies to, or what may have been meant."""
     if not word.startswith("--"):
         return f"{word} is not understood here. A switch is turned on by --NAME and off by --no-NAME, without a value."
     command, (owner, _, name) = f"dvi {arguments[0]}", word.split("=")[0].removeprefix("--").rpartition(".")
@@ -113,7 +113,7 @@ def _not_understood(word: str, arguments: Sequence[str]) -> str:
     for flag, chosen in _chosen(arguments[1:]).items():
         if command == "dvi compare" and owner in ("", flag) and accepting[flag]:
             return f"{word} does not apply to --{flag} {chosen}; it is for --{flag} {', '.join(accepting[flag])}."
-    return f"{word} is not known to {command}; {command} --help lists what is."
+    return f"{word} is not known to {command}; {command} --help lists its flags."
 
 
 # ---- compare --------------------------------------------------------------------------------------------
@@ -134,10 +134,11 @@ def compare(
     integrator_options: Any,
     run: Any,
 ) -> int:
-    """Run an optimizer, its central flow and its stable flow side by side, and draw the paper's picture.
+    """Run an optimizer, its central flow and its stable flow side by side, and draw the paper's figure.
 
-    OUT/race.h5 holds everything and is kept up to date while the run goes on; OUT/race.png is the picture.
-    Exit code 0: done; 1: the run could not go on (what was computed is in OUT); 2: wrong input; 130: interrupted.
+    OUT/race.h5 contains all results and is updated during the run; OUT/race.png is the figure.
+    Exit code 0: done; 1: the run could not continue (its result until then is in OUT); 2: wrong input;
+    130: interrupted.
 
     Try:
       dvi compare --problem digits-mlp --method rmsprop --lr 2e-3 --steps 1000 --out runs/x
@@ -148,7 +149,7 @@ def compare(
 
     Args:
         out: folder for race.h5 and race.png; made if missing. By default runs/PROBLEM-METHOD.
-        overwrite: replace the race.h5 of an earlier run, which otherwise is an error.
+        overwrite: replace the race.h5 of an earlier run; without this flag, such a file is an error.
         threads: CPU threads for the linear algebra; all cores by default.
         plot: draw race.png.
         quiet: no progress bar and no summary; nothing is printed unless something goes wrong.
@@ -158,7 +159,7 @@ def compare(
     file, drawing = out / "race.h5", out / "race.png"
     quiet, plot = quiet or not first(), plot and first()
     if first() and os.path.exists(file) and not (run.keywords["resume"] or overwrite):
-        raise UsageError(f"{file} exists: --resume goes on from it, --overwrite replaces it, or choose another --out.")
+        raise UsageError(f"{file} exists: give --resume to continue, --overwrite, or another --out.")
     if threads is not None:
         if threads < 1:
             raise UsageError(f"--threads {threads}: must be 1 or more.")
@@ -167,7 +168,7 @@ def compare(
         problem, method, integrator, problem_options, method_options, integrator_options, run.keywords["accuracy"]
     )
     if first():
-        writable(file)  # before the run, not after it
+        writable(file)  # fail before the run, not after it
     if plot:
         _picture(drawing)
     written, failure = [file], None
@@ -180,14 +181,14 @@ def compare(
                 raise
             race, failure = error.result, error
         except KeyboardInterrupt:
-            there = f" What was computed is in {file}." if file.exists() else ""
-            say(f"Interrupted.{there} Go on with --resume, or start again with --overwrite.")
+            there = f" The result until now is in {file}." if file.exists() else ""
+            say(f"Interrupted.{there} Continue with --resume, or start again with --overwrite.")
             return INTERRUPTED
     if plot:
         race.plot(drawing)
         written.append(drawing)
     if failure is not None:
-        say(f"{failure}\nWhat was computed until then: {', '.join(map(str, written))}")
+        say(f"{failure}\nThe result until then: {', '.join(map(str, written))}")
         return FAILED
     if not quiet:
         words = ["", *str(race.report()).splitlines(), ""]
@@ -204,17 +205,17 @@ def _ingredients(
     integrator_options: Any,
     accuracy: Any,
 ) -> tuple[dvi.Problem, Any, Any]:
-    """The problem, the method and the integrator that flags stand for."""
+    """The problem, the method and the integrator that the flags describe."""
     loss, optimizer = made("problem", problem, problem_options), made("method", method, method_options)
     how = made("integrator", integrator, integrator_options)
-    if integrator == "auto" and how is not None:  # the tolerance of the integrator that suits the flow
+    if integrator == "auto" and how is not None:  # ``how`` is the tolerance of the integrator that suits the flow
         flow = dvi.central_flow(loss, optimizer, accuracy=accuracy, check=False)
         how = replace(default_integrator(flow), tol=how)  # type: ignore[type-var]  # a dataclass with a tol
     return loss, optimizer, how
 
 
 def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
-    """Make the run that the arguments of `dvi compare` stand for, or go on with it: a run of `dvi sweep`."""
+    """Make or continue the run that the arguments of `dvi compare` describe; it is a run of `dvi sweep`."""
     given, _ = _read(arguments)
     named = ("problem", "method", "integrator", "problem_options", "method_options", "integrator_options")
     flags_of_run = given["run"]
@@ -227,12 +228,12 @@ def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
     return cast(dvi.Comparison, race)
 
 
-def _not_meant(arguments: list[str]) -> list[str]:
+def not_meant(arguments: list[str]) -> list[str]:
     """Values among the arguments of `dvi compare` that belong to no flag.
 
     Raises:
         UsageError: if a flag is not known.
-        SystemExit: if a value cannot be read; tyro has said which.
+        SystemExit: if a value cannot be read; tyro prints which one.
     """
     _, rest = _read(arguments)
     for word in rest:
@@ -242,7 +243,7 @@ def _not_meant(arguments: list[str]) -> list[str]:
 
 
 def _read(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of `dvi compare`, read, and what was not understood."""
+    """Parse the arguments of `dvi compare`; also return those that were not understood."""
     command, rest = tyro.cli(_compare(arguments), args=arguments, return_unknown_args=True, prog="dvi compare")
     return dict(command.keywords), list(rest)
 
@@ -287,12 +288,13 @@ def plot(
       dvi plot runs/*/race.h5 --out figures
 
     Args:
-        files: results, as `dvi compare`, race.save or solution.save wrote them; also of runs that are not finished.
-        out: a file (its ending says the format: .png, .pdf, .svg) or, for several, a folder. By default beside FILE.
+        files: results written by `dvi compare`, race.save or solution.save; runs need not be finished.
+        out: a file (its ending determines the format: .png, .pdf, .svg) or, for several results, a folder. By default
+            next to FILE.
         sigma: width (standard deviation) of the time averages, in optimizer steps; by default 50, or a tenth of the
             run if that is less.
-        leading: how many eigenvalues of each process are drawn, at most.
-        title: of the picture, instead of method and problem.
+        leading: largest number of eigenvalues to draw for each process.
+        title: title of the figure, instead of method and problem.
     """
     drawings = [_picture(path) for path in _pictures(_given(files, "plot"), out)]
     for file, drawing in zip(files, drawings, strict=True):
@@ -302,13 +304,13 @@ def plot(
 
 
 def info(files: _Files) -> int:
-    """Say what result files hold: method and problem, how far they got and how they ended, notes, and cost.
+    """Show what result files contain: method and problem, how far the runs got and how they ended, notes, and cost.
 
     Try:
       dvi info runs/x/race.h5
 
     Args:
-        files: results, as `dvi compare`, race.save or solution.save wrote them; also of runs that are not finished.
+        files: results written by `dvi compare`, race.save or solution.save; runs need not be finished.
     """
     for file in _given(files, "info"):
         result = dvi.load(file)
@@ -320,13 +322,13 @@ def info(files: _Files) -> int:
 
 
 def report(files: _Files) -> int:
-    """Say in words what runs tell of their optimizers: the edge of stability, loss, curvature, and how far to trust it.
+    """Describe what runs show of their optimizers: edge of stability, loss, curvature, and how far to trust the flow.
 
     Try:
       dvi report runs/x/race.h5
 
     Args:
-        files: results, as `dvi compare`, race.save or solution.save wrote them; also of runs that are not finished.
+        files: results written by `dvi compare`, race.save or solution.save; runs need not be finished.
     """
     print("\n\n".join(str(dvi.load(file).report()) for file in _given(files, "report")))
     return DONE
@@ -334,24 +336,24 @@ def report(files: _Files) -> int:
 
 def _given(files: tuple[Path, ...], command: str) -> tuple[Path, ...]:
     if not files:
-        raise UsageError(f"Which results? Give one file or more, as in: dvi {command} runs/x/race.h5")
+        raise UsageError(f"No result is given. Give one file or more, as in: dvi {command} runs/x/race.h5")
     return files
 
 
 def _picture(path: Path) -> Path:
-    """The path of a picture, once it was seen that one can be written there."""
+    """The path of a figure, after a check that it can be written."""
     from dvi.plotting import picture
 
     return picture(path)
 
 
 def _pictures(files: tuple[Path, ...], out: Path | None) -> list[Path]:
-    """Where each result is drawn."""
+    """The path of the figure of each result."""
     if out is None:
         return [file.with_suffix(".png") for file in files]
     is_file = bool(out.suffix) and not out.is_dir()
     if is_file and len(files) > 1:
-        raise UsageError(f"--out {out} is one file, for {len(files)} results; give a folder.")
+        raise UsageError(f"--out {out} is one file, but there are {len(files)} results; give a folder.")
     if is_file:
         return [out]
     names = [file.stem for file in files]
@@ -366,12 +368,12 @@ def _pictures(files: tuple[Path, ...], out: Path | None) -> list[Path]:
 
 
 def say(text: str) -> None:
-    """Tell the user something that went wrong; of several ranks each says its own."""
+    """Print an error for the user; each of several ranks prints its own."""
     print(f"dvi{who()}: {text}", file=sys.stderr)
 
 
 def table(result: dvi.Comparison | dvi.Solution) -> list[str]:
-    """A table of the runs, the distances between them at the end, and the notes, as lines."""
+    """The lines of a table of the runs, with the distances between them at the end and the notes."""
     runs = result.runs if isinstance(result, dvi.Comparison) else {result.name: result}
     distance = result.distance if isinstance(result, dvi.Comparison) else {}
     lines = [f"{'':10}{'until step':>12}{'train loss':>12}{'predicted':>12}{'oscillating':>13}{'cost':>9}"]
@@ -397,7 +399,7 @@ def _row(run: dvi.Solution) -> str:
 
 @contextmanager
 def _hushed(quiet: bool) -> Iterator[None]:
-    """Hold back the library's warnings, which are notes of the result, too."""
+    """Suppress the library's warnings, which are also notes of the result."""
     logger = logging.getLogger("dvi")
     before = logger.level
     logger.setLevel(logging.ERROR if quiet else before)

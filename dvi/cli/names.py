@@ -1,4 +1,4 @@
-"""What a name in the shell stands for: something of the library, or of a file of the user's."""
+"""Names in the shell, which stand for objects of the library or of the user's files."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ Make = Callable[..., Any]
 
 
 class UsageError(ValueError):
-    """A flag that is wrong or does not apply; the message says which and what would do."""
+    """A flag is wrong or does not apply; the message says which, and what is allowed."""
 
 
 def auto(tol: float | None = None) -> float | None:
     """Take the integrator that suits the flow: macro-step, or semi-implicit for flows of second order.
 
     Args:
-        tol: error allowed in a step, in the norm of w.
+        tol: allowed error of a step, in the norm of w.
     """
     return tol
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be chosen with one flag.
+    """The choices of one flag.
 
     Attributes:
-        table: the library's own, by name: what makes them.
-        what: what is made, in words.
-        fits: whether an object is such a thing.
+        table: the library's classes and functions, by name.
+        what: what they make, in words.
+        fits: whether an object is of this kind.
     """
 
     table: Mapping[str, Make]
@@ -98,14 +98,14 @@ KINDS: Mapping[str, Kind] = {
 
 
 def maker(flag: str, name: str) -> Make:
-    """What makes the thing that a name stands for: a class, a function, or one that returns a finished object.
+    """The class or function that a name stands for; for a finished object, a function that returns it.
 
     Args:
         flag: "problem", "method" or "integrator".
-        name: one of the library's, ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``.
+        name: one of the library's names, ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``.
 
     Raises:
-        UsageError: if there is no such thing, its file cannot be run, or it is of another kind.
+        UsageError: if there is no such object, its file cannot be run, or it is of another kind.
     """
     kind = KINDS[flag]
     if name in kind.table:
@@ -123,10 +123,10 @@ def maker(flag: str, name: str) -> Make:
 
 
 def made(flag: str, name: str, make: Make) -> Any:
-    """What ``make()`` makes, once it was seen to be of the right kind.
+    """The result of ``make()``, after a check that it is of the right kind.
 
     Raises:
-        UsageError: if a user's class or function raises or makes something else.
+        UsageError: if a user's class or function raises, or makes something else.
     """
     if name in KINDS[flag].table:
         return make()
@@ -141,9 +141,9 @@ def made(flag: str, name: str, make: Make) -> Any:
 
 
 def load(called: str, name: str) -> Any:
-    """What a file or a module calls NAME, given as ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``.
+    """The object NAME of a file or a module, given as ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``.
 
-    Modules beside the file, or in the current folder, can be imported from there on.
+    After this, modules next to the file, or in the current folder, can be imported.
     """
     where, _, attribute = name.rpartition(":")
     path = Path(where).resolve()
@@ -160,7 +160,7 @@ def load(called: str, name: str) -> Any:
 
 
 def _module(path: Path) -> ModuleType:
-    """The module of a file, which is run once; registered as an import would, so that annotations are found."""
+    """The module of a file, which is run once.  It is registered like an import, so that annotations are found."""
     for known in list(sys.modules.values()):
         if getattr(known, "__file__", None) == str(path):
             return known
@@ -175,21 +175,21 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-#: Where files lie that are not the user's.
+#: Folders of files that are not the user's.
 _OTHERS = ("<", str(Path(dvi.__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
 @contextmanager
 def in_words(called: str, *, always: bool = True) -> Iterator[None]:
-    """Say what a user's code raised, and in which line.
+    """A context that reports what a user's code raised, and in which line.
 
     Args:
-        called: what raised it, in words.
-        always: also where no line of the user's was running; otherwise the exception goes on as it is.
+        called: the object that raised it, in words.
+        always: also report exceptions without a line of the user's code; otherwise they are raised as they are.
     """
     try:
         yield
-    except (dvi.RunError, dvi.StoreError):  # which say it already
+    except (dvi.RunError, dvi.StoreError):  # their messages are for the user already
         raise
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OTHERS)]

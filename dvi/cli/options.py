@@ -1,4 +1,4 @@
-"""Flags of the shell that are read off signatures and docstrings, so that nothing is written twice."""
+"""Makes the flags of the shell from signatures and docstrings, so that nothing is written twice."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def flags(
     taken: Collection[str] = (),
     instead: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Make:
-    """A function for tyro to call with the arguments of ``make``: it returns ``make`` with these arguments bound.
+    """A function that tyro calls with the arguments of ``make``; it returns ``make`` with these arguments bound.
 
     Arguments that cannot be written in the shell (a module, a matrix) are left out if they have a default.
 
     Args:
-        make: a class or a function; its docstring's ``Args:`` become the help.
-        owner: what the flags belong to, ``--owner.name``; "method": numbers may be schedules.
-        defaults: of arguments that have none.
-        without: arguments that are not offered.
-        taken: names that stand for something else; flags of other names may be given without their owner.
+        make: a class or a function; the ``Args:`` of its docstring become the help.
+        owner: the first part of the flags, ``--owner.name``; with "method", numbers may be schedules.
+        defaults: defaults for arguments that have none.
+        without: arguments that get no flag.
+        taken: names with another meaning; flags with other names may be given without their owner.
         instead: types that replace those of the signature.
 
     Raises:
@@ -55,15 +55,15 @@ def flags(
         default = defaults.get(name, _MISSING) if argument.default is _MISSING else argument.default
         kind = instead.get(name) or _kind(hints.get(name, _MISSING), default, schedules=owner == "method")
         if kind is not None:
-            free = owner and name not in taken and not name.startswith("no_")  # which would turn something off
+            free = owner and name not in taken and not name.startswith("no_")  # --no-NAME turns a switch off
             short = [f"--{name.replace('_', '-')}"] if free else None
             hint = "(optional)" if default in (None, ()) else None
             kind = Annotated[kind, tyro.conf.arg(aliases=short, help_behavior_hint=hint)]
             found.append(inspect.Parameter(name, argument.KEYWORD_ONLY, default=default, annotation=kind))
         elif default is _MISSING:
             raise UsageError(
-                f"The {owner} needs {name}, which cannot be written in the shell: "
-                f"make it in a file of your own, and give --{owner} FILE.py:NAME."
+                f"The {owner} needs {name}, which cannot be written in the shell. "
+                f"Make the {owner} in a file of your own, and give --{owner} FILE.py:NAME."
             )
 
     def build(**given: Any) -> Any:
@@ -90,7 +90,7 @@ def _number_or_schedule(words: list[str]) -> Any:
         return float(words[0])
     except ValueError:
         if ":" not in words[0]:
-            raise ValueError(f"{words[0]!r} is no number, nor a schedule of your own, as in my.py:NAME") from None
+            raise ValueError(f"{words[0]!r} is neither a number nor a schedule of your own, as in my.py:NAME") from None
     schedule = load(words[0], words[0])
     if not callable(schedule):
         raise ValueError(f"{words[0]} is a {type(schedule).__name__}, not a function of the time")
@@ -116,7 +116,7 @@ _DTYPE = _Primitive(
 
 
 def _hints(make: Make) -> dict[str, Any]:
-    """The types of arguments, by name; none where they cannot be told (imported for a type checker only)."""
+    """The types of arguments by name; empty if they are unknown (imported for a type checker only)."""
     source: Any = make
     if inspect.isclass(make) and not dataclasses.is_dataclass(make):
         source = make.__init__
@@ -127,7 +127,7 @@ def _hints(make: Make) -> dict[str, Any]:
 
 
 def _kind(hint: Any, default: Any, schedules: bool) -> Any:
-    """The type for tyro of an argument, None if it cannot be written in the shell."""
+    """The type of an argument for tyro, or None if it cannot be written in the shell."""
     words = (types.NoneType, bool, int, float, str, tuple, list, Path, torch.dtype, torch.device)
     if not (default is _MISSING or isinstance(default, words) or (schedules and callable(default))):
         return None
@@ -152,7 +152,7 @@ def _simple(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         return _simple(parts[0])
     if get_origin(hint) in (list, Sequence) and get_origin(parts[0]) in (list, Sequence):
-        return False  # the shell's words show no nesting
+        return False  # words in the shell show no nesting
     if get_origin(hint) in (tuple, list, Sequence, Union, types.UnionType):
         return all(part is Ellipsis or _simple(part) for part in parts)
     return get_origin(hint) is Literal or hint in (bool, int, float, str, Path, types.NoneType)

@@ -24,7 +24,7 @@ _Figure = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FIGURE", h
 
 
 def list_(names: _Names = (), *, size: Size = "small", folder: Path | None = None) -> int:
-    """List the paper's experiments: what each is, and how far its run is.
+    """List the paper's experiments, with the state of their runs.
 
     Try:
       dvi paper list
@@ -61,10 +61,10 @@ def run(
     retry: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Make the runs of experiments, several at a time; complete ones are skipped, killed ones go on where they were.
+    """Make the runs of experiments, several at a time; complete ones are skipped, killed ones continue.
 
-    Each run leaves NAME.h5 (for `dvi info` and `dvi plot`), NAME.json (how it ended, what it cost) and NAME.log in the
-    folder; manifest.json gathers them.  Exit code 0: all have ended well; 1: some have not, as is said; 2: wrong input.
+    Each run writes NAME.h5 (for `dvi info` and `dvi plot`), NAME.json (how it ended, what it cost) and NAME.log into
+    the folder; manifest.json lists them.  Exit code 0: all have ended well; 1: some have not; 2: wrong input.
 
     Try:
       dvi paper run fig12 fig22b
@@ -75,25 +75,25 @@ def run(
     Args:
         names: rows or figures, as in fig14b or fig14.
         all: all experiments.
-        main: those of the figures of the main text, 2 to 11.
+        main: the experiments of the figures in the main text, 2 to 11.
         size: "small" (for a CPU) or "full" (the paper's).
-        device: of the tensors: cpu or cuda.  With several cards, each run has one to itself.
+        device: device of the tensors, cpu or cuda.  With several GPUs, each run has one to itself.
         cifar10: the folder with the official binary files of CIFAR-10, for the full size.
-        folder: where the runs go; by default runs/paper/SIZE.
+        folder: the folder for the runs; by default runs/paper/SIZE.
         engine: "local": processes of this machine; "slurm": jobs of a cluster.
-        workers: runs at a time; by default one for each card, or one for each core.
+        workers: runs at a time; by default one for each GPU, or one for each core.
         threads: CPU threads of each run.
-        partition: of the cluster.
-        hours: that a job may take; a run that takes longer goes on in another job.
+        partition: partition of the cluster.
+        hours: time limit of a job; a run that takes longer continues in another job.
         slurm: further parameters of jobs by submitit's names, as in slurm_account=physics mem_gb=32.
-        wait: for the jobs of the cluster.
-        overwrite: make runs anew that are there.
-        retry: make runs anew that failed.
+        wait: wait for the jobs of the cluster.
+        overwrite: make existing runs anew.
+        retry: make failed runs anew.
         quiet: print nothing unless something goes wrong.
     """
     rows = _rows(names, everything=all, main=main)
     if not rows:
-        raise UsageError("Which experiments? Name rows or figures, as in `dvi paper run fig14b fig28`, or give --all.")
+        raise UsageError("No experiment is given. Name some, as in `dvi paper run fig14b fig28`, or give --all.")
     left_out = [row for row in rows if row.why_not(size)]
     tasks = [task_of(row, size, device, cifar10) for row in rows if row not in left_out]
     where = folder_of(size, folder)
@@ -112,7 +112,7 @@ def run(
     if not quiet:
         for row in left_out:
             print(f"{row.name}: left out: {row.why_not(size)}")
-        print(f"written: {where / MANIFEST}; what came out: dvi paper table --size {size}")
+        print(f"written: {where / MANIFEST}; for the results: dvi paper table --size {size}")
     return ended(found, submitted=jobs is not None and not wait)
 
 
@@ -124,8 +124,9 @@ def figure(number: _Figure, *, out: Path | None = None, size: Size = "small", fo
       dvi paper figure 6 --out fig6.pdf
 
     Args:
-        number: of the figure, as in 6.
-        out: the file; its ending says the format (.png, .pdf, .svg).  By default figN.png in the folder of the runs.
+        number: number of the figure, as in 6.
+        out: the file; its ending determines the format (.png, .pdf, .svg).  By default figN.png in the folder of the
+            runs.
         size: "small" or "full".
         folder: where the runs are; by default runs/paper/SIZE.
     """
@@ -136,7 +137,7 @@ def figure(number: _Figure, *, out: Path | None = None, size: Size = "small", fo
 
 
 def table_(names: _Names = (), *, out: Path | None = None, size: Size = "small", folder: Path | None = None) -> int:
-    """Print a table of the runs that are there, as Markdown: edge, distances, predicted loss, and cost.
+    """Print a Markdown table of the existing runs: edge, distances, predicted loss, and cost.
 
     Try:
       dvi paper table fig28 fig29
@@ -144,7 +145,7 @@ def table_(names: _Names = (), *, out: Path | None = None, size: Size = "small",
 
     Args:
         names: rows or figures; by default all.
-        out: a file for the table, instead of the screen.
+        out: a file for the table; by default it is printed.
         size: "small" or "full".
         folder: where the runs are; by default runs/paper/SIZE.
     """
@@ -162,7 +163,7 @@ def table_(names: _Names = (), *, out: Path | None = None, size: Size = "small",
 
 
 def _rows(names: tuple[str, ...], everything: bool = False, main: bool = False) -> list[Experiment]:
-    """The rows that are meant, in the table's order."""
+    """The chosen rows, in the table's order."""
     known = table()
     chosen = {row.name for row in known.chosen(names)}
     if main:

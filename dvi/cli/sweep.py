@@ -1,4 +1,4 @@
-"""The shell command ``dvi sweep``: `dvi compare` for each combination of the values that its flags are given."""
+"""The shell command ``dvi sweep``: `dvi compare` for each combination of the values of its flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Engine = Literal["local", "slurm"]
 #: Flags of `dvi compare` that belong to the sweep as a whole.
 _TAKEN = ("--out", "--overwrite", "--resume", "--no-resume", "--quiet", "--plot", "--no-plot", "--threads")
 
-#: Makes a run of the arguments of `dvi compare`, into a file.
+#: Makes a run from the arguments of `dvi compare` and writes it to a file.
 Runner = Callable[[list[str], Path], Comparison]
 
 
@@ -43,12 +43,12 @@ def sweep_(
     understood: Any = None,
     runner: Any = None,
 ) -> int:
-    """Run `dvi compare` for each combination of values: its flags take several here.
+    """Run `dvi compare` for each combination of values: each of its flags takes several values here.
 
-    Runs are made several at a time; complete ones are skipped, killed ones go on where they were, and one that fails
-    stops no other.  Each leaves NAME.h5 (for `dvi info` and `dvi plot`), NAME.json (how it ended, what it cost) and
-    NAME.log in OUT, NAME being its values; manifest.json gathers them.  Exit code 0: all have ended well; 1: some have
-    not, as is said; 2: wrong input; 130: interrupted.
+    Several runs are made at a time.  Complete runs are skipped, killed runs continue, and a run that fails does not
+    stop the others.  Each run writes NAME.h5 (for `dvi info` and `dvi plot`), NAME.json (how it ended, what it cost)
+    and NAME.log into OUT, where NAME consists of its values; manifest.json lists them.  Exit code 0: all have ended
+    well; 1: some have not; 2: wrong input; 130: interrupted.
 
     Try:
       dvi sweep --problem digits-mlp --method gd --method.lr 0.1 0.2 0.4 --seed 0 1 2 --steps 500
@@ -56,17 +56,17 @@ def sweep_(
       dvi sweep --problem my.py:problem --method rmsprop --lr 1e-3 2e-3 --device cuda --engine slurm --partition gpu
 
     Args:
-        out: the folder of the runs; made if missing.
+        out: the folder for the runs; made if missing.
         engine: "local": processes of this machine; "slurm": jobs of a cluster.
-        workers: runs at a time; by default one for each card, or one for each core.
+        workers: runs at a time; by default one for each GPU, or one for each core.
         threads: CPU threads of each run.
-        partition: of the cluster.
-        hours: that a job may take; a run that takes longer goes on in another job.
+        partition: partition of the cluster.
+        hours: time limit of a job; a run that takes longer continues in another job.
         cards: GPUs of each job of the cluster.
         slurm: further parameters of jobs by submitit's names, as in slurm_account=physics mem_gb=32.
-        wait: for the jobs of the cluster.
-        overwrite: make runs anew that are there.
-        retry: make runs anew that failed.
+        wait: wait for the jobs of the cluster.
+        overwrite: make existing runs anew.
+        retry: make failed runs anew.
         quiet: print nothing unless something goes wrong.
     """
     tasks = [
@@ -91,16 +91,16 @@ def sweep_(
 
 
 def _run(path: Path, runner: Runner, arguments: list[str], place: str) -> Comparison:
-    os.chdir(place)  # where files of the user's are named from
+    os.chdir(place)  # paths of the user's files are relative to it
     return runner(arguments, path)
 
 
 def grid(rest: Sequence[str], understood: Callable[[list[str]], list[str]]) -> list[tuple[str, list[str]]]:
-    """The runs that flags with several values stand for: a name and the arguments of `dvi compare` for each.
+    """The runs for flags with several values: a name and the arguments of `dvi compare` for each.
 
     Args:
-        rest: flags and values as they were given.
-        understood: reads the arguments of one run, and gives back those that mean nothing.
+        rest: flags and values as given.
+        understood: parses the arguments of one run, and returns those that are not understood.
 
     Raises:
         UsageError: if a flag belongs to the sweep, or is not understood.
@@ -118,7 +118,7 @@ def grid(rest: Sequence[str], understood: Callable[[list[str]], list[str]]) -> l
     names = [name for name, _ in flags]
     for name in names:
         if name in _TAKEN:
-            raise UsageError(f"{name} is not for the runs of a sweep; dvi sweep --help lists what is for all of them.")
+            raise UsageError(f"{name} is not for the runs of a sweep; dvi sweep --help lists its own flags.")
         if names.count(name) > 1:
             raise UsageError(f"{name} is given twice; give it once, with all its values.")
 
@@ -129,7 +129,7 @@ def grid(rest: Sequence[str], understood: Callable[[list[str]], list[str]]) -> l
     choices: list[list[list[str]]] = []
     for i, (_, values) in enumerate(flags):
         several = [*first[:i], values, *first[i + 1 :]]
-        at_once = len(values) < 2 or not understood(line(several))  # a flag of compare that takes several itself
+        at_once = len(values) < 2 or not understood(line(several))  # a flag of compare that takes several values
         choices.append([values] if at_once else [[value] for value in values])
     runs = []
     for chosen in itertools.product(*choices):
@@ -153,10 +153,10 @@ def engine_of(
     more: Sequence[str],
     cards: int,
 ) -> Slurm | None:
-    """What to ask of a cluster; None where runs are made here.
+    """The resources of cluster jobs; None for runs on this machine.
 
     Raises:
-        UsageError: for flags of a cluster without one, or a parameter without a value.
+        UsageError: for flags of a cluster without --engine slurm, or for a parameter without a value.
     """
     if engine == "local":
         if partition is not None or more:

@@ -1,1 +1,1 @@
-"""The compiler: from a declared (f, P) and a loss to α, β and the drift; the flows and the optimizer as processes."""
+"""The compiler: derives α, β and the drift from a declared (f, P) and a loss, and builds the flows from them."""

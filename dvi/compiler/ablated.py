@@ -1,4 +1,4 @@
-"""Ablated flows: the central flow with a part of what oscillations do taken out (paper, Figs. 5, 7 and 11)."""
+"""Ablated flows: the central flow without one of the effects of oscillations (paper, Figs. 5, 7 and 11)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dvi.solvers.protocol import Frame, State
 
 
 class AblatedFlow(CompiledFlow):
-    """The central flow without its curvature penalty: oscillations act on ν and leave w alone
+    """The central flow without its curvature penalty: oscillations act on ν but not on w
 
     dw/dt = −P(ν)⁻¹ ∇L(w)
     dν/dt = (I + ∂f/∂ν)⁻¹ ( f(ν, g) + ½∇²_g f[HΣH] )
     0 ⪯ Σ  ⟂  2P(ν) − H(w) ⪰ 0.
 
-    The step sizes are still the largest stable ones, but nothing steers towards flatter regions.  For RMSProp-Norm at
-    the edge √ν = ηS/2, and this is the paper's dw/dt = −(2/S(w)) ∇L(w).  β keeps its ν-part alone, so Σ is another
-    one than the central flow's: what it takes for ν to hold the constraint by itself.
+    The step sizes are still the largest stable ones, but no force moves w towards flatter regions.  For RMSProp-Norm,
+    √ν = ηS/2 at the edge, and the flow is the paper's dw/dt = −(2/S(w)) ∇L(w).  Only the ν-part of β remains, so Σ
+    differs from the central flow's: it is the covariance with which ν alone maintains the constraint.
 
-    Its accuracy is "paper" whatever is asked for: it is compared with the paper's.
+    The accuracy is always "paper", because the paper's flow is what it is compared with.
 
     Raises:
-        SpecError: for a method without state (gradient descent): nothing is then left to hold the constraint.
+        SpecError: for a method without state (gradient descent), because nothing could then maintain the constraint.
     """
 
     name = "ablated"
@@ -47,17 +47,18 @@ class AblatedFlow(CompiledFlow):
         super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
         if self._chosen(accuracy, self.calculus.momentum) != self.accuracy:
             self.notes.append(
-                'The ablated flow has accuracy="paper" beside flows of second order: their distance is partly that, of '
-                "first order in the step size, and with momentum its lag."
+                'The ablated flow has accuracy="paper", but the other flows are of second order. Part of the distance '
+                "between them is this difference: it is of first order in the step size, and includes the lag of "
+                "momentum."
             )
         if self.calculus.stateless:
             raise SpecError(
-                f"{self.method} has no state ν: its oscillations act on w only, and without their push nothing keeps "
-                "H ⪯ 2P. What remains of gradient descent is gradient flow, dvi.stable_flow."
+                f"{self.method} has no state ν, so its oscillations act on w only. Without their force on w nothing "
+                "keeps H ⪯ 2P. Use dvi.stable_flow: without oscillations, gradient descent is gradient flow."
             )
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
-        """α, β without the push on w, the gap and the drift at y."""
+        """α, β without the force on w, the gap and the drift at y."""
         return LinearisedFlow(self.calculus, y, g, frame, push=False)
 
 
@@ -69,18 +70,18 @@ def ablated_flow(
     check: bool = True,
     max_gib: float = 4.0,
 ) -> AblatedFlow:
-    """Compile the central flow of a method with a part taken out.
+    """Compile the central flow of a method without one of its terms.
 
     Args:
         problem, method, check, max_gib: as for :func:`dvi.central_flow`.
-        without: the part; "curvature penalty" is ½∇³L[Σ] in dw/dt.
+        without: the term to leave out; "curvature penalty" is ½∇³L[Σ] in dw/dt.
 
     Raises:
-        SpecError: if the declaration is wrong, or the method has no ν to hold the constraint.
-        ValueError: for another part.
+        SpecError: if the declaration is wrong, or the method has no ν that could maintain the constraint.
+        ValueError: for any other term.
     """
     if without != "curvature penalty":
-        raise ValueError(f'without is "curvature penalty", not {without!r}: nothing else can be taken out.')
+        raise ValueError(f'without={without!r}: "curvature penalty" is the only term that can be left out.')
     return AblatedFlow(problem, method, check=check, max_gib=max_gib)
 
 

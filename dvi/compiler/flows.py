@@ -1,6 +1,6 @@
-"""Flows: what a method and a problem become when they meet.
+"""Flows: a method and a problem, compiled to what integrators can drive.
 
-The central flow is the DVI in (w, ν, Σ) of the paper's C.7; the stable flow is the same without oscillations.
+The central flow is the DVI in (w, ν, Σ) of the paper's C.7.  The stable flow is the same without oscillations.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from dvi.solvers.protocol import Frame, Staggered, State, host
 
 logger = logging.getLogger("dvi")
 
-#: What is compared with differences when a flow is compiled: all derivatives, the gradient alone, or nothing.
+#: Which derivatives are compared with finite differences when a flow is compiled: all, the gradient alone, or none.
 Check = bool | Literal["gradient"]
 
 
 @cache
 def _tell(text: str) -> None:
-    """Say a thing once, however many flows of one comparison find it."""
+    """Log a warning once, even if several flows of one comparison would give it."""
     logger.warning("%s", text)
 
 
 class CompiledFlow:
-    """A method and a problem, compiled; the base of the central and the stable flow.
+    """A compiled method and problem: the base class of all flows.
 
     Attributes:
         problem, method: what was compiled.
         initial: the state at time 0: (w0, ν after one update of the optimizer at w0, t = 0) (errata to C.7).
-        notes: what the user should know about it, in words; runs add notes of their own to their results.
+        notes: sentences that the user should know about the flow; runs add notes of their own to their results.
     """
 
-    #: Which flow this is, in a result or a legend.
+    #: The name of the flow in results and legends.
     name: str = "flow"
     constrained: bool = True
     quasistatic: bool = False
     stepwise: bool = False
-    #: Does it differentiate f and P?  The optimizer itself only calls them.
+    #: Does the flow differentiate f and P?  The optimizer itself only calls them.
     differentiated: bool = True
 
     def __init__(
@@ -92,7 +92,7 @@ class CompiledFlow:
         return f"{type(self).__name__}({self.problem!r}, {self.method!r})"
 
     def _compiled(self, nu: Nu, g: Tensor) -> SpecCalculus:
-        """The derivatives of f and P, once they are known to be right."""
+        """The derivatives of f and P, after a check that they are right."""
         check = SpecCheck(self.method, nu, g)
         if self.differentiated:
             check.forward()
@@ -105,7 +105,7 @@ class CompiledFlow:
         return calculus
 
     def _chosen(self, accuracy: Accuracy | None, momentum: bool) -> Accuracy:
-        """The paper's accuracy, and with momentum, of which the paper does not speak, second order."""
+        """The accuracy asked for; by default the paper's, or second order with momentum (not in the paper)."""
         if accuracy is None:
             return "second-order" if momentum else "paper"
         if accuracy not in ("paper", "second-order"):
@@ -114,11 +114,11 @@ class CompiledFlow:
 
     @property
     def timetable(self) -> Timetable:
-        """The schedules of the method, as a run reads them."""
+        """The schedules of the method."""
         return self.calculus.metric.timetable
 
     def settle(self, y: State) -> State:
-        """This state, as the flow may start from it, or go on from it behind a jump of a schedule."""
+        """The admissible state that belongs to y, at the start of a run and after a jump of a schedule."""
         return y
 
     @property
@@ -130,16 +130,16 @@ class CompiledFlow:
         names = {"hvps": "products with H", "third_derivatives": "third derivatives"}
         if errors:
             parts = " and ".join(f"{names[kind]} to {error:.0e}" for kind, error in errors.items())
-            note = f"Derivatives by differences are good to, relative to themselves at the start: {parts}."
+            note = f"Relative errors at the start of the derivatives that are computed by differences: {parts}."
             self.notes.append(note)
 
     def _note_dead_weights(self, P: Preconditioner) -> None:
         dead = P.dead()
         if dead is not None and bool(dead.any()):
             note = (
-                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (inputs that never change, a "
-                "layer that nothing reaches): while that lasts they stay where they are and are left out of the "
-                "P-metric. An eps > 0 would keep them in."
+                f"{int(dead.sum())} of {len(dead)} weights have zero gradient and P = 0 (constant inputs, or a layer "
+                "without effect on the loss). While their gradient is zero they do not move, and the P-metric leaves "
+                "them out. An eps > 0 would include them."
             )
             self.notes.append(note)
             _tell(note)
@@ -147,7 +147,11 @@ class CompiledFlow:
     # ---- what an integrator asks (dvi.solvers.protocol.Flow) -------------------------------------------
 
     def value_and_grad(self, y: State) -> tuple[Tensor, Tensor]:
-        """L(w) [] and ∇L(w) [d]."""
+        """L(w) [] and ∇L(w) [d].
+
+        Raises:
+            LossLeftDomainError: if either is not finite.
+        """
         try:
             return self.problem.value_and_grad(y.w)
         except NotFiniteError as error:
@@ -159,7 +163,11 @@ class CompiledFlow:
         return torch.where(torch.isfinite(loss), g, torch.nan)
 
     def effective_hessian(self, y: State) -> Callable[[Tensor], Tensor]:
-        """V [d, m] ↦ P^{−1/2} H P^{−1/2} V."""
+        """The map V [d, m] ↦ P^{−1/2} H P^{−1/2} V.
+
+        Raises:
+            LeftDomainError: if P(ν) is not positive definite.
+        """
         P = self.calculus.checked_P(y.nu, y.t)
 
         def product(V: Tensor) -> Tensor:
@@ -171,14 +179,15 @@ class CompiledFlow:
         return product
 
     def basis(self, y: State, V: Tensor) -> Tensor:
-        """U = P^{−1/2}V [d, k] of orthonormal vectors V [d, k]."""
+        """U = P^{−1/2}V [d, k] for orthonormal vectors V [d, k]."""
         return self.calculus.P(y.nu, y.t).inv_sqrt(V)
 
     def frame(self, y: State, V: Tensor, AV: Tensor, third: bool = True) -> Frame:
-        """The frame U = P^{−1/2}V of orthonormal eigenvectors V [d, k], given AV; T if asked for.
+        """The frame U = P^{−1/2}V of orthonormal eigenvectors V [d, k], given AV [d, k]; T only if ``third``.
 
-        Weights that the loss does not feel (rows of HU that are exactly zero) are in no eigenvector, whose V = AV/λ.
-        What a search has left there of its random start would move ν where it is zero and P infinitely steep.
+        Weights that do not affect the loss have rows of HU that are exactly zero.  Their rows of U are set to zero,
+        since V = AV/λ.  Remains of the random start of the eigensolver there would move ν where it is zero and P
+        infinitely steep.
         """
         P = self.calculus.P(y.nu, y.t)
         U, HU = P.inv_sqrt(V), P.sqrt(AV)
@@ -191,7 +200,7 @@ class CompiledFlow:
         return Frame(y.w, U, HU, 0.5 * (M + M.T), T)
 
     def third_derivatives(self, y: State, U: Tensor, squares: bool = False) -> Tensor:
-        """Rows ∇_w uᵢᵀH(w)uⱼ for the columns of U, see :meth:`dvi.Problem.hessian_gradient`.
+        """Rows ∇_w uᵢᵀH(w)uⱼ for the columns of U [d, k], see :meth:`dvi.Problem.hessian_gradient`.
 
         Raises:
             MemoryLimitError: if they would take more than ``max_gib``.
@@ -205,8 +214,8 @@ class CompiledFlow:
         gib = pairs * len(U) * U.element_size() / 2**30
         if gib > self.max_gib:
             raise MemoryLimitError(
-                f"{k} directions are critical: their third derivatives are {pairs} vectors of {len(U)} weights, "
-                f"{gib:.1f} GiB, and max_gib={self.max_gib:g} are allowed."
+                f"{k} directions are critical. Their third derivatives are {pairs} vectors of {len(U)} weights and "
+                f"need {gib:.1f} GiB, but max_gib={self.max_gib:g}."
             )
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
@@ -214,28 +223,33 @@ class CompiledFlow:
         return LinearisedFlow(self.calculus, y, g, self._read(frame))
 
     def _read(self, frame: Frame) -> Frame:
-        """The frame with the HU that the user asked for."""
+        """The frame with the user's choice of HU (``edge_hessian``)."""
         return frame if self.edge_hessian == "integrator" else replace(frame, on_edge=self.edge_hessian == "edge")
 
     def stagger(self, y: State, g: Tensor, h: float) -> Staggered:
-        """Momentum and ν half a step h behind y."""
+        """The state with momentum and ν half a step h (unit times) behind y."""
         return stagger(self.calculus, y, g, h)
 
     def restagger(self, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
-        """Momentum and ν of s, half a step ``before`` behind w, half a step h behind it."""
+        """Move momentum and ν of s from half a step ``before`` behind w to half a step h behind it."""
         return restagger(self.calculus, s, g, before, h)
 
     def longest_step(self, y: State, sharpness: float) -> float:
-        """The longest semi-implicit step that is stable: dt² ≤ 4τ′/(κλ), where a root of the step passes −1."""
+        """The longest stable semi-implicit step, unit times: dt² ≤ 4τ′/(κλ), where a root of the step passes −1.
+
+        Args:
+            y: the state.
+            sharpness: λ, the effective sharpness there.
+        """
         calculus = self.calculus
         return float((4 * calculus.lag(y.t) / (calculus.speed(y.t) * max(sharpness, 1e-3))) ** 0.5)
 
     def implicit_step(self, s: Staggered, g: Tensor, frame: Frame, h: float) -> ImplicitStep:
-        """The semi-implicit step of h from s."""
+        """The semi-implicit step of length h (unit times) from s, with gradient g [d]."""
         return ImplicitStep(self.calculus, s, g, self._read(frame), h)
 
     def velocity(self, y: State, g: Tensor) -> Tensor:
-        """Q₁P(ν)⁻¹ g + γw [d]."""
+        """Q₁P(ν)⁻¹ g + γw [d], per unit time: minus the velocity of w for the gradient g [d]."""
         solved = self.calculus.speed(y.t) * self.calculus.checked_P(y.nu, y.t).solve(g)
         decay = self.calculus.decay(y.t)
         return solved if decay is None else decay.share * solved + decay.gamma * y.w
@@ -245,7 +259,7 @@ class CompiledFlow:
         return self.calculus.P(y.nu, y.t).apply(V)
 
     def nu_decay(self, y: State, g: Tensor) -> float:
-        """How fast ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
+        """The rate at which ν forgets, per unit time: the spectral radius of ∂ν̇/∂ν."""
         return self.calculus.nu_decay(y.nu, y.t, g)
 
     def in_domain(self, y: State) -> bool:
@@ -257,11 +271,11 @@ class CompiledFlow:
         return True
 
     def sound(self, y: State) -> Tensor | None:
-        """The same as a bool [] on the device; None where the device cannot tell."""
+        """The same as a bool tensor [] on the device; None if P has no such test."""
         return self.calculus.P(y.nu, y.t).sound()
 
     def count_ccp(self) -> None:
-        """Enter one CCP solve into the ledger."""
+        """Count one CCP solve in the ledger."""
         self.problem.ledger.ccp_solves += 1
 
     def spent(self) -> float:
@@ -278,17 +292,18 @@ class CompiledFlow:
         Args:
             w: weights [d].
             nu: the optimizer's state there, of the structure that ``method.init`` gives.
-            U: basis [d, k] in which α and β are written; taken as it is (the formulas hold in any basis).  Without it:
-                the critical eigenvectors of P⁻¹H, those with effective eigenvalue within 0.05 of 2 or above, scaled so
-                that UᵀPU = I.
+            U: basis [d, k] in which α and β are expressed; the formulas hold in any basis.  By default, U consists of
+                the critical eigenvectors of P⁻¹H, scaled so that UᵀPU = I.  These have an effective eigenvalue within
+                0.05 of 2, or above.
             t: the clock, for methods with schedules (unit times).
-            watch: how eigenvectors are sought when U is not given.
+            watch: computes the eigenvectors if U is not given.
 
         Returns:
-            alpha [k, k], beta [k(k+1)/2]² in svec, gap, eigenvalues [k], U: host float64 (U and T: like w).
+            alpha [k, k], beta [n, n] in svec with n = k(k+1)/2, gap [k, k], eigenvalues [k]: host float64; U [d, k],
+            T [n, d]: like w.
 
         Raises:
-            NotPositiveDefiniteError: if P(ν) is not.
+            NotPositiveDefiniteError: if P(ν) is not positive definite.
             ConvergenceError: if the eigenvectors do not converge.
             ProblemError: if w or U has the wrong shape, dtype or device.
         """
@@ -329,11 +344,11 @@ class CentralFlow(CompiledFlow):
 class CentralMap(CentralFlow):
     """The central map: the optimizer's own step plus the force of Σ, w⁺ = w − Q₁P⁻¹m⁺ with m⁺ made of g + ½∇³L[Σ].
 
-    The semi-implicit step of :mod:`dvi.compiler.staggered` at h = 1, with Σ from the gap at t + 1.  A model of its
-    own, with no limit of small steps.  Where nothing oscillates it is the optimizer by construction (for filters with
-    one buffer and no direct part, and for none), which is no evidence for anything; at the edge of stability it
-    predicts, one gradient a step.  It is shown as ¼(w_{t−1} + 2w_t + w_{t+1}), since its own steps may carry a decaying
-    period-two component.
+    It is the semi-implicit step of :mod:`dvi.compiler.staggered` with h = 1 and Σ from the gap at t + 1: a model of its
+    own, without a limit of small steps.  While nothing oscillates, the map equals the optimizer by construction (for
+    filters with one buffer and no direct part, and without a filter), so agreement there is no evidence.  At the edge
+    of stability it is a prediction that costs one gradient a step.  Results show ¼(w_{t−1} + 2w_t + w_{t+1}), because
+    its own steps may contain a decaying component of period two.
     """
 
     name = "map"
@@ -357,29 +372,29 @@ def central_flow(
     edge_hessian: EdgeHessian = "integrator",
     max_gib: float = 4.0,
 ) -> CentralFlow:
-    """Compile the central flow of a method on a problem: α, β and the CCP are derived here.
+    """Compile the central flow of a method on a problem: derive α, β and the CCP from the declaration and the loss.
 
     Args:
         problem: a :class:`dvi.Problem`.
         method: a :class:`dvi.Method`, a triple of functions ``(init, f, P)``, or a ``torch.optim.Optimizer``, which is
             read by :func:`dvi.from_torch`.
         check: compare the loss's second and third derivatives with finite differences once (``problem.check()``).
-        covariance: how the paper's ½∇²_w f[Σ] is read: ``"gradient-covariance"`` (C.4, C.5) keeps f's curvature in g,
-            ``"full"`` also the bend of g itself.
-        accuracy: ``"paper"``, the definition in C.3–C.7, O(η) from the optimizer where it is stable; or
-            ``"second-order"``, with momentum kept as a state (:mod:`dvi.compiler.staggered`), O(η²).
-            Default: the paper's, and second order for a method with momentum (where "paper" is the leading-order drift
-            −Q₁P⁻¹(g + ½∇³L[Σ])).
-        edge_hessian: which HU stands in the gradient covariance HΣH = HU X UᵀH that acts on ν: ``"computed"``, H times
-            U as it is; ``"edge"``, 2P(ν)U, which is the same wherever Σ ≠ 0 on the exact flow (C.5 writes it so, and β
-            is then symmetric for RMSProp); ``"integrator"``, as the integrator asks: :class:`dvi.MacroStep` takes
-            2P(ν)U inside its steps, where its HU is old, the others HU as computed.
-        max_gib: memory allowed for the third derivatives of k critical directions, k(k+1)/2 vectors like w; more
-            directions than that fit end the run with :class:`dvi.MemoryLimitError`.
+        covariance: the meaning of the paper's ½∇²_w f[Σ].  ``"gradient-covariance"`` (C.4, C.5) takes only the
+            curvature of f in g; ``"full"`` adds the curvature of g itself.
+        accuracy: ``"paper"``, the definition in C.3–C.7, whose distance from a stable optimizer is O(η); or
+            ``"second-order"``, with momentum as a state (:mod:`dvi.compiler.staggered`) and a distance of O(η²).
+            The default is "paper", and "second-order" for a method with momentum.  With momentum, "paper" is the
+            leading-order drift −Q₁P⁻¹(g + ½∇³L[Σ]).
+        edge_hessian: the HU in the gradient covariance HΣH = HU X UᵀH that acts on ν.  ``"computed"`` is H times U.
+            ``"edge"`` is 2P(ν)U: the same on the exact flow wherever Σ ≠ 0; C.5 is written so, and makes β symmetric
+            for RMSProp.  ``"integrator"`` leaves the choice to the integrator: :class:`dvi.MacroStep` takes 2P(ν)U
+            inside its steps, where its HU is old, and the others take H times U.
+        max_gib: memory (GiB) for the third derivatives of k critical directions, k(k+1)/2 vectors like w; if they need
+            more, the run ends with :class:`dvi.MemoryLimitError`.
 
     Raises:
-        SpecError: if the declaration is wrong, if a derivative of f or P is not what differences of them show (always
-            looked at), or ν has no memory (β₂ = 0).
+        SpecError: if the declaration is wrong, if a derivative of f or P disagrees with finite differences (this is
+            always checked), or if ν has no memory (β₂ = 0).
         NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
         DerivativeError: if autodiff gets a derivative of this loss wrong.
     """
@@ -402,15 +417,19 @@ def central_map(
     covariance: Covariance = "gradient-covariance",
     max_gib: float = 4.0,
 ) -> CentralMap:
-    """Compile the central map of a method on a problem; the arguments are those of :func:`central_flow`."""
+    """Compile the central map of a method on a problem.
+
+    The arguments and the exceptions are those of :func:`central_flow`; the accuracy is always "second-order".
+    """
     return CentralMap(problem, method, check=check, covariance=covariance, accuracy="second-order", max_gib=max_gib)
 
 
 def stable_flow(
     problem: Problem, method: MethodLike, *, check: Check = "gradient", accuracy: Accuracy | None = None
 ) -> StableFlow:
-    """Compile the stable flow of a method on a problem; the arguments are those of :func:`central_flow`.
+    """Compile the stable flow of a method on a problem.
 
-    It needs first derivatives only, so ``check="gradient"`` compares no others.
+    The arguments and the exceptions are those of :func:`central_flow`.  The flow needs first derivatives only, so the
+    default ``check="gradient"`` compares only the gradient with finite differences.
     """
     return StableFlow(problem, method, check=check, accuracy=accuracy)

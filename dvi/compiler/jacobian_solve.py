@@ -1,4 +1,4 @@
-"""ν whose entries depend on one another: (I + ∂f/∂ν)⁻¹ as a dense or a matrix-free solve."""
+"""Dense and matrix-free solves with I + ∂f/∂ν, for a ν whose entries depend on one another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DENSE_LIMIT = 1500  # below this many entries of ν, I + ∂f/∂ν is solved as
 
 
 class Flat:
-    """ν as one vector and back.
+    """Converts ν to one vector [n] and back.
 
     Args:
         nu: the state.
-        rhs: what moves it, if known, like ν or with a leading dimension: entries that are zero and stay so may have an
-            infinite slope, which :meth:`matrix` leaves out.
+        rhs: what moves ν, if known: a pytree like ν, or one with a leading dimension.  Entries of ν that are zero and
+            stay zero may have an infinite slope; :meth:`matrix` leaves these slopes out.
     """
 
     def __init__(self, nu: Nu, rhs: Nu | None = None) -> None:
@@ -33,7 +33,7 @@ class Flat:
         self.still = None if rhs is None else self._still(pytree.tree_leaves(rhs))
 
     def _still(self, rhs: list[Tensor]) -> Tensor:
-        """Which entries are zero and stay so [n]."""
+        """Which entries are zero and stay zero [n]."""
         masks = [(x == 0) & (r == 0).reshape(-1, *x.shape).all(dim=0) for x, r in zip(self.leaves, rhs, strict=True)]
         return self.ravel(masks)
 
@@ -48,7 +48,7 @@ class Flat:
         return torch.cat([x.reshape(-1) for x in pytree.tree_leaves(tree)])
 
     def matrix(self, apply: Callable[[Nu], Nu], still: float = 1.0) -> Tensor:
-        """A linear map of ν as a dense matrix; ``still`` times I for entries that stay still where they are steep."""
+        """A linear map of ν as a dense matrix [n, n]; steep entries that stay zero get ``still`` times I."""
         eye = torch.eye(self.size, dtype=self.example.dtype, device=self.example.device)
         columns: Tensor = vmap(lambda v: self.ravel(apply(self.unravel(v))))(eye)
         if self.still is not None:
@@ -58,7 +58,7 @@ class Flat:
 
 
 def smallest_singular_value(f: Callable[[Nu], Nu], nu: Nu) -> float:
-    """Of I + ∂f/∂ν; 1 where ν is too large to look (the iterative solve then finds out)."""
+    """The smallest singular value of I + ∂f/∂ν; 1 if ν is too large for it (the iterative solve then fails)."""
     flat = Flat(nu, f(nu))
     if flat.size > DENSE_LIMIT:
         return 1.0
@@ -67,7 +67,17 @@ def smallest_singular_value(f: Callable[[Nu], Nu], nu: Nu) -> float:
 
 
 def solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> Nu:
-    """Solve apply(x) = rhs where the entries of ν are coupled."""
+    """Solve apply(x) = rhs if the entries of ν are coupled.
+
+    Args:
+        apply: the linear map, of pytrees like ν.
+        nu: the state, as an example.
+        rhs: a pytree like ν; if ``batched``, with a leading dimension.
+        batched: whether there are several right-hand sides.
+
+    Raises:
+        SpecError: if the iterative solve does not converge.
+    """
     from scipy.sparse.linalg import LinearOperator, gmres
 
     flat = Flat(nu, rhs)
@@ -84,7 +94,7 @@ def solve_coupled(apply: Callable[[Nu], Nu], nu: Nu, rhs: Nu, batched: bool) -> 
         for row in b:
             solution, info = gmres(operator, row.double().cpu().numpy(), rtol=1e-10, atol=0.0, maxiter=200)
             if info != 0:
-                raise SpecError("(I + ∂f/∂ν)⁻¹ could not be solved for: is I + ∂f/∂ν singular (ν without memory)?")
+                raise SpecError("The solve with I + ∂f/∂ν did not converge. Is it singular (ν without memory)?")
             rows.append(like(solution, flat.example))
         x = torch.stack(rows)
     return vmap(flat.unravel)(x) if batched else flat.unravel(x[0])

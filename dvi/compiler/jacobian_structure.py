@@ -1,7 +1,7 @@
-"""How f bends in the gradient: ∂²f/∂g², and whether it can be had from one evaluation.
+"""The curvature of f in the gradient, ∂²f/∂g², and the question whether one evaluation gives all of it.
 
-For most optimizers entry i of ν is moved by gᵢ alone.  Then ∂²f/∂g² is diagonal, and what it makes of all pairs of
-directions follows from its diagonal by products.
+For most optimizers, entry i of ν depends on gᵢ alone.  Then ∂²f/∂g² is diagonal, and its values for all pairs of
+directions are products with the diagonal.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def curvature(method: Method, nu: Nu, g: Tensor, h: Tensor, other: Tensor) -> Nu
 
 
 def diagonal_curvature(method: Method, nu: Nu, g: Tensor) -> Nu:
-    """The diagonal of ∂²f/∂g² where there is nothing else (:func:`is_local`): a pytree like ν.
+    """The diagonal of ∂²f/∂g², a pytree like ν; for an f whose curvature is diagonal (:func:`is_local`).
 
-    Two backward passes over the sum of a leaf, a tenth of the time of two nested forward ones.
+    It takes two backward passes over the sum of a leaf, a tenth of the time of two nested forward passes.
     """
 
     def diagonal(i: int, leaf: Tensor) -> Tensor:
@@ -42,16 +42,17 @@ def diagonal_curvature(method: Method, nu: Nu, g: Tensor) -> Nu:
 
 
 def diagonal_slope(method: Method, nu: Nu, g: Tensor) -> Nu:
-    """The diagonal of ∂f/∂ν where there is nothing else: a pytree like ν."""
+    """The diagonal of ∂f/∂ν, a pytree like ν; for an f with a diagonal ∂f/∂ν."""
     slope: Nu = grad(lambda nu: sum(leaf.sum() for leaf in pytree.tree_leaves(method.f(nu, g))))(nu)
     return slope
 
 
 def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
-    """Is ∂²f/∂g² diagonal, entry i of every leaf like g bending with gᵢ alone and other leaves not at all?
+    """Is ∂²f/∂g² diagonal?
 
-    A curvature with ones shows the diagonal, and random probes must agree with it, at gradients of three sizes: a norm
-    that is clipped couples all entries at some of them only.
+    It is if entry i of every leaf shaped like g is nonlinear in gᵢ alone, and all other leaves are linear in g.  The
+    curvature along ones shows the diagonal, and random probes must agree with it.  Gradients of three sizes are tried,
+    because a clipped norm couples all entries at some sizes only.
 
     Args:
         method: the declaration.
@@ -73,7 +74,7 @@ def is_local(method: Method, nu: Nu, g: Tensor) -> bool:
                     return False
                 continue
             expected = c * h * other
-            # Both sides are products and sums of few numbers: some hundred eps, relative to the largest entry.
+            # Both sides are products and sums of few numbers: they agree to some hundred eps of the largest entry.
             largest = float(torch.maximum(expected.abs().max(), s.abs().max()))
             if not float((s - expected).abs().max()) <= 1e3 * torch.finfo(g.dtype).eps * largest:
                 return False
@@ -86,9 +87,9 @@ def random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def generic(method: Method, nu: Nu, g: Tensor, generator: torch.Generator) -> Nu:
-    """A ν that f can reach from the one given, in no special position: after two updates with random gradients.
+    """A ν in general position: the given one after two updates with random gradients.
 
-    No entry that gradients move is zero there, where a root has no slope and a coupling may not show.
+    No entry that depends on gradients is zero there.  At zero, a root has no slope and a coupling may not show.
     """
     size = typical(g)
     for _ in range(2):
@@ -97,12 +98,12 @@ def generic(method: Method, nu: Nu, g: Tensor, generator: torch.Generator) -> Nu
 
 
 def typical(g: Tensor) -> float:
-    """The size of an entry of g, 1 where all are zero."""
+    """The root mean square of the entries of g, or 1 if all are zero."""
     return float(torch.linalg.vector_norm(g)) / len(g) ** 0.5 or 1.0
 
 
 def away(nu: Nu, generator: torch.Generator) -> Nu:
-    """A ν with every entry changed by up to a tenth: a coupling may vanish at a special one."""
+    """A ν with every entry changed by up to a tenth, because a coupling may vanish at a special ν."""
 
     def moved(x: Tensor) -> Tensor:
         return x * (1 + 0.1 * random_like(x, generator).tanh()) if x.is_floating_point() else x

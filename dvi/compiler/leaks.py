@@ -1,4 +1,4 @@
-"""Where a function leaves torch's differentiation: what it does with tensors, and in which line."""
+"""Finds the line in which a function does something with tensors that torch cannot differentiate."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_NUMBER = "a number has no derivative. Leave it a tensor (g.norm()**2 in place of g.norm().item()**2)"
-_CUT = "it cuts the derivative off. Leave it out"
+_NUMBER = "a number has no derivative. Keep it a tensor (g.norm()**2 in place of g.norm().item()**2)"
+_CUT = "it removes the derivative. Leave it out"
 _NUMPY = "NumPy is not differentiated. Use the torch function of that name"
 _OFF = "it switches differentiation off. Leave it out"
 _PLACE = "it changes a tensor in place. Make a new one (y = y * x in place of y *= x)"
 _OWN = "its jvp or its backward is wrong. Compare them with torch.autograd.gradcheck(…, check_forward_ad=True)"
-_IF = "a branch that depends on numbers has no derivative in them. Use torch.where(condition, a, b)"
+_IF = "a branch has no derivative in the numbers of its condition. Use torch.where(condition, a, b)"
 
-#: What is done with a tensor: (in words, why it is wrong and the remedy); the likeliest first.
+#: Operations that are not differentiated: (name, why it is wrong and the remedy); the most likely cause first.
 _KNOWN: dict[Any, tuple[str, str]] = {
     Tensor.item: (".item()", _NUMBER),
     Tensor.__float__: ("float(…)", _NUMBER),
@@ -41,11 +41,11 @@ _ELSE = (
 
 
 def likely_cause(call: Callable[[], Any], error: Exception | None = None) -> str:
-    """Sentences: what a call does with tensors that keeps it from being differentiated, where, and the remedy.
+    """The likely reason why a call cannot be differentiated: the operation, its line, and the remedy, in words.
 
     Args:
         call: runs the function once.
-        error: what differentiating it has raised, if it has.
+        error: the exception that its differentiation raised, if any.
     """
     said = str(error or "")
     if "autograd.Function" in said or "vmap over" in said:
@@ -57,7 +57,7 @@ def likely_cause(call: Callable[[], Any], error: Exception | None = None) -> str
     try:
         with watch:
             call()
-    except Exception:  # what it does before it fails is what is asked for
+    except Exception:  # only what the call does before it fails matters
         pass
     if not watch.seen:
         return _ELSE
@@ -67,14 +67,14 @@ def likely_cause(call: Callable[[], Any], error: Exception | None = None) -> str
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls that leave differentiation."""
+    """Records calls that cannot be differentiated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Any, str, str, str]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Carry out one call, and note it."""
+        """Carry out one call, and record it."""
         name = getattr(func, "__name__", "")
         if func in _KNOWN and any(isinstance(x, Tensor) for x in args):
             self._note(func, *_KNOWN[func])
@@ -91,7 +91,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _in_function() -> bool:
-    """Is the forward pass of a torch.autograd.Function being carried out?"""
+    """Is the forward pass of a torch.autograd.Function running?"""
     frame: Any = sys._getframe(2)
     while frame is not None and not frame.f_code.co_filename.endswith(os.path.join("autograd", "function.py")):
         frame = frame.f_back
@@ -99,7 +99,7 @@ def _in_function() -> bool:
 
 
 def _line() -> str:
-    """The line outside torch and this file that is being carried out, in words."""
+    """The innermost running line outside torch and this file, in words."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The constraint and the drift of a compiled flow at one state, linear in X: α, β, the gap."""
+"""The constraint (α, β, the gap) and the drift of a compiled flow at one state, both linear in X."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ from dvi.solvers.svec import smat, svec, triu
 
 @dataclass(frozen=True)
 class LinearisedFlow:
-    """The constraint and the drift of a compiled flow at one state, linear in X = the oscillation in the frame.
+    """The constraint and the drift of a compiled flow at one state.
 
-    With ``push`` off, oscillations act on ν alone: ½∇³L[Σ] is left out of dw/dt and of β (an ablated flow).
+    Both are linear in X [k, k], the covariance of the oscillation in the frame.
+
+    Attributes:
+        calculus: the derivatives of the spec.
+        y: the state.
+        g: the gradient [d] at y.
+        frame: critical directions with HU and T, at or near y.
+        push: whether oscillations act on w; False leaves ½∇³L[Σ] out of dw/dt and of β (an ablated flow).
     """
 
     calculus: SpecCalculus
@@ -37,8 +44,8 @@ class LinearisedFlow:
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """P(ν), once it is known to be positive definite."""
-        self._host  # noqa: B018  which looks
+        """P(ν), after a check that it is positive definite."""
+        self._host  # noqa: B018  which checks
         return self._P
 
     @property
@@ -51,7 +58,7 @@ class LinearisedFlow:
         return self.calculus.decay(self.y.t)
 
     def _velocity(self, V: Tensor) -> Tensor:
-        """−P̃⁻¹V [d], times the share that decay leaves of it."""
+        """−P̃⁻¹V [d], times 1 − γ/2 if there is weight decay."""
         solved = -self.preconditioner.solve(V)
         return solved if self._decay is None else self._decay.share * solved
 
@@ -67,7 +74,7 @@ class LinearisedFlow:
 
     @cached_property
     def _host(self) -> tuple[Array, Array, Array]:
-        """α [k, k], β [n, n] and the gap [k, k]: all that goes to the host, together with whether g and P are sound.
+        """α [k, k], β [n, n] and the gap [k, k], moved to the host in one transfer with the checks of g and P.
 
         Raises:
             LossLeftDomainError: if g is not finite.
@@ -78,7 +85,7 @@ class LinearisedFlow:
         if sound is None:
             self.calculus.require(P, t, self.g)
         finite = torch.isfinite(self.g).all()
-        if not self.calculus.elementwise and not finite:  # a coupled ν is solved for, which numbers must be fit for
+        if not self.calculus.elementwise and not finite:  # a coupled ν needs a solve, which fails on such numbers
             raise self._not_finite()
         healthy, *rest = host(torch.stack([finite, finite if sound is None else sound]), *self._parts())
         if not healthy[0]:
@@ -101,7 +108,7 @@ class LinearisedFlow:
         return LossLeftDomainError(f"At t = {self.y.t:g}: the loss, or its gradient, is not finite.")
 
     def _parts(self) -> list[Tensor]:
-        """Of what α, β and the gap are made, on the device."""
+        """The parts of α, β and the gap, on the device."""
         if not self.frame.k:
             return []
         U, T, P, nu, t = self.frame.U, self.frame.T, self._P, self.y.nu, self.y.t
@@ -131,11 +138,11 @@ class LinearisedFlow:
 
     @property
     def gap(self) -> Array:
-        """Uᵀ(2P − H)U [k, k], H extrapolated linearly from the anchor."""
+        """Uᵀ(2P − H)U [k, k]; H is extrapolated linearly from the frame's anchor."""
         return self._host[2]
 
     def drift(self, X: Array | None) -> Rate:
-        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]] − γw, dν/dt = ν̇₀ + ν̇_X (eq. 31 with its errata)."""
+        """dw/dt = −P⁻¹[∇L + ½∇³L[Σ]] − γw and dν/dt = ν̇₀ + ν̇_X per unit time (eq. 31 with its errata)."""
         w = self.speed * self._velocity(self.g)
         free = Rate(w if self._decay is None else w - self._decay.gamma * self.y.w, self._nu_rate)
         if X is None or not X.any():
@@ -144,7 +151,7 @@ class LinearisedFlow:
         return Rate(free.w + pushed.w, pytree.tree_map(torch.add, free.nu, pushed.nu))
 
     def kick(self, Z: Array) -> Rate:
-        """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that is due to oscillations."""
+        """−P⁻¹ ½∇³L[UZUᵀ] and ν̇_Z: the part of the drift that oscillations cause; Z [k, k]."""
         z = like(svec(Z), self.g)
         dnu = self.y.nu
         if not self.calculus.stateless:
@@ -156,8 +163,9 @@ class LinearisedFlow:
 def gram_of_pairs(
     P: Preconditioner, T: Tensor, g: Tensor, block: int = 2**23, share: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d], a block of numbers at a time: P⁻¹Tᵀ is never whole in memory.
+    """T P⁻¹g [n] and T P⁻¹Tᵀ [n, n] for T [n, d].
 
+    The products are computed in blocks of rows with about ``block`` numbers each, so that P⁻¹Tᵀ is never stored whole.
     With ``share`` ([d] or []), diag(share)P⁻¹ takes the place of P⁻¹.
     """
     slopes, columns = [], []
@@ -172,11 +180,11 @@ def gram_of_pairs(
 
 @dataclass(frozen=True)
 class Linearisation:
-    """What the compiler made of a method and a loss at one (w, ν): see :meth:`dvi.CentralFlow.linearise`.
+    """The constraint and the drift at one (w, ν), as the compiler derives them: see :meth:`dvi.CentralFlow.linearise`.
 
     Attributes:
         alpha: [k, k], host float64: −d/dt Uᵀ(2P − H)U without oscillation, per unit time.
-        beta: [n, n], host float64, svec: with oscillation X, d/dt Uᵀ(2P − H)U = β[X] − α.
+        beta: [n, n], host float64, svec, n = k(k+1)/2: with oscillation X, d/dt Uᵀ(2P − H)U = β[X] − α.
         gap: [k, k]: Uᵀ(2P − H)U.
         eigenvalues: [k], of P⁻¹H on U.
         U: [d, k].

@@ -1,4 +1,4 @@
-"""The optimizer itself, as it was declared."""
+"""The optimizer itself, as declared."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dvi.solvers.protocol import State
 
 
 class OptimizerDivergedError(DomainError):
-    """The optimizer itself has diverged, not a flow: its weights, its state or its loss are not finite."""
+    """The optimizer itself, not a flow, has diverged: its weights, its state or its loss are not finite."""
 
 
 class Discrete(CompiledFlow):
     """The discrete optimizer  w_{t+1} = (1−γ)w_t − P(ν_t)⁻¹m_t,  m_t = Q∇L(w_t),  ν_{t+1} = ν_t + f(ν_t, ∇L(w_{t+1})).
 
-    It starts from the same state as the flows, (w0, ν after the update at w0, t = 0), and has no constraint to keep.
+    It starts from the same state as the flows, (w0, ν after the update at w0, t = 0).  It has no constraint.
     """
 
     name = "discrete"
@@ -37,7 +37,7 @@ class Discrete(CompiledFlow):
         self.calculus.metric.centred = False  # the optimizer uses a schedule's values as they are
 
     def step(self, y: State, g: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t): the next state, and L and ∇L there.
+        """One step from y = (w_t, ν_t, t, memory), given g = ∇L(w_t) [d]: the next state, with L [] and ∇L [d] there.
 
         Raises:
             OptimizerDivergedError: if the weights, ν, the loss or the gradient are not finite after it.
@@ -48,7 +48,7 @@ class Discrete(CompiledFlow):
         P.check(g)
         m, memory = (g, None) if y.m is None else now.Q().step(g, y.m)
         w, t = kept(y.w, decay_of(now, y.w, y.t)) - P.solve(m), y.t + 1
-        if not _finite(w):  # before the loss sees them, which may fail in its own way
+        if not _finite(w):  # before the loss is called, which may fail in its own way
             raise _diverged(now, t, "weights are not finite")
         try:
             loss, g_next = self.value_and_grad(State(w, y.nu, t))
@@ -61,7 +61,7 @@ class Discrete(CompiledFlow):
 
 
 def kept(w: Tensor, gamma: PerWeight | None) -> Tensor:
-    """(1 − γ)w for w [d], or for rows of them [r, d]."""
+    """(1 − γ)w for weights w [d], or for rows of weights [r, d]."""
     if gamma is None:
         return w
     return (1 - gamma.number) * w if gamma.uniform else (1 - gamma.vector) * w
@@ -77,7 +77,7 @@ def _diverged(method: Method, t: float, what: str) -> OptimizerDivergedError:
 
 
 def at_lr(method: Method) -> str:
-    """The learning rate in words, of a method that has one and whose schedules were replaced by their values."""
+    """Return " at lr=…" for a method with a learning rate, else ""; its schedules must be replaced by their values."""
     lr = getattr(method, "lr", None)
     try:
         return f" at lr={float(lr):g}"  # type: ignore[arg-type]
@@ -86,5 +86,15 @@ def at_lr(method: Method) -> str:
 
 
 def discrete(problem: Problem, method: MethodLike) -> Discrete:
-    """The real optimizer, ready to be run by :func:`dvi.solve` or beside its flows by :func:`dvi.compare`."""
+    """Make the real optimizer a process that :func:`dvi.solve` can run, like a flow.
+
+    Args:
+        problem: a :class:`dvi.Problem`.
+        method: as for :func:`dvi.central_flow`.
+
+    Raises:
+        SpecError: if the declaration is wrong.
+        NotPositiveDefiniteError: if P(ν) after the first update is not positive definite.
+        DerivativeError: if autodiff gets the gradient of this loss wrong.
+    """
     return Discrete(problem, method, check="gradient")

@@ -1,7 +1,7 @@
-"""P̃(ν, t), and how it changes when ν and the clock move.
+"""P̃(ν, t), and its derivatives in ν and t.
 
-Momentum Q enters by its threshold c and gain Q₁, weight decay by Γ = diag(γ).  With c = 2/Q(z = −1), the edge
-H ⪯ cP(I − Γ/2) is H ⪯ 2P̃ with P̃ = (c/2)P(I − Γ/2), so all of the numerics is written in P̃, where the edge is at 2.
+Momentum Q enters by its threshold c and gain Q₁, and weight decay by Γ = diag(γ).  With c = 2/Q(z = −1), the edge
+H ⪯ cP(I − Γ/2) is H ⪯ 2P̃ for P̃ = (c/2)P(I − Γ/2).  All numerics use P̃, so that the edge is at 2.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Metric:
         method: the declaration.
         nu: an example of ν, after a first update.
         w: an example of weights [d].
-        replays: the derivatives of the spec that are replayed.
-        centred: how tables are read, see :meth:`dvi.methods.Timetable.at`.
+        replays: the traced derivatives of the spec.
+        centred: how schedules are evaluated, see :meth:`dvi.methods.Timetable.at`.
     """
 
     def __init__(self, method: Method, nu: Nu, w: Tensor, replays: Replays, centred: bool = False) -> None:
@@ -37,7 +37,7 @@ class Metric:
         self.momentum = not method.at(0.0).Q().trivial
         self.stateless = not pytree.tree_leaves(nu)
         P = self.P(nu, 0.0)
-        #: is it known by a tensor p, as diag(p) or p I?
+        #: is P diag(p) or p I with a tensor p?
         self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
 
     def at(self, t: float) -> Method:
@@ -54,18 +54,18 @@ class Metric:
         return P if declared is None else P.weighted(PerWeight.of(declared, self.w).map(lambda x: 1 - x / 2))
 
     def decay(self, t: float) -> PerWeight | None:
-        """γ at t, or None.
+        """γ at t, or None without weight decay.
 
         Raises:
-            ScheduleError: if it has left [0, 1).
+            ScheduleError: if γ is outside [0, 1).
         """
         return decay_of(self.at(t), self.w, t)
 
     def rates(self, nu: Nu, t: float, dnu: Nu, U: Tensor) -> Tensor:
-        """The upper triangles of Uᵀ ∂P̃[ν̇_b] U for a batch ν̇_b of b directions (a leading dimension): [b, k(k+1)/2]."""
+        """The upper triangles of Uᵀ ∂P̃[ν̇_b] U [b, k(k+1)/2] for b directions ν̇_b (leading dimension of ``dnu``)."""
         k = U.shape[1]
         rows, columns = torch.triu_indices(k, k, device=U.device)
-        if self.simple:  # then [d, k] products are not needed
+        if self.simple:  # no [d, k] products are needed
             p: Tensor = self.replays.each(self._p_rate, self.at(t), (nu,), dnu)
             products = U[:, rows] * U[:, columns]
             return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
@@ -78,7 +78,7 @@ class Metric:
         return generic
 
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
-        """Uᵀ (∂P̃/∂t) U [k, k], as the schedules move."""
+        """Uᵀ (∂P̃/∂t) U [k, k], per unit time: the effect of the schedules."""
         dt = U.new_zeros(())
 
         def image(dt: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Metric:
 
         def p(nu: Nu) -> Tensor:
             entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
-            return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays so
+            return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays dead
 
         rate: Tensor = derivative(p, nu, dnu)
         return rate

@@ -1,8 +1,8 @@
-"""What the compiler differentiates of f and P, beside differences of f and P themselves.
+"""Compares the derivatives of f and P that the compiler uses with finite differences.
 
-Automatic differentiation says nothing where it loses a part: a number made by ``.item()``, a ``.detach()``, a
-``torch.no_grad()`` are constants to it.  A method is therefore differentiated in both ways where it is compiled, at one
-state that its own f can reach, in float64 where it runs in float64.
+Automatic differentiation gives no warning when it loses a part: results of ``.item()``, ``.detach()`` and
+``torch.no_grad()`` count as constants.  The compiler therefore differentiates a method in both ways, at one state that
+its own f can reach.  It does so in float64 if the method runs in float64.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from dvi.methods import Method, Nu, SpecError
 from dvi.methods.per_weight import PerWeight
 from dvi.methods.validation import leaves
 
-_ATTEMPTS = 3  # a kink is met by chance, a derivative that is wrong is wrong everywhere
-_SEPARATELY = 6  # so many parts of ν are looked at one by one, more of them together
+_ATTEMPTS = 3  # a kink may be near one state by chance, but a wrong derivative is wrong everywhere
+_SEPARATELY = 6  # up to this many parts of ν are tested one by one, more of them together
 
 
 class SpecCheck:
-    """f and P of a method at a state in no special position.
+    """Checks the derivatives of a method's f and P at a state in general position.
 
     Args:
         method: the declaration.
-        nu: ν after a first update, g [d] the gradient of that.
+        nu: ν after a first update.
+        g: the gradient [d] of that update.
 
     Raises:
-        SpecError: from every method here, if a derivative cannot be taken or is wrong: it names f or P, the part of ν,
-            the likely cause and what to write instead.
+        SpecError: from ``forward`` and ``reverse``, if a derivative cannot be taken or is wrong.  The message names f
+            or P, the part of ν, the likely cause and what to write instead.
     """
 
     def __init__(self, method: Method, nu: Nu, g: Tensor) -> None:
@@ -45,11 +46,11 @@ class SpecCheck:
         self.example = nu, g
 
     def forward(self) -> None:
-        """Forward derivatives of f (in ν, in g, twice in g) and of P (in ν, in scheduled hyperparameters)."""
+        """Check forward derivatives of f (in ν, in g, twice in g) and of P (in ν, in scheduled hyperparameters)."""
         self._attempts(self._forward_once)
 
     def reverse(self, elementwise: bool, local: bool) -> None:
-        """The shorter ways to the same derivatives that are taken where f acts entry by entry."""
+        """Check the cheaper formulas for the same derivatives, which are used if f acts entry by entry."""
         self._attempts(lambda at: self._reverse_once(at, elementwise, local))
 
     # ---- inside ---------------------------------------------------------------------------------------
@@ -136,12 +137,12 @@ class SpecCheck:
         return _Finding("f", "twice in g", *found) if found else None
 
     def _call(self, which: str) -> Any:
-        """F or P where the method begins, as it is called."""
+        """One call of f or P at the method's first state."""
         nu, g = self.example
         return self.method.f(nu, g) if which == "f" else self.method.P(nu).apply(g)
 
     def unable(self, which: str, along: str, error: Exception) -> SpecError:
-        """The error that a derivative of f or P cannot be taken."""
+        """The error that says that a derivative of f or P cannot be taken, with the likely cause."""
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         cause = likely_cause(lambda: self._call(which), error)
         return SpecError(f"{self.name}.{_signature(which)}: its derivative {along} cannot be taken. {cause} ({first})")
@@ -150,25 +151,25 @@ class SpecCheck:
         cause = likely_cause(lambda: self._call(found.which))
         part = f", of ν{found.leaf}" if found.which == "f" else ""
         return SpecError(
-            f"{self.name}.{_signature(found.which)}: its derivative {found.along}{part} is {found.size:.3g} to "
-            f"automatic differentiation and {found.shown:.3g} by differences of {found.which} itself (norms). {cause}"
+            f"{self.name}.{_signature(found.which)}: its derivative {found.along}{part} is {found.size:.3g} by "
+            f"automatic differentiation, but {found.shown:.3g} by differences of {found.which} itself (norms). {cause}"
         )
 
 
 def _signature(which: str) -> str:
-    """How f and P are written."""
+    """F or P with its arguments."""
     return "f(nu, g)" if which == "f" else "P(nu)"
 
 
 class _Finding:
-    """A derivative that is wrong: of f or P, along what, which leaf, the norms of both."""
+    """A wrong derivative: of f or P, its direction, the leaf, and the norms of the derivative and the difference."""
 
     def __init__(self, which: str, along: str, leaf: str, size: float, shown: float) -> None:
         self.which, self.along, self.leaf, self.size, self.shown = which, along, leaf, size, shown
 
 
 class _Named:
-    """Gives the name of the method, the function and the direction to what is raised inside."""
+    """A context that adds the names of the method, the function and the direction to exceptions raised inside."""
 
     def __init__(self, check: SpecCheck, which: str, along: str) -> None:
         self.check, self.which, self.along = check, which, along
@@ -182,9 +183,9 @@ class _Named:
 
 
 class _State:
-    """A state that f can reach, in no special position, and how long differences are there.
+    """A state in general position that f can reach, and the step lengths of differences there.
 
-    In float64, unless the method does not run in it (a constant of another dtype, a device without).
+    It is in float64, unless the method does not run in float64 (a constant of another dtype, a device without it).
     """
 
     def __init__(self, method: Method, nu: Nu, g: Tensor, seed: int) -> None:
@@ -194,27 +195,27 @@ class _State:
             change = pytree.tree_leaves(method.f(*at))
             method.P(at[0]).apply(at[1])
             exact = all(x.dtype == torch.float64 for x in change)
-        except Exception:  # whatever f does with numbers that it was not made for
+        except Exception:  # f may raise anything for a dtype that it was not written for
             exact = False
         self.nu, self.g = at if exact else (nu, g)
         self.nu = generic(method, self.nu, self.g, self.generator)
-        # counters are whole numbers, where functions of them may jump
+        # counters are whole numbers, at which functions of them may jump
         self.nu = pytree.tree_map(lambda x: x * (1 + 0.01 / (seed + 1)) if x.numel() == 1 else x, self.nu)
         self.g = typical(self.g) * self._away_from_zero(self.g)
         self.eps = float(torch.finfo(self.g.dtype).eps)
         fine = self.g.dtype == torch.float64
-        #: of differences, relative: central ones leave step² and eps/step, second ones eps/step²
+        #: relative lengths of differences: the errors are step² and eps/step of first, and eps/step² of second ones
         self.step = 10.0 ** -(5 + seed) if fine else 1e-2 / 2**seed
         self.second_step = 10.0 ** -(4 + 0.5 * seed) if fine else 5e-2
         self.tol = 1e-3 if fine else 3e-2
 
     def _away_from_zero(self, x: Tensor) -> Tensor:
-        """Random numbers like x between ½ and 1½, of either sign."""
+        """Random numbers like x, of size ½ to 1½ and either sign."""
         r = random_like(x, self.generator)
         return torch.where(r > 0, 1.0, -1.0).to(x) * (0.5 + random_like(x, self.generator).abs().clamp(max=1.0))
 
     def gradient_direction(self) -> Tensor:
-        """A change of g [d], entry by entry a part of it."""
+        """A change of g [d], each entry in proportion to that of g."""
         return self.g * self._away_from_zero(self.g)
 
     def columns(self) -> Tensor:
@@ -222,7 +223,7 @@ class _State:
         return self._away_from_zero(self.g)[:, None]
 
     def directions(self) -> list[tuple[str, Nu]]:
-        """Changes of ν, entry by entry a part of it: of every leaf alone while they are few, else of all."""
+        """Changes of ν, in proportion to its entries: one for each leaf if the leaves are few, else one for all."""
         flat, spec = pytree.tree_flatten(self.nu)
         moved = [x * self._away_from_zero(x) for x in flat]
         if len(flat) > _SEPARATELY:
@@ -240,9 +241,9 @@ def _difference(function: Callable[[Any], Any], at: Any, along: Any, h: float) -
 
 
 def _compared(found: Any, shown: Any, value: Any, tol: float, rounding: float) -> tuple[str, float, float] | None:
-    """The first leaf on which a derivative and a difference disagree, with both norms.
+    """The first leaf on which a derivative and a difference disagree, with both norms; None if they agree.
 
-    A thousandth of the entries may: a kink is near some entries of many.
+    A thousandth of the entries may disagree, because some of many entries are near a kink.
 
     Args:
         found, shown: pytrees of derivatives and of differences.

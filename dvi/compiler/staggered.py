@@ -1,23 +1,23 @@
-"""The flow with momentum as a state: second order in the step size, for every filter, and for none (τ = 0).
+"""The flow with momentum as a state: of second order in the step size, for every filter and without one (τ = 0).
 
     dw/dt = −Q₁P(ν)⁻¹ m,      τ′ dm/dt = g + ½∇³L[Σ] − m,      τ′ = τ + ½,
     dν/dt = K J⁻¹ (f(ν, g) + ½∇²_g f[HΣH]),      K = log(I+J), J = ∂f/∂ν,
     0 ⪯ Σ  ⟂  cP(ν) − H(w) ⪰ 0.
 
-With weight decay γ, dw/dt = (log(1−γ)/γ) (γw + Q₁P(ν)⁻¹m), and P(I − Γ/2) is in place of P in the last line.
+With weight decay γ, dw/dt = (log(1−γ)/γ) (γw + Q₁P(ν)⁻¹m), and P(I − Γ/2) replaces P in the last line.
 
-Where a schedule changes Q₁, it is Q₁m that obeys the second equation (times Q₁).
+If a schedule changes Q₁, then Q₁m obeys the second equation (times Q₁).
 
-An optimizer's step from w_t to w_{t+1} uses m_t and ν_t, made with the gradient at w_t: they belong to the middle of
-that step, t + ½.  This is where the ½ in τ′ comes from, and why ν's and the schedules' clocks run half a step behind.
+An optimizer's step from w_t to w_{t+1} uses m_t and ν_t, which were made with the gradient at w_t.  They belong to the
+middle of that step, t + ½.  Hence the ½ in τ′, and hence the clocks of ν and of the schedules run half a step behind.
 
-One semi-implicit step of h, m and ν at half-steps, e = (τ′ − h/2)/(τ′ + h/2):
+A semi-implicit step of length h has m and ν at half-steps.  With e = (τ′ − h/2)/(τ′ + h/2):
 
-    m⁺ = e m + (1−e)(g + ½∇³L[Σ]),      ν⁺ = ν + ((I+J)ʰ − I)J⁻¹ (f + ½∇²f[HΣH]),      w⁺ = w − h Q₁P(ν⁺)⁻¹ m⁺,
+    m⁺ = e m + (1−e)(g + ½∇³L[Σ]),      ν⁺ = ν + ((I+J)ʰ − I)J⁻¹ (f + ½∇²f[HΣH]),      w⁺ = w − h Q₁P(ν⁺)⁻¹ m⁺.
 
-(with weight decay in place of h what :meth:`dvi.compiler.decay.Decay.span` has, and less γw for that long)
-is for h = 1 the optimizer's own step with the force of Σ added (exactly, for filters with one buffer and no direct
-part, and for none).  Σ comes from the gap at the end of the step, which is linear in X as far as ν's response is small.
+With weight decay, :meth:`dvi.compiler.decay.Decay.span` replaces h, and γw times that span is subtracted.  For h = 1
+this is the optimizer's own step plus the force of Σ: exactly so for filters with one buffer and no direct part, and
+without a filter.  Σ follows from the gap at the end of the step, which is linear in X if the response of ν is small.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ if TYPE_CHECKING:
 
 
 def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
-    """Momentum and ν half a step h behind y.
+    """The state with momentum and ν half a step h behind y.
 
     Args:
-        calculus: of the spec.
-        y: a state of the optimizer, ν after the update with g; or of a flow with momentum, ν and m [d] at y.t.
+        calculus: the derivatives of the spec.
+        y: a state of the optimizer, with ν after the update with g; or a state of a flow with momentum, with ν and
+            m [d] at y.t.
         g: the gradient at y [d].
-        h: unit times, at most 1.
+        h: the length of the step, unit times, at most 1.
 
-    Without a filter m starts at g.  (A start on the slow manifold, m = g + τ′Hg̃ with one product more, was measured to
-    end 4 to 8 times further from gradient descent: the short transient makes up for a part of the next order's error.)
+    Without a filter m starts at g.  A start on the slow manifold, m = g + τ′Hg̃, costs one more product with H and was
+    measured to end 4 to 8 times further from gradient descent.  The reason is that the short transient of a start at g
+    cancels a part of the error of the next order.
     """
     lag = calculus.lag(y.t)
     last = calculus.last_update(y.nu, y.t, g)
@@ -68,7 +70,7 @@ def stagger(calculus: SpecCalculus, y: State, g: Tensor, h: float) -> Staggered:
 
 
 def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h: float) -> Staggered:
-    """Momentum and ν half a step h behind w, from half a step ``before``: along their rates, without oscillation."""
+    """Move momentum and ν from half a step ``before`` behind w to half a step h behind it, without oscillation."""
     by = 0.5 * (before - h)
     m = s.m + by / calculus.lag(s.t) * (g - s.m)
     m = regained(calculus, m, s.t - 0.5 * before, s.t - 0.5 * h)
@@ -76,7 +78,7 @@ def restagger(calculus: SpecCalculus, s: Staggered, g: Tensor, before: float, h:
 
 
 def regained(calculus: SpecCalculus, m: Tensor, before: float, now: float) -> Tensor:
-    """The momentum m [d] of one time in the units of another: Q₁m is what lasts, and a schedule may change Q₁."""
+    """Rescale momentum m [d] from the gain at one time to that at another, so that Q₁m stays the same."""
     if not calculus.momentum or not calculus.metric.scheduled:
         return m
     old, new = (float(calculus.metric.at(calculus.clock(t)).Q().gain) for t in (before, now))
@@ -89,7 +91,15 @@ def _shifted(nu: Nu, change: Nu, by: float) -> Nu:
 
 @dataclass(frozen=True)
 class ImplicitStep:
-    """A semi-implicit step of h from s with the constraint modelled by a frame, linear in X (svec where flat)."""
+    """A semi-implicit step of length h from s, with the constraint linear in X.
+
+    Attributes:
+        calculus: the derivatives of the spec.
+        s: the state with momentum and ν half a step h behind w.
+        g: the gradient [d] at w.
+        frame: critical directions U with HU and T, which model the constraint.
+        h: the length of the step, unit times.
+    """
 
     calculus: SpecCalculus
     s: Staggered
@@ -124,7 +134,7 @@ class ImplicitStep:
         return self.calculus.decay(self._middle_clock)
 
     def _moved(self, P: Preconditioner, m: Tensor) -> Tensor:
-        """How far m [d] or [d, n] moves w."""
+        """The change of w that a momentum m [d] or [d, n] causes in this step."""
         speed = self.calculus.speed(self._middle_clock)
         if self._decay is None:
             return -self.h * speed * P.solve(m)
@@ -132,7 +142,7 @@ class ImplicitStep:
 
     @cached_property
     def _kept(self) -> Tensor:
-        """What decay leaves of w [d]."""
+        """The weights w [d] after their decay."""
         w = self.s.w
         return w if self._decay is None else w - self._decay.span(self.h) * self._decay.gamma * w
 
@@ -141,16 +151,16 @@ class ImplicitStep:
 
     @cached_property
     def _responses(self) -> tuple[Nu, Nu]:
-        """How ν at t + h/2 and at t + h answers to every svec basis element."""
+        """The responses of ν at t + h/2 and at t + h to every svec basis element of X."""
         s, frame = self.s, self.frame
-        HU = 2 * self._middle_P(self._free[1]).apply(frame.U)  # what holds on the constraint
+        HU = 2 * self._middle_P(self._free[1]).apply(frame.U)  # HU on the constraint
         second = self.calculus.f_curvature(s.nu, s.t, self.g, HU, frame.T)
         middle, end = self.calculus.nu_changes(s.nu, s.t, self.g, [self.h, 1.5 * self.h], second)
         return middle, end
 
     @cached_property
     def _host(self) -> tuple[Array, Array]:
-        """The gap at t + h without oscillation [k, k], and how X opens it [n, n]."""
+        """The gap [k, k] at t + h without oscillation, and its response to X [n, n]."""
         frame, calculus, end_clock = self.frame, self.calculus, self.calculus.clock(self.s.t + self.h)
         k, (m, nu, nu_end) = frame.k, self._free
         if not k:
@@ -173,11 +183,11 @@ class ImplicitStep:
 
     @property
     def beta(self) -> Array:
-        """[n, n] in svec: what X adds to that gap."""
+        """The response of that gap to X, [n, n] in svec."""
         return self._host[1]
 
     def end(self, X: Array | None) -> Staggered:
-        """Where the step ends with oscillation covariance UXUᵀ (None: without)."""
+        """The state after the step with oscillation covariance UXUᵀ, X [k, k] (None: without oscillation)."""
         s, h = self.s, self.h
         m, nu, nu_end = self._free
         if X is not None and X.any():

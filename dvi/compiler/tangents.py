@@ -1,10 +1,10 @@
-"""Directional derivatives in which what does not move contributes nothing, however steep the function is there.
+"""Directional derivatives in which an entry with a zero tangent contributes zero, even where the slope is infinite.
 
-A weight that never gets a gradient keeps a second moment of exactly zero, where a root has an infinite slope.  Its
-direction is exactly zero, too, and the derivative along zero is zero.  Automatic differentiation forms 0·∞ = NaN
-instead, and every sum that the NaN enters is lost.  Here the product of a tangent that is exactly zero is zero.
+A weight that never gets a gradient keeps a second moment of exactly zero, where a square root has an infinite slope.
+Its tangent is exactly zero, too, so its derivative is zero.  Automatic differentiation computes 0·∞ = NaN instead,
+which spoils every sum that contains it.  Here every product with a tangent that is exactly zero is zero.
 
-Only tangents count: 0·∞ with a zero that is a value of the function (√v·√v where v = 0 begins to move) stays NaN.
+This applies to tangents only.  If the zero is a value of the function (√v·√v where v = 0 starts to move), 0·∞ is NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _QUOTIENTS = {_aten.div.Tensor, _aten.div_.Tensor}
 
 
 def derivative(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
-    """d/ds function(at + s·along) at s = 0, zero wherever it would be 0·∞ with a zero of ``along``.
+    """d/ds function(at + s·along) at s = 0, with zero in place of 0·∞ for zeros of ``along``.
 
     Args:
-        function: of a pytree of tensors; gives another.
+        function: maps a pytree of tensors to another.
         at, along: pytrees of one structure, shapes and dtypes.
     """
     with _StillIsZero(along):
@@ -35,12 +35,12 @@ def derivative(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
 
 
 def still(tangent: Tensor, product: Tensor) -> Tensor:
-    """The product of a tangent and a slope, zero where the tangent is exactly zero."""
+    """``product`` (of a tangent and a slope), set to zero where the tangent is exactly zero."""
     return product.masked_fill(tangent == 0, 0.0)
 
 
 class _StillIsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows tangents through the operations below all transforms, and keeps 0·∞ and 0/0 of them zero."""
+    """Tracks tangents through the operations below all transforms, and sets 0·∞ and 0/0 of tangents to zero."""
 
     def __init__(self, tangents: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,11 +49,11 @@ class _StillIsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._tangents[_plain(x)] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Carry out one operation; what is made of a tangent is one."""
+        """Carry out one operation; its result is a tangent if an argument is one."""
         moved = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in self._tangents]
-        # of a quotient only the numerator is a factor
+        # only the numerator of a quotient is a factor
         factors = [x for x in moved if func in _PRODUCTS or (func in _QUOTIENTS and x is args[0])]
-        zeros = [x == 0 for x in factors]  # before, as the operation may be in place
+        zeros = [x == 0 for x in factors]  # computed first, because the operation may be in place
         out = func(*args, **(kwargs or {}))
         for zero in zeros:
             out = out.masked_fill_(zero, 0.0) if out is args[0] else out.masked_fill(zero, 0.0)

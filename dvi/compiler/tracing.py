@@ -1,8 +1,8 @@
-"""Derivatives of a spec at the price of their arithmetic.
+"""Traces of the derivatives of a spec, which cost no more than their arithmetic.
 
-``torch.func`` differentiates by calling f and P under wrappers.  That takes 0.2 to 2.5 ms a call whatever the number of
-weights, on a small network longer than a gradient of the loss.  A derivative that is asked for again and again is
-therefore traced once, and its plain tensor operations are replayed: the same ones, so that values do not change.
+``torch.func`` differentiates by calling f and P under wrappers.  That takes 0.2 to 2.5 ms a call, whatever the number
+of weights; on a small network this is longer than a gradient of the loss.  A derivative that is needed repeatedly is
+therefore traced once.  Then its tensor operations are replayed; they are the same ones, so that values do not change.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from dvi.methods import Method
 
 logger = logging.getLogger("dvi")
 
-#: Calls before a trace is made.  It takes as long as 25 to 70 calls, and a run makes hundreds.
+#: Calls before a trace is made.  Tracing takes as long as 25 to 70 calls, and a run makes hundreds.
 WARM = 5
 
 
 class Replay:
-    """A function of pytrees of tensors, traced at its fifth call and replayed from then on.
+    """A function of pytrees of tensors that is traced at its fifth call and replayed from then on.
 
-    It is called as it is wherever a replay might not be the same: for shapes, dtypes or devices other than those of
-    the trace, inside a transform of ``torch.func``, and for good if it cannot be traced (control flow that depends on
-    data) or if, at arguments that are not those of the trace, the trace gives something else.
+    The function itself is called if a replay might differ: for shapes, dtypes or devices other than those of the
+    trace, and inside a transform of ``torch.func``.  It is never replayed if it cannot be traced (control flow that
+    depends on data), or if the trace gives other values at arguments other than those of the trace.
 
     Args:
-        function: of positional pytrees of tensors; a pytree of tensors comes back.  It reads nothing else that changes.
+        function: takes positional pytrees of tensors and returns one.  Its result may depend on nothing else that
+            changes.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -45,18 +46,18 @@ class Replay:
         self._out: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        """What the function gives."""
+        """The value of the function, replayed if possible."""
         leaves = self._served(args)
         if leaves is None or self._graph is None:
             return self.function(*args)
         return pytree.tree_unflatten(self._graph(*leaves), self._out)
 
     def ready(self, *args: Any) -> bool:
-        """Are these arguments served from the trace?  Counts as a call."""
+        """Can the trace be replayed for these arguments?  This counts as a call."""
         return self._served(args) is not None
 
     def _served(self, args: tuple[Any, ...]) -> list[Tensor] | None:
-        """The leaves of arguments that are served from the trace, which is made when it is time; None of others."""
+        """The leaves of the arguments, or None if the trace does not fit them; the fifth call makes the trace."""
         if self._calls < 0:
             return None
         leaves, spec = pytree.tree_flatten(args)
@@ -78,11 +79,11 @@ class Replay:
         self._calls = -1
         try:
             graph = make_fx(flat)(*leaves)
-            # forward-mode checks shapes by operations whose results nobody uses, some of them slow
+            # forward mode checks shapes by operations whose results are not used; some of them are slow
             graph.graph.eliminate_dead_code()
             graph.recompile()
             same = all(_agree(graph, flat, at) for at in _elsewhere(leaves))
-        except Exception as error:  # whatever a user's function does that a trace does not allow
+        except Exception as error:  # a user's function may do what a trace does not allow
             logger.debug("%s is not replayed: %s", self.function, error)
             return
         if same:
@@ -90,24 +91,24 @@ class Replay:
 
 
 class Replays:
-    """The derivatives of a method's f and P that are replayed: functions of (method, pytrees of tensors, …)."""
+    """The traced derivatives of a method's f and P: functions of (method, pytrees of tensors, …)."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
         self._known: dict[Any, Replay] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the traces, which are made again."""
+        """The state without the traces, which are made again when needed."""
         return {"method": self.method, "_known": {}}
 
     def __call__(self, function: Callable[..., Any], method: Method, *args: Any) -> Any:
-        """function(method, *args)."""
-        if method is not self.method:  # with schedules it is another one at every moment
+        """The value of function(method, *args), replayed if possible."""
+        if method is not self.method:  # with schedules, the method is a new object at every time
             return function(method, *args)
         return self._replay(function, function)(*args)
 
     def each(self, function: Callable[..., Any], method: Method, args: tuple[Any, ...], *batches: Any) -> Any:
-        """function(method, *args, *member) for every member of batches, pytrees with a leading dimension."""
+        """function(method, *args, *member) for every member of ``batches``, pytrees with a leading dimension."""
 
         def all_of_them(method: Method, args: tuple[Any, ...], batches: tuple[Any, ...]) -> Any:
             return vmap(lambda *member: function(method, *args, *member))(*batches)
@@ -124,20 +125,20 @@ class Replays:
 
 
 def _elsewhere(leaves: list[Tensor]) -> list[list[Tensor]]:
-    """Arguments at which a trace must hold: near those it was taken at, in another order, with other signs."""
+    """Arguments for the test of a trace: near those it was made with, in reverse order, and with other signs."""
     near: list[Tensor] = away(leaves, torch.Generator().manual_seed(0))
     reverse = [x.flip(tuple(range(x.ndim))) for x in near]
     return [near, reverse, [-x if x.is_floating_point() else x for x in leaves]]
 
 
 def _agree(graph: Callable[..., list[Tensor]], function: Callable[..., list[Tensor]], at: list[Tensor]) -> bool:
-    """Do both give the same there, but for rounding (the operations are the same, their order may not be)?
+    """Do the graph and the function agree at these arguments up to rounding (their operations may be reordered)?
 
-    The graph is asked twice: a replay that wrote into its arguments or into a constant would differ from the first.
+    The graph is called twice: if a replay wrote into its arguments or into a constant, the second call would differ.
     """
     try:
         expected = function(*at)
-    except Exception:  # the function does not go there
+    except Exception:  # the function is not defined there
         return True
     return all(_close(a, b) for _ in range(2) for a, b in zip(graph(*at), expected, strict=True))
 

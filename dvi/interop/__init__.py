@@ -1,1 +1,1 @@
-"""Where an optimizer of ``torch.optim`` and a problem meet: whose parameters are which weights."""
+"""Connects an optimizer of ``torch.optim`` with a problem: which parameter is which part of w."""

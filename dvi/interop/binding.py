@@ -1,4 +1,4 @@
-"""An optimizer read from torch, put together with a problem: which parameter is which part of w."""
+"""Binds an optimizer read from torch to a problem: finds which parameter is which part of w."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dvi.methods import Method, SpecError, as_method
 from dvi.methods.interop.from_torch import Begin, FromTorch, from_torch
 from dvi.problems import ModuleProblem, Problem
 
-#: What may stand for a method where a flow is made.
+#: The arguments that count as a method.
 MethodLike = Method | Optimizer | tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 def bind(problem: Problem, method: MethodLike) -> tuple[Problem, Method]:
     """The problem that a method minimises, and the method for its flat weights.
 
-    For an optimizer of torch that is the problem with the optimizer's penalty (``weight_decay``) and sign
-    (``maximize``), and from the present values of its parameters.  Anything else stays as it is.
+    For an optimizer of torch, the problem gets the optimizer's penalty (``weight_decay``) and sign (``maximize``), and
+    starts from the present values of its parameters.  Otherwise the problem stays as it is.
 
     Raises:
-        SpecError: if parameters and weights do not match one to one, naming them.
+        SpecError: if parameters and weights do not match one to one; the message names them.
     """
     declared = read(method)
     if not isinstance(declared, FromTorch):
@@ -38,17 +38,17 @@ def bind(problem: Problem, method: MethodLike) -> tuple[Problem, Method]:
 
 
 def read(method: MethodLike, scheduler: Any = None, start: Begin | None = None) -> Method:
-    """A method; an optimizer of torch is read as one, with its scheduler.
+    """Return a method, made from an optimizer of torch and its scheduler if one is given.
 
     Raises:
-        ValueError: if a scheduler or a start is given for something else.
+        ValueError: if a scheduler or a start is given for anything but an optimizer of torch.
     """
     if isinstance(method, Optimizer):
         return from_torch(method, scheduler, start=start or "auto")
     if scheduler is not None or start is not None:
         raise ValueError(
             f"scheduler= and start={start or 'state'!r} are for a torch.optim.Optimizer, not for a "
-            f"{type(method).__name__}: dvi.from_torch(optimizer, scheduler, start=…) takes both; any other method has "
+            f"{type(method).__name__}. dvi.from_torch(optimizer, scheduler, start=…) takes both; any other method has "
             "schedules for hyperparameters (lr=…) and starts from a dvi.State."
         )
     return as_method(method)
@@ -95,12 +95,12 @@ def _places(problem: Problem, method: FromTorch) -> dict[int, Tensor]:
 
 
 def _single(problem: Problem, method: FromTorch) -> dict[int, Tensor]:
-    """Of a problem that knows no parameters: w itself is the only one."""
+    """The places for a problem without named parameters: w itself is the only parameter."""
     sizes = [len(parameter.values) for parameter in method.parameters]
     if sizes != [problem.dim]:
         raise SpecError(
-            f"{problem.name} is a loss of one flat vector of {problem.dim} weights, and the optimizer moves tensors of "
-            f"{', '.join(map(str, sizes))}: which is which cannot be known. Make the problem from the model, "
+            f"{problem.name} is a loss of one flat vector of {problem.dim} weights, but the optimizer moves tensors of "
+            f"{', '.join(map(str, sizes))}, and their order in the vector is unknown. Make the problem from the model, "
             "dvi.Problem.from_module(model, …), or let the optimizer move one flat tensor."
         )
     return {0: torch.arange(problem.dim, device=problem.device)}
@@ -120,13 +120,13 @@ def _scattered(problem: Problem, values: Mapping[int, Any], places: Mapping[int,
 
 
 def _moved(problem: Problem, method: FromTorch, places: Mapping[int, Tensor]) -> Problem:
-    """The problem from where the optimizer's parameters were when it was read."""
+    """The problem that starts at the values of the optimizer's parameters when it was read."""
     w = _scattered(problem, {i: p.values for i, p in enumerate(method.parameters)}, places)
     return problem if torch.equal(w, problem.w0) else problem.starting_at(w)
 
 
 def _penalised(problem: Problem, method: FromTorch, places: Mapping[int, Tensor]) -> Problem:
-    """The problem with the optimizer's own weight decay, where that is a penalty in the loss."""
+    """The problem with the optimizer's own weight decay, if that is a penalty in the loss."""
     strengths = [parameter.weight_decay for parameter in method.parameters]
     if not any(strengths):
         return problem
@@ -134,7 +134,7 @@ def _penalised(problem: Problem, method: FromTorch, places: Mapping[int, Tensor]
         raise SpecError(
             f"Both the optimizer (weight_decay={max(strengths):g}) and the problem "
             f"(weight_decay={problem.weight_decay:g}) add a penalty to the loss. Leave it out of the problem "
-            "(weight_decay= of from_module, or penalised): that of the optimizer is added by itself."
+            "(weight_decay= of from_module, or penalised); the penalty of the optimizer is added automatically."
         )
     if len(set(strengths)) == 1:
         return problem.penalised(strengths[0])

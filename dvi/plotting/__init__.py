@@ -1,4 +1,4 @@
-"""Pictures of results, with matplotlib."""
+"""Figures of results, with matplotlib."""
 
 from dvi.plotting.figure import Picture, arrange, picture, plot_comparison, plot_solution
 from dvi.plotting.panels import time_average

@@ -1,6 +1,6 @@
-"""Panels of the paper's figures beyond the four of a comparison: what was observed along a run, and runs side by side.
+"""Further panels of the paper's figures: observations along a run, and several runs side by side.
 
-A panel of curves is told what to draw line by line, with an inset of the beginning where that is of interest.
+A panel of curves gets its lines one by one, and can have an inset with the beginning.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dvi.solvers.protocol import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The maximal stable learning rate along the central flow.
+#: The look of the largest stable learning rate along the central flow.
 LIMIT: Look = ("largest stable learning rate 2/S", {"color": "#e08214", "lw": 1.2, "ls": (0, (4, 1.6))})
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values [n] at times [n], and how they look."""
+    """Values [n] at times [n], and the look of their line."""
 
     t: Array
     values: Array
@@ -45,14 +45,14 @@ def curves(
     inset: float | None = None,
     xlabel: str = "time (optimizer steps)",
 ) -> Panel | None:
-    """A panel of curves; None where there is no number to draw.
+    """A panel of curves; None if there is no number to draw.
 
     Args:
         title, label, remark, xlabel: see :class:`Panel`.
-        lines: those drawn later lie on top.
-        zero: let a linear axis begin at zero where that wastes no more than half.
+        lines: the curves; later ones are drawn on top.
+        zero: let a linear axis begin at zero if that wastes no more than half of it.
         log: whether the axis may be logarithmic.
-        inset: the last time of an inset that shows the beginning.
+        inset: the last time of an inset with the beginning.
     """
     lines = [curve for curve in lines if len(usable(curve.values))]
     if not lines:
@@ -85,12 +85,12 @@ def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
 
 
 def with_edges(race: Comparison, panel: Panel, timed: bool = True) -> Panel:
-    """The panel with the moments at which one direction, and then several, begin to oscillate, dotted red.
+    """The panel with dotted red lines at the times when one direction, and then several, start to oscillate.
 
     Args:
-        race: the runs; the moments are the central flow's.
+        race: the runs; the times are those of the central flow.
         panel: the panel.
-        timed: whether the legend tells the moments, which then are those of all its panels.
+        timed: whether the legend shows the times, which are then the same for all panels.
     """
     entered = (
         [(t, k) for t, kind, k in race.runs["central"].breakpoints if kind == "enter"] if "central" in race.runs else []
@@ -111,7 +111,7 @@ def with_edges(race: Comparison, panel: Panel, timed: bool = True) -> Panel:
 
 
 def most_moving(race: Comparison) -> tuple[int, ...] | None:
-    """Of the network outputs that were observed, the one that moves most, as its index behind that of time."""
+    """The index (after that of time) of the observed network output that moves most."""
     values = next((run.series["outputs"] for run in race.runs.values() if "outputs" in run.series), None)
     if values is None or not len(values):
         return None
@@ -119,7 +119,7 @@ def most_moving(race: Comparison) -> tuple[int, ...] | None:
 
 
 def output(race: Comparison, sigma: float) -> Panel | None:
-    """The most moving network output on a test example, and its time average as the central flow predicts it."""
+    """The network output that moves most on a test example, and the central flow's prediction of its time average."""
     which = most_moving(race)
     if which is None:
         return None
@@ -127,12 +127,12 @@ def output(race: Comparison, sigma: float) -> Panel | None:
 
 
 def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:
-    """One of the weights that were observed."""
+    """One of the observed weights."""
     return averaged(race, sigma, "coordinate_w", "one weight", "wᵢ", which=(index,), log=False)
 
 
 def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
-    """ν of one of the coordinates that were observed."""
+    """ν at one of the observed coordinates."""
     values = recorded(race, "coordinate_nu", (index,))
     lines = [
         Curve(race.runs[name].t, known, (EVERY[0], EVERY[1] | {"lw": 3.0}) if name == "discrete" else of_flow(name))
@@ -142,13 +142,13 @@ def coordinate_nu(race: Comparison, index: int = 0) -> Panel | None:
 
 
 def coordinate_gradient(race: Comparison, sigma: float, index: int = 0) -> Panel | None:
-    """The squared gradient of one of the coordinates that were observed."""
+    """The squared gradient at one of the observed coordinates."""
     label = "(∂ᵢL)² (units of loss²/w²)"
     return averaged(race, sigma, "coordinate_grad_sq", "squared gradient there", label, which=(index,))
 
 
 def learning_rate_and_limit(race: Comparison) -> Panel | None:
-    """The effective learning rate of a method with one for all weights, and the largest stable one, 2/S(w)."""
+    """The effective learning rate of a method with the same one for all weights, and the largest stable one, 2/S(w)."""
     panel, central = learning_rate(race), race.runs.get("central")
     if panel is None or central is None:
         return panel
@@ -157,7 +157,7 @@ def learning_rate_and_limit(race: Comparison) -> Panel | None:
     def draw(axes: Axes) -> None:
         panel.draw(axes)
         line(axes, central.t, limit, LIMIT)
-        # without the edge of stability the stable flow's learning rate grows out of all proportion
+        # without the edge of stability, the stable flow's learning rate would dominate the axis
         shown = [rate for name, rate in recorded(race, "effective_lr").items() if name != "stable"]
         fit(axes, usable(limit, *shown), zero=True)
 
@@ -165,7 +165,7 @@ def learning_rate_and_limit(race: Comparison) -> Panel | None:
 
 
 def top_curvature(run: Solution) -> Array:
-    """S(w) [n] along a run: as it was measured, or from the effective sharpness of a method with one learning rate."""
+    """S(w) [n] along a run: measured, or computed from the effective sharpness of a method with one learning rate."""
     if "sharpness" in run.series:
         return run.series["sharpness"]
     leading = run.eigenvalues[:, 0] if run.eigenvalues.size else np.full(len(run.t), np.nan)

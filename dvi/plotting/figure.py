@@ -1,9 +1,9 @@
-"""The paper's picture of a run (Figs. 2, 4, 6): train loss, effective eigenvalues, distances, and what is adapted.
+"""The paper's figure of a run (Figs. 2, 4, 6): train loss, effective eigenvalues, distances, and the learning rate.
 
-One legend stands below the panels, off the curves: a line means the same process in all of them.
+One legend below the panels applies to all of them: a line means the same process everywhere.
 
-Figures are made without pyplot: no window, no global list of figures, no backend to choose.  Matplotlib's settings are
-changed only while a figure is being made.
+Figures are made without pyplot, so there is no window, no global list of figures and no backend to choose.  The
+settings of matplotlib are changed only while a figure is made.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYOUTS = {0: (1, 1, 0.72), 1: (1, 1, 0.72), 2: (1, 2, 0.52), 3: (1, 3, 0.42), 
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself in a notebook, without pyplot."""
+    """A matplotlib figure that a notebook displays without pyplot."""
 
     def _repr_html_(self) -> str:
         data = io.BytesIO()
@@ -60,23 +60,24 @@ def plot_comparison(
 ) -> Figure:
     """Draw a comparison: loss, effective eigenvalues, weight-space distances, and learning rate or oscillations.
 
-    Panels without data are left out, so any subset of runs will do, and a run that is not finished.
+    Panels without data are left out, so the comparison may have any subset of runs, and need not be finished.
 
     Args:
-        race: what :func:`dvi.compare` gave or :func:`dvi.load` read.
-        path: a file to save to; its ending says the format (.pdf and .svg hold vectors, .png 200 dots an inch).
+        race: a result of :func:`dvi.compare` or :func:`dvi.load`.
+        path: a file for the figure; its ending determines the format (.pdf and .svg contain vectors, .png has 200 dots
+            an inch).
         sigma: standard deviation of the Gaussian time averages of the optimizer, unit times; by default 50 as in the
             paper, or a tenth of the run if that is less.
-        leading: how many eigenvalues of each process are drawn, at most.
-        title: instead of the method and the problem.
-        width: of the figure, inches.
-        font_size: points.
+        leading: largest number of eigenvalues to draw for each process.
+        title: title of the figure, instead of the method and the problem.
+        width: width of the figure, inches.
+        font_size: size of the letters, points.
 
     Returns:
-        the figure; in a notebook it shows itself.
+        the figure, which a notebook displays.
 
     Raises:
-        ValueError: if sigma, leading, width or font_size is not positive, or matplotlib knows no such format.
+        ValueError: if sigma, leading, width or font_size is not positive, or matplotlib does not know the format.
         StoreError: if the file cannot be written; an older one is then intact.
     """
     if sigma is None:
@@ -115,16 +116,16 @@ def arrange(
 
     Args:
         grid: the rows; None leaves a place empty.
-        path: a file to save to, see :func:`plot_comparison`.
-        sigma: standard deviation of the time averages, unit times, as the legend tells it.
-        title: above the panels.
-        width: of the figure, inches.
-        row_height: inches.
-        font_size: points.
-        letters: whether panels are (a), (b) …; otherwise titles stand as they are.
+        path: a file for the figure, see :func:`plot_comparison`.
+        sigma: standard deviation of the time averages in the legend, unit times.
+        title: the title above the panels.
+        width: width of the figure, inches.
+        row_height: height of a row, inches.
+        font_size: size of the letters, points.
+        letters: whether the titles of panels begin with (a), (b), ….
 
     Raises:
-        ValueError, StoreError: as :func:`plot_comparison`.
+        ValueError, StoreError: as for :func:`plot_comparison`.
     """
     with matplotlib.style.context(["default", settings(font_size)]):
         figure = _draw(grid, width, row_height * len(grid), font_size, letters)
@@ -142,10 +143,10 @@ def _save(figure: Figure, path: str | Path | None) -> None:
 
 
 def picture(path: str | Path) -> Path:
-    """The path of a picture, once it was seen that one can be written there; without an ending it gets .png.
+    """The path of a figure, after a check that it can be written; without an ending it gets .png.
 
     Raises:
-        ValueError: if matplotlib knows no format of that ending.
+        ValueError: if matplotlib does not know the format.
         StoreError: if the file cannot be written.
     """
     path = writable(path)
@@ -153,7 +154,7 @@ def picture(path: str | Path) -> Path:
         path = writable(path.with_name(f"{path.name}.png"))
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"{path}: there are no pictures of the format {path.suffix}; choose {', '.join(formats)}.")
+        raise ValueError(f"{path}: matplotlib cannot write the format {path.suffix}; choose {', '.join(formats)}.")
     return path
 
 
@@ -161,12 +162,12 @@ def plot_solution(solution: Solution, path: str | Path | None = None, **options:
     """Draw one run: loss, effective eigenvalues, gradient or step length, and learning rate or oscillations.
 
     Args:
-        solution: what :func:`dvi.solve` gave or :func:`dvi.load` read.
-        path: a file to save to, see :func:`plot_comparison`.
+        solution: a result of :func:`dvi.solve` or :func:`dvi.load`.
+        path: a file for the figure, see :func:`plot_comparison`.
         options: further arguments of :func:`plot_comparison`.
 
     Raises:
-        ValueError, StoreError: as :func:`plot_comparison`.
+        ValueError, StoreError: as for :func:`plot_comparison`.
     """
     alone = Comparison(solution.t, {solution.name: solution}, {}, solution.status, about=solution.about)
     return plot_comparison(alone, path, **options)
@@ -176,8 +177,8 @@ def plot_solution(solution: Solution, path: str | Path | None = None, **options:
 
 
 def _with_moments(race: Comparison, panel: Panel) -> Panel:
-    """The panel with the edge of stability marked, and the stretches that were too stiff for longer steps."""
-    by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow's edge, if it is there
+    """The panel with marks at the edge of stability and at stretches that were too stiff for longer steps."""
+    by_rank = sorted(race.runs, key=lambda name: name != "central")  # the central flow first, if it exists
     onset = next((b[0] for name in by_rank for b in race.runs[name].breakpoints if b[1] == "enter"), None)
 
     def draw(axes: Axes) -> None:
@@ -218,7 +219,7 @@ def _draw(grid: Sequence[Sequence[Panel | None]], width: float, height: float, f
 
 
 def _scale(axes: Axes) -> None:
-    """Put a power of ten common to all ticks into the label, where it is not overlooked."""
+    """Put a power of ten that all ticks share into the label, where it is easily seen."""
     if axes.get_yscale() != "linear":
         return
     largest = max(map(abs, axes.get_ylim()))
@@ -239,9 +240,9 @@ def _legend(figure: Figure, sigma: float) -> None:
     if not found:
         return
     labels = sorted(found, key=lambda label: (label.startswith("edge"), rank(label, LEGEND)))
-    widest = max(1, int(figure.get_figwidth() / 2.3))  # a long label takes as many inches
+    widest = max(1, int(figure.get_figwidth() / 2.3))  # the width of a long label, inches
     columns = min(len(labels), 3 if len(labels) != 4 else 2, widest)
-    labels = [label for column in range(columns) for label in labels[column::columns]]  # filled column by column
+    labels = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib fills columns first
     figure.legend(
         [found[label] for label in labels],
         [label.replace("σ", f"σ = {sigma:.3g} steps") for label in labels],
@@ -273,7 +274,7 @@ _NAMES = {
 
 
 def _title(race: Comparison) -> str:
-    """Method and problem, the warm start if there was one, and how far the run got unless it reached its end."""
+    """The title: method and problem, the warm start if any, and the last time of an unfinished run."""
     about = race.about
     problem = re.sub(r"^\w+\('([^']*)', dim=(\d+).*", r"\1 (\2 weights)", str(about.get("problem", "")))
     method = _method_in_words(str(about.get("method", "")))
@@ -289,11 +290,11 @@ def _title(race: Comparison) -> str:
 
 
 def _method_in_words(method: str) -> str:
-    """``RMSProp(lr=0.002, beta2=0.99, bias_correction=True)`` as RMSProp (η = 0.002, β₂ = 0.99, bias-corrected)."""
+    """``RMSProp(lr=0.002, beta2=0.99, bias_correction=True)`` as: RMSProp (η = 0.002, β₂ = 0.99, bias-corrected)."""
     name, _, inside = method.partition("(")
     words = _NAMES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
     told = []
-    for setting in re.split(r", (?=[A-Za-z_]\w*=)", inside.removesuffix(")")):  # a value may have commas of its own
+    for setting in re.split(r", (?=[A-Za-z_]\w*=)", inside.removesuffix(")")):  # a value may contain commas
         name, _, value = setting.partition("=")
         if value.startswith("<"):  # a function; its address says nothing
             told.append(f"{_LETTERS.get(name, name)} scheduled")

@@ -1,4 +1,4 @@
-"""The panels of a picture: what stands around each, what a reader should know about it, and how it is drawn."""
+"""The panels of a figure: their titles, labels and remarks, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dvi.solvers.protocol import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HUGE = 1e100  # values beyond are those of a run that diverged, and are not drawn
-_RASTER = 20_000  # points of one line above which a vector file holds it as an image
+_HUGE = 1e100  # larger values belong to a run that diverged, and are not drawn
+_RASTER = 20_000  # a line with more points becomes an image inside a vector file
 _DECADES = 1.5  # a quantity that spans more is drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: title, label of the vertical axis with units, how to draw it, and a remark below the title.
+    """One panel: title, label of the vertical axis with units, a function that draws it, and a remark below the title.
 
-    ``xlabel`` is of the horizontal axis, which ends at ``until``; None leaves its limits to the lines.
+    ``xlabel`` is the label of the horizontal axis, which ends at ``until``; with None, the lines determine its limits.
     """
 
     title: str
@@ -39,12 +39,12 @@ class Panel:
 
 
 def panels(race: Comparison, sigma: float, leading: int) -> list[Panel]:
-    """The panels there is something to draw in; of two that stand for one another, the first.
+    """The panels that have something to draw; of two alternatives, only the first.
 
     Args:
         race: the runs.
         sigma: standard deviation of the time averages, unit times.
-        leading: how many eigenvalues of each process are drawn, at most.
+        leading: largest number of eigenvalues to draw for each process.
     """
     race = in_layers(race)
     found = (
@@ -57,12 +57,12 @@ def panels(race: Comparison, sigma: float, leading: int) -> list[Panel]:
 
 
 def in_layers(race: Comparison) -> Comparison:
-    """The same runs, those first that the others are drawn over."""
+    """The same runs, in the order in which they are drawn over one another."""
     return replace(race, runs=dict(sorted(race.runs.items(), key=lambda item: rank(item[0], LAYERS))))
 
 
 def duration(race: Comparison) -> float:
-    """The last time that any of the runs recorded, 0 if there is none."""
+    """The last recorded time of any run (unit times), 0 if there is none."""
     return max((float(run.t[-1]) for run in race.runs.values() if len(run.t)), default=0.0)
 
 
@@ -70,7 +70,7 @@ def duration(race: Comparison) -> float:
 
 
 def loss(race: Comparison, sigma: float) -> Panel | None:
-    """The train loss: at every step, averaged, along the flows, and as the central flow predicts the average."""
+    """The train loss: at every step, averaged, along the flows, and the central flow's prediction of the average."""
     remark = "dashed: L + ½⟨H, Σ⟩ predicts the time average"
     return averaged(race, sigma, "loss", "train loss", "train loss L (units of the loss)", remark)
 
@@ -95,14 +95,14 @@ def averaged(
         race: the runs.
         sigma: standard deviation of the time averages, unit times.
         name: "loss" or the name of a series.
-        title, label, remark: of the panel.
-        which: the entry of a series of arrays, as (example, output) or (coordinate,).
+        title, label, remark: those of the panel.
+        which: the entry of a series of arrays, as in (example, output) or (coordinate,).
         log: whether the axis may be logarithmic.
     """
     values = recorded(race, name, which)
     if not len(usable(*values.values())):
         return None
-    predicted = {  # drawn where it says anything that the flow's own values do not
+    predicted = {  # drawn if it differs from the flow's own values
         process: average
         for process, average in recorded(race, "predicted_" + name, which).items()
         if (np.isfinite(average) & ~np.isclose(average, values[process], rtol=1e-12, atol=0)).any()
@@ -131,10 +131,10 @@ def eigenvalues(race: Comparison, leading: int, unit: float = 1.0, of: str = "ef
 
     Args:
         race: the runs.
-        leading: how many of each process are drawn, at most.
-        unit: what they are multiplied by, and the critical value 2 with them; 1/η shows those of H for gradient
+        leading: largest number to draw for each process.
+        unit: a factor for the eigenvalues and the critical value 2; 1/η gives the eigenvalues of H for gradient
             descent.
-        of: what they then are.
+        of: the name of the scaled eigenvalues.
     """
     tables = {name: _leading(run, 1 if name == "stable" else leading) for name, run in race.runs.items()}
     tables = {name: (t, unit * table) for name, (t, table) in tables.items()}
@@ -175,7 +175,7 @@ def eigenvalues(race: Comparison, leading: int, unit: float = 1.0, of: str = "ef
 
 
 def _leading(run: Solution, count: int) -> tuple[Array, Array]:
-    """Times [n] at which any eigenvalue is known, and the ``count`` largest then [n, ≤ count]."""
+    """Times [n] at which any eigenvalue is known, and the largest ones then [n, ≤ count]."""
     table = np.asarray(run.eigenvalues, dtype=np.float64)[:, :count]
     known = np.isfinite(table).any(axis=1)
     return run.t[known], table[known]
@@ -185,7 +185,7 @@ def _leading(run: Solution, count: int) -> tuple[Array, Array]:
 
 
 def distances(race: Comparison) -> Panel | None:
-    """Distances in weight space from the optimizer to each flow, or between the flows where it did not run."""
+    """Distances in weight space from the optimizer to each flow, or between the flows if there is no optimizer."""
     optimizer = race.runs.get("discrete")
     centre = next((name for name in ("discrete", "sgd") if name in race.runs), None)
     # a distance between two flows says nothing about the optimizer
@@ -196,7 +196,7 @@ def distances(race: Comparison) -> Panel | None:
 
     def draw(axes: Axes) -> None:
         tops = []
-        if optimizer is not None:  # its own step length, for scale
+        if optimizer is not None:  # the optimizer's step length, for comparison
             step = recorded(race, "step_length")["discrete"]
             line(axes, optimizer.t, step, EVERY)
             tops.append(_top(step, 99.5))
@@ -213,7 +213,7 @@ def distances(race: Comparison) -> Panel | None:
 
 
 def learning_rate(race: Comparison) -> Panel | None:
-    """The effective learning rate of a method that adapts it; the optimizer's is a pale band behind the flows'."""
+    """The effective learning rate of an adaptive method; the optimizer's is a pale band behind those of the flows."""
     rates = recorded(race, "effective_lr")
     if not any(len(usable(rate)) and np.ptp(usable(rate)) > 1e-6 * _top(np.abs(rate)) for rate in rates.values()):
         return None
@@ -228,7 +228,7 @@ def learning_rate(race: Comparison) -> Panel | None:
 
 
 def _oscillations(race: Comparison, sigma: float) -> Panel | None:
-    """The trace of the oscillations' covariance; bursts may leave the panel for the averages' sake."""
+    """The trace of the oscillations' covariance; bursts may leave the panel, so that the averages can be read."""
     traces = {name: trace for name, trace in recorded(race, "trace").items() if usable(trace).any()}
     if not traces:
         return None
@@ -254,7 +254,7 @@ def _oscillations(race: Comparison, sigma: float) -> Panel | None:
 
 
 def time_average(run: Solution, values: Array, sigma: float) -> Array:
-    """Average a run's values over time with a Gaussian of ``sigma`` unit times, gaps (NaN) left out."""
+    """Average a run's values over time with a Gaussian of ``sigma`` unit times; gaps (NaN) are left out."""
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
     total = gaussian_average(run.t, np.where(known, values, 0.0), sigma)
@@ -263,7 +263,7 @@ def time_average(run: Solution, values: Array, sigma: float) -> Array:
 
 
 def _inner_average(run: Solution, values: Array, sigma: float) -> Array:
-    """Average over time where the window fits: within σ of either end it would lean to one side."""
+    """Average over time where the window fits: within σ of either end it would be one-sided."""
     mean = time_average(run, values, sigma)
     if len(run.t) and np.ptp(run.t) > 4 * sigma:
         mean[(run.t < run.t[0] + sigma) | (run.t > run.t[-1] - sigma)] = np.nan
@@ -287,7 +287,7 @@ def recorded(race: Comparison, name: str, which: tuple[int, ...] = ()) -> dict[s
 
 
 def component(values: Array, which: tuple[int, ...]) -> Array:
-    """One entry [n] of a series of arrays [n, …]; a series of numbers as it is."""
+    """One entry [n] of a series of arrays [n, …]; a series of numbers stays as it is."""
     if values.ndim < 2:
         return values
     found: Array = values.reshape(len(values), -1)[:, int(np.ravel_multi_index(which, values.shape[1:]))]
@@ -295,13 +295,13 @@ def component(values: Array, which: tuple[int, ...]) -> Array:
 
 
 def usable(*values: Array) -> Array:
-    """The values that can be drawn: numbers, and not those of a run that diverged."""
+    """Which values can be drawn: numbers that do not belong to a run that diverged."""
     joined = np.concatenate(values)
     return joined[np.abs(joined) < _HUGE]
 
 
 def _top(values: Array, percent: float = 100.0) -> float:
-    """The maximum, or another percentile; 0 where there is no number."""
+    """The maximum, or another percentile; 0 if there is no number."""
     values = usable(values.ravel())
     return float(np.percentile(values, percent)) if len(values) else 0.0
 
@@ -310,7 +310,7 @@ def _top(values: Array, percent: float = 100.0) -> float:
 
 
 def line(axes: Axes, t: Array, values: Array, look: Look) -> None:
-    """Draw a line, if there is a number to draw; a long one is an image inside a vector file."""
+    """Draw a line, if there is a number to draw; a long line becomes an image inside a vector file."""
     n = min(len(t), len(values))
     values = np.where(np.abs(values[:n]) < _HUGE, values[:n], np.nan)
     label, options = look
@@ -319,7 +319,7 @@ def line(axes: Axes, t: Array, values: Array, look: Look) -> None:
 
 
 def _band(axes: Axes, run: Solution, values: Array, spread: Array | None, look: Look) -> None:
-    """A band of one standard deviation of replicas about their mean, where they were recorded."""
+    """Draw a band of one standard deviation of replicas about their mean, where they were recorded."""
     if spread is not None and np.isfinite(spread).any():
         axes.fill_between(run.t, values - spread, values + spread, color=look[1]["color"], alpha=0.2, lw=0)
 
@@ -330,7 +330,7 @@ def from_zero(axes: Axes, tops: Iterable[float]) -> None:
 
 
 def fit(axes: Axes, known: Array, zero: bool, log: bool = True) -> None:
-    """Choose a logarithmic axis where values span decades; else from zero, if that wastes no more than half."""
+    """Choose a logarithmic axis if values span decades; else one from zero, if that wastes no more than half of it."""
     low, high = float(known.min()), float(known.max())
     if log and low > 0 and high / low > 10**_DECADES:
         axes.set_yscale("log")

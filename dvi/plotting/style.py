@@ -1,7 +1,7 @@
-"""How a picture looks: a label with its colour, width and dash for every kind of line, and matplotlib's settings.
+"""The style of figures: a label with its colour, width and dash for every kind of line, and matplotlib's settings.
 
-The optimizer is blue, its central flow black, the stable flow grey.  Lines differ in width, dash and brightness, too,
-so that colour-blind readers and black-and-white printers can tell them apart.
+The optimizer is blue, its central flow black, and the stable flow grey.  Lines also differ in width, dash and
+brightness, so that they can be distinguished by colour-blind readers and in black-and-white print.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ ONSET: dict[str, Any] = {"color": "0.45", "ls": (0, (1, 2))}
 
 EDGES: dict[str, Any] = {"color": "#d62728", "ls": (0, (1, 2)), "lw": 0.8, "zorder": 0.5}
 
-#: Colours of runs that stand side by side, as of several learning rates: blue, orange, green, purple, brown, pink.
+#: Colours of runs side by side, as for several learning rates: blue, orange, green, purple, brown, pink.
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"]
 
-#: Labels in the order of the legend; others follow.
+#: Labels in the order of the legend; other labels follow.
 LEGEND = [label for label, _ in (EVERY, AVERAGED, PREDICTED, PREDICTED_NOISY, *FLOWS.values())]
-#: Processes from the bottom to the top of a panel; others lie on top.
+#: Processes from the bottom to the top of a panel; other processes are on top.
 LAYERS = ["sgd", "discrete", "stable", "map", "central"]
 
 
@@ -43,7 +43,7 @@ def of_flow(name: str) -> Look:
 
 
 def rank(item: str, order: list[str]) -> int:
-    """Where an item stands in an order, to sort by; those that are not in it come last."""
+    """The position of an item in an order, for sorting; items that are not in it come last."""
     return order.index(item) if item in order else len(order)
 
 

@@ -1,4 +1,4 @@
-"""How a result shows itself in a notebook: its picture, and its report below."""
+"""The display of a result in a notebook: its figure, and its report below."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class Shown(Protocol):
-        """What can be drawn and reported."""
+        """A result that can be drawn and reported."""
 
         def plot(self) -> Any:
-            """Draw it."""
+            """Draw the result."""
 
         def report(self) -> Any:
-            """Say it in words."""
+            """Describe the result in words."""
 
 
 def in_notebook(result: Shown) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of a report, read off the runs."""
+"""The numbers of a report, computed from the runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvi.reports.report import AT_EDGE, Report
 from dvi.results.solution import Solution
 from dvi.solvers.protocol import Array
 
-#: Runs that are no prediction of the optimizer's average.
+#: Runs that do not predict the optimizer's average.
 _OTHERS = ("discrete", "stable", "ablated")
 
 Distances = Mapping[tuple[str, str], Array]
@@ -31,8 +31,8 @@ def report_of(
     Args:
         runs: solutions by name, as in a :class:`dvi.Comparison`.
         distance: by pair of names, on the grid ``t`` [n].
-        about: of the comparison: method and problem.
-        notes: of the comparison.
+        about: the description of the comparison: method and problem.
+        notes: the notes of the comparison.
     """
     recorded = {name: run for name, run in runs.items() if len(run.t)}
     title = _title(about or {})
@@ -89,7 +89,7 @@ def _title(about: Mapping[str, Any]) -> str:
 
 
 def _mean(t: Array, values: Array, since: float) -> float | None:
-    """The average of what is known from a time on; the last known value where there is nothing later."""
+    """The average of the known values since a time; if there are none, the last known value."""
     known = np.isfinite(values)
     if not known.any():
         return None
@@ -98,7 +98,7 @@ def _mean(t: Array, values: Array, since: float) -> float | None:
 
 
 def _sharpness(run: Solution) -> Array:
-    """Largest effective eigenvalue at the recorded times [n], NaN where there was no look."""
+    """Largest effective eigenvalue at the recorded times [n], NaN where it was not computed."""
     return run.eigenvalues[:, 0] if run.eigenvalues.shape[1] else np.full(len(run.t), np.nan)
 
 
@@ -113,7 +113,7 @@ def _pair(distance: Distances, name: str) -> Array | None:
 
 
 def _edge(flow: Solution | None, optimizer: Solution | None) -> dict[str, Any]:
-    """Whether, since when and in how many directions the run is at the edge."""
+    """Whether the run is at the edge, since when, and in how many directions."""
     if flow is not None:
         k = flow.k
         at, since = bool(k[-1] > 0), None
@@ -139,7 +139,7 @@ def _next_terms(flow: Solution) -> tuple[tuple[float, float], ...]:
 
 
 def _missing(runs: Mapping[str, Solution], flow: Solution | None, stateless: bool) -> list[str]:
-    """What the runs do not tell, and how to get it."""
+    """What the runs do not show, and how to get it."""
     if flow is None:
         return ['what oscillates, and what that does; add "central" to the runs of dvi.compare.']
     if not flow.breakpoints:

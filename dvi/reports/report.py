@@ -1,4 +1,4 @@
-"""The report of a run: the numbers that a reader asks for first, and sentences that say them."""
+"""The report of a run: the numbers that a reader needs first, and sentences with them."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ AT_EDGE = 1.95
 
 @dataclass(frozen=True)
 class Report:
-    """What a run says about its optimizer.  ``print(report)`` says it in words; a notebook shows it by itself.
+    """The results of a run for its optimizer.  ``print(report)`` gives them in words, and a notebook displays them.
 
-    None stands for what the run does not tell; ``missing`` then says how to get it.  "At the end" means the average
-    over the last ``window`` unit times.  Times are unit times (optimizer steps) from the end of the warm start.
+    None stands for what is unknown; ``missing`` then says how to get it.  "At the end" means the average over the last
+    ``window`` unit times.  Times are unit times (optimizer steps) from the end of the warm start.
 
     Attributes:
         title: method and problem.
         start, end: the first and the last recorded time.
-        window: over which averages at the end are taken, unit times.
-        flow: the flow of which the report speaks: "central", "map", …; None if there is none among the runs.
+        window: length of the averages at the end, unit times.
+        flow: the flow that the report describes: "central", "map", …; None if there is none among the runs.
         at_edge: is the run at the edge of stability at its end?
-        since: when it came to the edge for this last time; None if it is not there.
-        edge_share: part of the recorded times at the edge.
-        directions, most_directions: how many directions oscillate at the end, and at most.
+        since: the time since which it has been at the edge; None if it is not there.
+        edge_share: fraction of the recorded times at the edge.
+        directions, most_directions: numbers of directions that oscillate at the end, and at most.
         sharpness: largest effective eigenvalue at the end; 2 is the edge.
         effective_lr: harmonic mean of the effective learning rates at the end.
-        largest_stable_lr: ``effective_lr`` × 2 / ``sharpness``: how large it could be at most, all else being equal.
-        loss: of the flow itself at the end, L(w).
-        oscillation_loss: what the flow says that the oscillation adds to the average loss, ½⟨H, Σ⟩ (eq. 7).
+        largest_stable_lr: ``effective_lr`` × 2 / ``sharpness``: the largest stable value, all else being equal.
+        loss: the loss L(w) of the flow itself at the end.
+        oscillation_loss: the flow's prediction of what the oscillation adds to the average loss, ½⟨H, Σ⟩ (eq. 7).
         optimizer_loss: average of the optimizer's loss.
         stable_loss: loss of the stable flow.
         curvature: of the central flow at the end, 2 / (largest stable learning rate); for gradient descent this is the
             largest eigenvalue of the Hessian.
-        curvature_ablated: the same of the flow without the push of the oscillation on the weights: of the ablated flow,
-            and for a method without state of the stable flow, which is then the same thing.
-        curvature_stable: the same of the stable flow.
-        distance, distance_stable: of the central and the stable flow from the optimizer at the end, in weight space.
-        strain: the largest error estimate of a step, over the tolerance, where a step was taken in spite of it; 0 if
-            there was no such step.
-        next_terms: (t, size) of the next Taylor term where it was measured, relative to the force of the oscillation;
-            see :meth:`dvi.runs.observables.Observer.next_term`.
-        missing: what cannot be told, and how to get it.
-        notes: those of the run.
+        curvature_ablated: the same for the flow without the push of the oscillation on the weights.  This is the
+            ablated flow; for a method without state, it is the stable flow.
+        curvature_stable: the same for the stable flow.
+        distance, distance_stable: distances of the central and the stable flow from the optimizer at the end, in weight
+            space.
+        strain: the largest error estimate, relative to the tolerance, among steps that were accepted although they
+            exceeded it; 0 if there was no such step.
+        next_terms: (t, size) of the measured next Taylor terms, relative to the force of the oscillation; see
+            :meth:`dvi.runs.observables.Observer.next_term`.
+        missing: what is unknown, and how to get it.
+        notes: the notes of the run.
     """
 
     title: str
@@ -90,26 +91,29 @@ class Report:
 
     @property
     def distance_ratio(self) -> float | None:
-        """The central flow's distance from the optimizer over that of the stable flow."""
+        """The central flow's distance from the optimizer divided by that of the stable flow."""
         if self.distance is None or not self.distance_stable:
             return None
         return self.distance / self.distance_stable
 
     @property
     def curvature_explained(self) -> float | None:
-        """The part of the curvature that the push of the oscillation takes away: 1 − central / ablated."""
+        """The fraction of the curvature that the push of the oscillation removes: 1 − central / ablated."""
         if self.curvature is None or not self.curvature_ablated:
             return None
         return 1 - self.curvature / self.curvature_ablated
 
     @property
     def verdict(self) -> Verdict:
-        """Does the central flow describe this run?  The worse of what distance and next Taylor term say.
+        """Does the central flow describe this run?  The worse of the grades by distance and by next Taylor term.
 
-        "good": it is at most a third as far from the optimizer as the stable flow, and the next term is at most 3 %;
-        "fair": at most three quarters, and at most 10 %; otherwise "poor".  "unknown" where nothing has oscillated, and
-        where the distances are not known, unless the next term alone is "poor".  These are rules of thumb, from runs of
-        which it was known.
+        - "good": its distance from the optimizer is at most a third of the stable flow's, and the next term is at most
+          3 %.
+        - "fair": at most three quarters, and at most 10 %.
+        - "poor": more than that.
+        - "unknown": nothing has oscillated, or the distances are unknown and the next term alone is not "poor".
+
+        These rules of thumb come from runs for which the answer was known.
         """
         distance, term = self._grades
         if not self.most_directions or (distance is None and term != 2):
@@ -119,13 +123,13 @@ class Report:
 
     @property
     def _grades(self) -> tuple[int | None, int | None]:
-        """What distance and next term say: 0, 1 or 2, None where they are not known."""
+        """The grades by distance and by next term: 0, 1 or 2, None if unknown."""
         return _grade(self.distance_ratio, NEAR, NOT_FAR), _grade(self.next_term, SMALL, NOT_LARGE)
 
     # ---- in words -------------------------------------------------------------------------------------
 
     def sections(self) -> list[tuple[str, list[str]]]:
-        """Questions with their answers, sentence by sentence; those with nothing to say are left out."""
+        """Questions with the sentences of their answers; questions without an answer are left out."""
         found = [
             ("At the edge of stability?", self._edge()),
             ("How large are the steps?", self._learning_rate()),

@@ -1,1 +1,1 @@
-"""What a run gives back: solutions, comparisons, how they ended, and averages of them."""
+"""The results of runs: solutions, comparisons, their status, and averages."""

@@ -8,7 +8,7 @@ from dvi.solvers.protocol import Array
 
 
 def gaussian_average(t: Array, values: Array, sigma: float) -> Array:
-    """Σ_s f_s c_{t−s} / Σ_s c_{t−s} with c_j = exp(−j²/2σ²) (paper, C.2), on an even time grid."""
+    """Local average Σ_s f_s c_{t−s} / Σ_s c_{t−s} with c_j = exp(−j²/2σ²) (paper, C.2), on an even time grid."""
     from scipy.ndimage import gaussian_filter1d
 
     if len(t) < 2:

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Comparison:
-    """Several processes from one start, in step.
+    """Several processes from one start, on a common time grid.
 
     Attributes:
         t: the common time grid [n], unit times.
         runs: the solutions by name; also as attributes, ``race.discrete``, ``race.central``, ``race.stable``.
-        distance: ‖w_a(t) − w_b(t)‖ by pair of names, [n], in weight space.  For the optimizer w is the midpoint
-            ¼(w_{t−1} + 2w_t + w_{t+1}), which removes a period-2 oscillation to second order.
-        status, notes, about: how it ended and what it was.
+        distance: ‖w_a(t) − w_b(t)‖ [n] by pair of names, in weight space.  For the optimizer, w is the midpoint
+            ¼(w_{t−1} + 2w_t + w_{t+1}), which removes an oscillation of period two to second order.
+        status: how the comparison ended.
+        notes: what the user should know about it.
+        about: method, problem, integrator, versions, in words.
     """
 
     t: Array
@@ -48,7 +50,7 @@ class Comparison:
         """A run's series averaged over time with a Gaussian of ``sigma`` unit times (paper, C.2).
 
         Args:
-            name: which run.
+            name: the name of the run.
             sigma: standard deviation, unit times; the paper's is 50.
             of: "loss" or the name of one of the run's ``series``.
         """
@@ -57,22 +59,26 @@ class Comparison:
         return gaussian_average(run.t, values, sigma)
 
     def save(self, path: str | Path) -> None:
-        """Write to an HDF5 file (atomically: an older file is replaced only by a whole one)."""
+        """Write to an HDF5 file, atomically: an older file is replaced only by a complete one.
+
+        Raises:
+            StoreError: if the file cannot be written; an older one is then intact.
+        """
         from dvi.storage.hdf5 import save
 
         save(self, path)
 
     def plot(self, path: str | Path | None = None, **options: Any) -> Any:
-        """Draw the paper's picture (Figs. 2, 4, 6); returns the figure and saves it to ``path``.
+        """Draw the paper's figure (Figs. 2, 4, 6), save it to ``path`` if given, and return it.
 
-        Options go to :func:`dvi.plotting.plot_comparison`.
+        The options are those of :func:`dvi.plotting.plot_comparison`.
         """
         from dvi.plotting import plot_comparison
 
         return plot_comparison(self, path, **options)
 
     def report(self) -> Report:
-        """What this says about the optimizer, in numbers and in plain words: ``print(race.report())``."""
+        """The results for the optimizer, in numbers and in plain words: ``print(race.report())``."""
         from dvi.reports import report_of
 
         return report_of(self.runs, self.distance, self.t, self.about, tuple(self.notes))

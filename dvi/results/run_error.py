@@ -1,4 +1,4 @@
-"""The error of a run that could not go on."""
+"""The error of a run that could not continue."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dvi.results.status import Status
 
 
 class RunError(RuntimeError):
-    """A run could not go on.
+    """A run could not continue.
 
     Attributes:
         status: a :class:`Status`, the kind of failure with its remedy.
-        result: what was computed until then, a :class:`dvi.Solution` or :class:`dvi.Comparison` (None if nothing).
+        result: the result until then, a :class:`dvi.Solution` or :class:`dvi.Comparison` (None if there is none).
     """
 
     def __init__(self, status: Status, detail: str, result: Solution | Comparison | None = None) -> None:
@@ -24,7 +24,7 @@ class RunError(RuntimeError):
         self.result = result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Made again of its three arguments, which an exception's own way (its message alone) would lose."""
+        """Pickle the three arguments; by default, an exception keeps only its message."""
         return type(self), (self.status, self.detail, self.result), self.__dict__
 
 

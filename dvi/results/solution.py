@@ -18,16 +18,15 @@ from dvi.solvers.protocol import Array
 if TYPE_CHECKING:
     from dvi.reports import Report
 
-Tree = dict[str, Any]
-
 
 @dataclass
 class Cost:
-    """What a run cost, as counts that hold on every machine.
+    """The cost of a run, as counts that do not depend on the machine.
 
     Attributes:
-        t: recorded times [m]; ``counts``: the ledger after the steps that begin at these times.
-        ledger: totals.
+        t: recorded times [m].
+        counts: the cumulative ledger after the steps that begin at these times.
+        ledger: the totals.
     """
 
     t: Array
@@ -45,8 +44,8 @@ class Cost:
     def per_unit_time(self, t0: float | None = None, t1: float | None = None) -> float:
         """Gradient equivalents per unit time between two times (the whole run by default).
 
-        A step's evaluations are spent between the times it leads from and to, the first search for eigenvectors
-        with the first step; what is looked at when the end is reached is in the totals only.
+        The evaluations of a step count between its beginning and its end, and the first search for eigenvectors counts
+        with the first step.  Observations at the end of the run are in the totals only.
 
         Raises:
             ValueError: unless t1 > t0.
@@ -55,7 +54,7 @@ class Cost:
         t1 = self.t[-1] if t1 is None else t1
         if not t1 > t0:
             raise ValueError(f"per_unit_time({t0}, {t1}): the second time must be later.")
-        # the counts at t[i] are those after the step that begins there
+        # the counts at t[i] are those after the step that begins at t[i]
         after = [Ledger(**counts, weights=self.ledger.weights).gradient_equivalents for counts in self.counts]
         spent = [0.0, *after[:-1]]
         return float((np.interp(t1, self.t, spent) - np.interp(t0, self.t, spent)) / (t1 - t0))
@@ -73,17 +72,18 @@ class Solution:
         loss: L(w(t)) [n]; for the optimizer, at the iterates.
         predicted_loss: the time average of the optimizer's loss that the flow predicts, L + ½⟨H, Σ⟩ (eq. 7) [n];
             NaN for the optimizer.
-        eigenvalues: effective eigenvalues [n, m], descending, NaN where not followed.
-        X: oscillation covariance in the critical eigenvectors' basis, a list of [k, k].
-        w: weights [d] at the end; nu: the optimizer's state there.
+        eigenvalues: effective eigenvalues [n, m], descending, NaN where they were not computed.
+        X: oscillation covariance in the basis of critical eigenvectors, a list of [k, k].
+        w: weights [d] at the end.
+        nu: the optimizer's state at the end.
         breakpoints: (t, "enter" | "leave", k): directions that start or stop oscillating.
         status: how the run ended; ``str(status)`` is a sentence with advice.
-        ledger: what it cost, see :class:`Cost`.
+        ledger: the cost, see :class:`Cost`.
         series: further quantities by name, each [n, …]: ``grad_sq``, ``predicted_grad_sq``, ``trace`` (tr Σ),
-            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖),
-            ``next_term`` (see :meth:`dvi.runs.observables.Observer.next_term`; NaN where it was not measured), and,
-            where asked for, ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
-            ``coordinate_w``, ``w``, and what :mod:`dvi.runs.measures` measures.
+            ``effective_lr``, ``loss_rate`` (dL/dt, Prop. 1), ``step_length`` (optimizer: ‖w_{t+1} − w_t‖) and
+            ``next_term`` (see :meth:`dvi.runs.observables.Observer.next_term`; NaN where it was not measured).  On
+            request also ``coordinate_grad_sq``, ``outputs`` with their ``predicted_*``, ``coordinate_nu``,
+            ``coordinate_w``, ``w``, and the series of :mod:`dvi.runs.measures`.
         notes: what the user should know about this run.
         about: method, problem, integrator, versions, in words.
     """
@@ -109,40 +109,44 @@ class Solution:
         return f"Solution({self.name}: {end}{loss}, {len(self.breakpoints)} breakpoints, {self.status.name})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """The tensors as bytes: torch sends them between processes by a handle, which is lost if the sender ends."""
+        """Store tensors as bytes; torch's own handles between processes are lost if the sender ends."""
         buffer = io.BytesIO()
         torch.save((self.w, self.nu), buffer)
         return {**self.__dict__, "w": None, "nu": None, "tensors": buffer.getvalue()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From :meth:`__getstate__`, tensors on the device where they were."""
+        """Restore from :meth:`__getstate__`, with tensors on their former device."""
         state = dict(state)
         tensors = io.BytesIO(state.pop("tensors"))
         self.__dict__.update(state)
-        self.w, self.nu = torch.load(tensors, weights_only=False)  # part of a pickle, which may run code anyway
+        self.w, self.nu = torch.load(tensors, weights_only=False)  # part of a pickle, which can run code anyway
 
     @property
     def k(self) -> Array:
-        """How many directions oscillate at the recorded times [n]."""
+        """The number of oscillating directions at the recorded times [n]."""
         times = np.array([b[0] for b in self.breakpoints])
         counts = np.array([0] + [b[2] for b in self.breakpoints])
         out: Array = counts[np.searchsorted(times, self.t, side="right")]
         return out
 
     def save(self, path: str | Path) -> None:
-        """Write to an HDF5 file (atomically: an older file is replaced only by a whole one)."""
+        """Write to an HDF5 file, atomically: an older file is replaced only by a complete one.
+
+        Raises:
+            StoreError: if the file cannot be written; an older one is then intact.
+        """
         from dvi.storage.hdf5 import save
 
         save(self, path)
 
     def plot(self, path: str | Path | None = None, **options: Any) -> Any:
-        """Draw loss, effective eigenvalues and what else was recorded; returns the figure, saves it to ``path``."""
+        """Draw loss, effective eigenvalues and other series, save the figure to ``path`` if given, and return it."""
         from dvi.plotting import plot_solution
 
         return plot_solution(self, path, **options)
 
     def report(self) -> Report:
-        """What this says about the optimizer, in numbers and in plain words: ``print(solution.report())``."""
+        """The results for the optimizer, in numbers and in plain words: ``print(solution.report())``."""
         from dvi.reports import report_of
 
         return report_of({self.name: self}, about=self.about, notes=tuple(self.notes))

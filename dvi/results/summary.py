@@ -1,4 +1,4 @@
-"""What a comparison says in a few numbers, as tables of many runs show them."""
+"""The summary of a comparison in a few numbers, for tables of many runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from dvi.results.solution import Solution
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.protocol import Array
 
-#: The paper's width of time averages, unit times, and the largest part of a run that it may be.
+#: The paper's width of time averages (unit times), and its largest allowed fraction of a run.
 SIGMA, PART = 50.0, 0.1
 
 
 def width(t: Array) -> float:
-    """The standard deviation of time averages over a run: the paper's 50 unit times, or a tenth of the run if less."""
+    """The standard deviation of time averages (unit times): the paper's 50, or a tenth of the run if that is less."""
     return min(SIGMA, PART * float(t[-1])) if len(t) and t[-1] > 0 else 1.0
 
 
 def summarise(race: Comparison) -> dict[str, Any]:
-    """A comparison in numbers; what cannot be told is None.
+    """A comparison in numbers; None stands for what is unknown.
 
     Returns:
-        ``weights``; ``reached`` (unit times); ``warm_start`` (steps); and for the central flow, or another flow with
-        oscillations where there is none, ``edge`` (when the first direction begins to oscillate), ``k`` (how many at
-        most), ``breakpoints`` (how many); ``loss`` at the end, ``gradient_equivalents`` per unit time, and
-        ``notes`` of all runs together.  Since the edge (or since 0 where it is not reached), where the window of the
-        averages fits: ``distance`` (its mean, by pair, as "discrete–central"), ``predicted_error`` and
-        ``stable_error`` (mean relative errors of the loss that the central and the stable flow predict, against the
-        optimizer's average).  ``unit_steps``: unit times that the flow went in steps of one unit, since its oscillation
-        is stiff there.  ``peak``: where the optimizer's largest eigenvalue was furthest above the edge since the flow
-        reached it: [unit times since then, multiple of the threshold].
+        a dictionary with these entries:
+
+        - ``weights``: their number; ``reached``: unit times; ``warm_start``: steps.
+        - For the central flow, or else another flow with oscillations: ``edge``, the time at which the first direction
+          starts to oscillate; ``k``, the largest number of oscillating directions; ``breakpoints``, their number.
+        - ``loss`` at the end and ``gradient_equivalents`` per unit time, by run; ``notes`` of all runs together.
+        - Means since the edge (or since 0, if it is not reached), where the window of the averages fits: ``distance``
+          by pair, as "discrete–central"; ``predicted_error`` and ``stable_error``, the relative errors of the loss that
+          the central and the stable flow predict for the optimizer's average.
+        - ``unit_steps``: unit times that the flow covered in steps of one unit.
+        - ``peak``: where the optimizer's largest eigenvalue was furthest above the edge since the flow reached it:
+          [unit times since then, multiple of the threshold].
     """
     names = list(race.runs)
     lead = next((name for name in ("central", "map", "ablated", *names) if name in race.runs), None)
@@ -75,7 +78,7 @@ def summarise(race: Comparison) -> dict[str, Any]:
 
 
 def _peak(observed: Solution, since: float) -> list[float] | None:
-    """When, after a time, the largest effective eigenvalue was largest, and its multiple of the threshold."""
+    """The time after ``since`` at which the largest effective eigenvalue peaks, and its multiple of the threshold."""
     top = observed.eigenvalues[:, 0] if observed.eigenvalues.ndim == 2 and observed.eigenvalues.size else np.empty(0)
     t = observed.t[: len(top)]
     there = np.isfinite(top) & (t >= since)
@@ -86,7 +89,7 @@ def _peak(observed: Solution, since: float) -> list[float] | None:
 
 
 def _error(race: Comparison, name: str, of: str, since: float) -> float | None:
-    """The mean relative error of a predicted loss, both sides averaged over time; None where it cannot be told."""
+    """The mean relative error of a predicted loss, both sides averaged over time; None if it is unknown."""
     if name not in race.runs:
         return None
     observed, predicted = race.runs["discrete"], race.runs[name]

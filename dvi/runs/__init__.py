@@ -1,1 +1,1 @@
-"""Runs: processes in progress, what is observed of them, and how they are driven."""
+"""Runs: the processes in progress, their observations, and the functions that drive them."""

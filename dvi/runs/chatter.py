@@ -1,4 +1,4 @@
-"""Flows that do not get on: along a kink of the loss, recognised from what they cost, or in and out of oscillation."""
+"""Recognises flows that do not advance: at a kink of the loss, by their cost, or in and out of oscillation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from dvi.problems import Ledger
 from dvi.runs.observables import OSCILLATES, Observation
 
-#: A run across kinks ends when it costs this many gradient equivalents within so many units of time, 100 a unit.
-#: Smooth losses cost 2 to 60, and up to 400 where many directions pull at once; they go on whatever they cost.  At a
-#: kink, steps as short as allowed cost 1,000 to 3,000.
+#: A run across kinks ends when it costs KINK_COST gradient equivalents within KINK_TIME units of time: 100 a unit.  For
+#: smooth losses runs cost 2 to 60 a unit, and up to 400 if many directions oscillate strongly; they are never ended for
+#: their cost.  At a kink, the shortest steps cost 1,000 to 3,000 a unit.
 KINK_COST, KINK_TIME = 1000.0, 10.0
 
-#: A run ends when directions have stopped to oscillate this many times within one unit of time, at one place.  A flow
-#: is an average over several steps of the optimizer: one that comes and goes within a step has no counterpart there.
+#: A run ends when directions stop oscillating this many times within one unit of time while w hardly moves.  A flow is
+#: an average over several steps of the optimizer, so an oscillation shorter than a step has no counterpart there.
 EXITS = 10
 
 
@@ -27,9 +27,9 @@ def recent_cost(
     """Gradient equivalents until now, and until ``KINK_TIME`` ago.
 
     Args:
-        times: of the nodes recorded, ascending.
-        counts: the cumulative ledger at each.
-        weights: of the kinds of evaluation.
+        times: times of the recorded nodes, ascending (unit times).
+        counts: the cumulative ledger at each node.
+        weights: gradient equivalents of each kind of evaluation.
         now: the time reached.
 
     """
@@ -43,12 +43,13 @@ def recent_cost(
 
 
 def exits(nodes: Sequence[Observation], now: float) -> tuple[int, float]:
-    """How many directions have stopped to oscillate in the last unit time, and the largest √tr Σ in it.
+    """How many directions stopped oscillating in the last unit of time, and the largest √tr Σ in it.
 
-    Those that came back are counted each time.  One stops that had a hundredth of the largest variance, and has none.
+    A direction that comes back is counted each time.  It stops when its variance falls from more than a hundredth of
+    the largest one to none.
 
     Args:
-        nodes: recorded, ascending in time.
+        nodes: the recorded observations, ascending in time.
         now: the time reached.
     """
     last = nodes[bisect_left(nodes, now - 1, key=lambda node: node["t"]) :]

@@ -54,7 +54,7 @@ RUNS: dict[str, type[CompiledFlow]] = {
     "stationary": StationaryFlow,
     "stationary-ablated": AblatedStationaryFlow,
 }
-#: Those that take mini-batches.
+#: The runs that take mini-batches.
 NOISY = ("sgd", "noisy")
 
 
@@ -87,59 +87,59 @@ def compare(
     """Run the optimizer, its central flow and its stable flow side by side from one start.
 
     Args:
-        problem: what is minimised.
+        problem: the loss, a :class:`dvi.Problem`.
         method: the optimizer: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
-        steps: how long, in unit times (steps of the optimizer).
-        runs: which processes, of "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated" (see
+        steps: length of the run in unit times (steps of the optimizer).
+        runs: the processes: "discrete", "central", "map" (see :func:`dvi.central_map`), "stable", "ablated" (see
             :func:`dvi.ablated_flow`), "stationary" (see :func:`dvi.stationary_flow`) and "stationary-ablated", the same
-            without its curvature penalty; and with a batch size "sgd", replicas of the optimizer on mini-batches, and
-            "noisy" (:func:`dvi.noisy_flow`).
+            without its curvature penalty.  With a batch size, also "sgd", replicas of the optimizer on mini-batches,
+            and "noisy" (:func:`dvi.noisy_flow`).
         integrator: for the central flow (default: :func:`dvi.runs.solving.default_integrator`).
         accuracy: of the central and the stable flow, "paper" or "second-order", see :func:`dvi.central_flow`.
         batch_size: examples in a mini-batch, for "sgd" and "noisy"; the other runs take all examples at every step.
         sampling: how batches are drawn, see :class:`dvi.Sampling`.
-        warm_start: steps of the real optimizer before time 0; "auto": as many as it takes to bring the effective
-            sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum, and it is told.
-            "stationary": no steps, but ν at its stationary value (:func:`dvi.stationary`), so that runs of different
-            learning rates start at the same weights.
+        warm_start: number of steps of the real optimizer before time 0.  "auto" takes as many as are needed to bring
+            the effective sharpness to 2 or below (none, if it starts there) and to fill the buffers of momentum; a note
+            reports them.  "stationary" takes no steps, but sets ν to its stationary value (:func:`dvi.stationary`), so
+            that runs of different learning rates start at the same weights.
         scheduler: of a torch optimizer, see :func:`dvi.from_torch`.
-        start: of a torch optimizer: "state" goes on from what it remembers and from the present values of its
-            parameters (the default), "fresh" begins anew at the problem's w0.  Of any method: a state to start from.
-        save_every: unit times between recorded moments; a whole number beside the optimizer or the map.
+        start: for a torch optimizer, "state" continues from its buffers and the present values of its parameters (the
+            default), and "fresh" starts at the problem's w0 with empty buffers.  For any method: a state to start from.
+        save_every: unit times between recorded moments; a whole number if the optimizer or the map is among the runs.
         coordinates: indices of weights that are observed, with their νᵢ, and whose (∂ᵢL)² is observed and predicted.
         test_inputs: network inputs whose outputs are observed and predicted.
-        measures: what is measured along the flows now and then, of "sharpness" (of H itself) and "stationarity" (how ν
-            stands to its stationary value, and the rates of the loss), see :mod:`dvi.runs.measures`.  It is not
-            counted as a cost.
-        measure_every: unit times between measurements, at least.
-        eigen_every: unit times between looks at the eigenvalues of the optimizer (0: never).
+        measures: quantities that are measured now and then along the flows, see :mod:`dvi.runs.measures`: "sharpness"
+            (of H itself) and "stationarity" (ν compared with its stationary value, and the rates of the loss).  They do
+            not count as a cost.
+        measure_every: least number of unit times between measurements.
+        eigen_every: unit times between computations of the optimizer's eigenvalues (0: never).
         check: compare the loss's derivatives with finite differences once.
-        path: an HDF5 file that is kept up to date while the run goes on; tried before anything is computed.
-        resume: go on from that file to the same result, bit for bit, as an uninterrupted run; with more ``steps`` than
-            before the run becomes longer, whether it was finished or not, and the moments before its end, where steps
-            were cut to land on it, are computed again.  Refused if the file belongs to another run: another problem,
-            data, method, schedule (by its values over the time that both know), or argument.
+        path: an HDF5 file that is updated during the run; the run first checks that it can be written.
+        resume: continue from that file, with the same result, bit for bit, as an uninterrupted run.  With more
+            ``steps`` than before, the run becomes longer, whether it was finished or not.  The moments before its old
+            end, where steps were shortened to reach it, are then computed again.  A file of another run is refused:
+            one with another problem, data, method, schedule (compared over the time that both cover), or argument.
         checkpoint_every: seconds between updates of the file (more, if writing it takes long).
         progress: show a progress bar.
-        throw: raise where a process cannot go on; otherwise give back what was computed, with its status.
+        throw: raise if a process cannot continue; otherwise return what was computed, with its status.
 
     Raises:
-        RunError: where a process or the warm start cannot go on; its ``result`` is the comparison until then.
-        TypeError: if there is a path and an integrator of the user's has a memory that a file cannot hold.
+        RunError: if a process or the warm start cannot continue; its ``result`` is the comparison until then.
+        TypeError: if there is a path, but the memory of the user's integrator cannot be stored in a file.
         SpecError, DerivativeError, ValueError: for a wrong declaration, loss or argument.
-        StoreError: if the file cannot be written (then, after a run, ``error.result`` is the comparison) or does not
-            belong to this run.
+        StoreError: if the file does not belong to this run, or cannot be written; if it fails after a run,
+            ``error.result`` is the comparison.
     """
     from dvi.storage.hdf5 import Keeper
 
     names = (runs,) if isinstance(runs, str) else tuple(runs)
     known = (*RUNS, *NOISY)
     if isinstance(runs, str) or not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, known))}; a tuple of names, each once.")
+        raise ValueError(f"runs={runs!r}: choose from {', '.join(map(repr, known))}, as a tuple of names, each once.")
     if (batch_size is None) == bool(set(names) & set(NOISY)) or (batch_size is None and sampling is not None):
         raise ValueError(
-            f'batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs "sgd" and "noisy", and they '
-            'need one, as in batch_size=32, runs=("sgd", "noisy", "central", "stable").'
+            f'batch_size={batch_size!r} with runs={runs!r}: a batch size is for the runs "sgd" and "noisy" only, and '
+            'they need one, as in batch_size=32, runs=("sgd", "noisy", "central", "stable").'
         )
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
     check_names(measures)
@@ -150,7 +150,7 @@ def compare(
     given = None if isinstance(start, str) else start
     ranks = problem.ranks
     keeps, resume = ranks.share(lambda: (path is not None, resume))
-    if not ranks.first:  # which alone writes and shows progress
+    if not ranks.first:  # only the first rank writes and shows progress
         path, progress = None, False
     with ranks.together():
         if path is not None:
@@ -170,7 +170,7 @@ def compare(
     observer = Observer(tuple(coordinates), test_inputs, tuple(measures), measure_every)
     kind = next(
         (flow for name, flow in compiled.items() if name in ("central", "stable")), first
-    )  # what accuracy= means
+    )  # the flows that ``accuracy`` applies to
     about = describe(first, steps) | {"accuracy": kind.accuracy, "save_every": float(save_every), "runs": list(runs)}
     arguments: dict[str, Any] = {
         "integrator": settings(integrator or default_integrator(compiled.get("central", first))),
@@ -237,17 +237,17 @@ def compare(
     def here() -> dict[str, Any]:
         return {"done": done, "processes": {name: process.mark() for name, process in processes.items()}}
 
-    mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would come through, too
+    mark = here() if saved is None else saved["mark"]  # the last moment that a longer run would share
     if keeps:
-        freeze(checkpoint())  # what cannot be stored is refused before anything is computed
-    if failure is not None:  # nothing to go on from: a file without a checkpoint says so
+        freeze(checkpoint())  # refuses what cannot be stored before anything is computed
+    if failure is not None:  # there is nothing to continue from, so the file gets no checkpoint
         race = result(status)
         race.notes.append(f"Stopped: {detail(failure)}")
         keeper.write(race)
         if throw:
             raise RunError(status, detail(failure), race) from failure
         return race
-    at_work, why = names[0], ""  # of the loss, before any is at work, each knows as much
+    at_work, why = names[0], ""  # before any process runs, each knows the same of the loss
     with progress_bar(len(grid), ", ".join(runs), progress) as bar:
         bar.update(done)
         try:
@@ -259,8 +259,8 @@ def compare(
                 for at_work, process in processes.items():
                     w[at_work] = process.weights(done)
                 ranks.agree([process.whereabouts for process in processes.values()], f"at t = {grid[done]:g}")
-                row = {(a, b): _distance(w[a], w[b]) for a, b in pairs}
-                for pair, value in row.items():  # indexed by `done`: an interruption in between leaves nothing doubled
+                row = {(a, b): distance_between(w[a], w[b]) for a, b in pairs}
+                for pair, value in row.items():  # indexed by `done`, so that an interruption doubles nothing
                     distance[pair][done:] = [value]
                 done += 1
                 costs = [f"{name} {p.cost:.3g}" for name, p in processes.items() if name != "discrete"]
@@ -286,21 +286,21 @@ def compare(
 
 
 def _remembered(y: State, started: bool) -> dict[str, Any]:
-    """What of a start makes a run another one, beside w0 and the method."""
+    """The parts of a start that identify a run, besides w0 and the method."""
     whole = {"start": (y.w, y.nu)} if started else {}
     filled = isinstance(y.m, tuple) and any(bool(x.any()) for x in y.m)
     return whole | ({"momentum at the start": y.m} if filled else {})
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖; of replicas [R, d], the mean."""
+def distance_between(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ for weights [d]; the mean over replicas [R, d]."""
     if a.ndim == b.ndim == 1:
         return float(torch.linalg.vector_norm(a - b))
     return float(torch.linalg.vector_norm(a - b, dim=-1).mean())
 
 
 def _of_the_optimizer(processes: dict[str, Process]) -> str:
-    """What is known of the optimizer where a flow has diverged."""
+    """A sentence part on the optimizer, for the message that a flow has diverged."""
     if "discrete" not in processes:
         return "without the optimizer beside it"
     process = processes["discrete"]

@@ -1,8 +1,8 @@
-"""What makes a run this one, in words and numbers that another session finds again.
+"""The identity of a run, in words and numbers that another session reproduces.
 
-A file is gone on from only by the run that it belongs to.  Schedules are known by all their values over the run, data
-by their content, functions (a loss, f and P) by what they give at a few fixed arguments.  What changes nothing but
-rounding (``chunk_size``, ``max_directions``) does not count.
+Only the run that wrote a file may continue from it.  Schedules are identified by all their values over the run, data by
+their content, and functions (a loss, f and P) by their values at a few fixed arguments.  Settings that change only
+rounding (``chunk_size``, ``max_directions``) do not count.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dvi.problems import Problem
 from dvi.problems.fingerprint import fingerprint
 from dvi.solvers.protocol import Array
 
-_SCALES = (1e-6, 1e-3, 0.1, 1.0, -1.0, 10.0, 1e3, 1.0)  # of the gradients that a method is tried with, one by one
-_LONG = 1e5  # unit times from which on schedules are read at whole times only
+_SCALES = (1e-6, 1e-3, 0.1, 1.0, -1.0, 10.0, 1e3, 1.0)  # sizes of the gradients in the calls of a method
+_LONG = 1e5  # unit times beyond which schedules are evaluated at whole times only
 
 
 def identity(
     flow: CompiledFlow, words: Mapping[str, Any], data: Mapping[str, Any], start: float, grid: Array
 ) -> dict[str, Any]:
-    """What makes a run this one.
+    """The identity of a run, as plain data.
 
     Args:
         flow: one of the run's flows.
         words: settings by name, plain data.
-        data: tensors (or pytrees of them) by name, known by their content.
+        data: tensors (or pytrees of them) by name, identified by their content.
         start: the clock at time 0, unit times.
         grid: recorded times.
     """
@@ -70,14 +70,14 @@ def identity(
 
 
 def _times(start: float, grid: Array) -> Array:
-    """When schedules are read, by the clock: four times a step, and at recorded times, up to the end of the run."""
+    """The times at which schedules are evaluated: four a step, and the recorded times, up to the end of the run."""
     end = start + float(grid[-1])
     step = 0.25 if end <= _LONG else 1.0
     return np.unique(np.concatenate([np.arange(0.0, end + 1e-9, step), start + grid]))
 
 
 def _table(method: Method, name: str, times: Array) -> Array:
-    """The values of a schedule, NaN where it has none."""
+    """The values of a schedule, NaN at times where it has none."""
     schedule = method.schedule(name, float(times[-1]))
 
     def value(t: float) -> float:
@@ -100,7 +100,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _contents(x: Any) -> Any:
-    """A pytree of tensors and plain data in place of objects such as a preconditioner."""
+    """Replace objects such as a preconditioner by pytrees of tensors and plain data."""
     if isinstance(x, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(x))
     if isinstance(x, (dict, list, tuple)):
@@ -115,9 +115,9 @@ def _contents(x: Any) -> Any:
 
 
 def settings(x: Any) -> str:
-    """An object's settings in words that do not hold its address."""
+    """An object's settings in words that do not contain its address in memory."""
     shown = repr(x)
-    if re.search(r" at 0x[0-9a-fA-F]+>$", shown) and hasattr(x, "__dict__"):  # no words of its own
+    if re.search(r" at 0x[0-9a-fA-F]+>$", shown) and hasattr(x, "__dict__"):  # the default repr
         shown = f"{type(x).__qualname__}({vars(x)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", shown)
 
@@ -128,13 +128,13 @@ def _noise(w: Tensor, seed: int) -> Tensor:
 
 
 def _signature(x: Tensor) -> list[float]:
-    """Its length and its product with a ramp, which tells a vector from a rotated one."""
+    """The norm of x and its product with a ramp, which distinguishes a vector from a permuted one."""
     ramp = torch.linspace(1, 2, len(x), dtype=x.dtype, device=x.device)
     return [float(torch.linalg.vector_norm(x)), float(x @ ramp) / len(x) ** 0.5]
 
 
 def _tried_loss(problem: Problem) -> Array:
-    """Rows of the loss, and of the signature of its gradient, at w0 and at two points near it."""
+    """The losses and the signatures of their gradients, in rows, at w0 and at two points near it."""
     w0, rows = problem.w0, []
     size = 0.05 * max(0.1, float(w0.square().mean().sqrt()))
     with problem.ledger.paused():
@@ -148,7 +148,7 @@ def _tried_loss(problem: Problem) -> Array:
 
 
 def _tried_method(method: Method, w0: Tensor) -> Array:
-    """Signatures of the steps that a method makes of a few gradients, large and small, one after the other."""
+    """Signatures of the steps that a method takes for a sequence of large and small gradients."""
     now, rows = method.at(0.0), []
     try:
         nu, Q, gamma = now.init(w0), now.Q(), decay_of(now, w0)
@@ -159,6 +159,6 @@ def _tried_method(method: Method, w0: Tensor) -> Array:
             m, memory = (g, None) if memory is None else Q.step(g, memory)
             step = now.P(nu).solve(m)
             rows.append(_signature(step if gamma is None else step + gamma.vector * w0))
-    except Exception:  # gradients that no loss has made may be too much for a user's formula
+    except Exception:  # a user's formula may fail at gradients that do not come from a loss
         pass
     return np.array(rows + [[np.nan, np.nan]] * (len(_SCALES) - len(rows)))

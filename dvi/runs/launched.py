@@ -1,4 +1,4 @@
-"""Runs that torchrun has started: several processes of one command."""
+"""Support for runs that torchrun starts as several processes of one command."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch.distributed as dist
 
 from dvi.problems import Problem, distribute
 
-#: How long a rank waits for another that does not answer.  One that has ended is noticed at once with gloo.
+#: How long a rank waits for another that does not answer.  With gloo, a rank that has ended is noticed at once.
 TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """Inside, the processes that torchrun has started are a group.
+    """A context in which the processes that torchrun started form a process group.
 
-    SIGTERM, which torchrun sends to the others when one has ended, is an interruption here: the file is written first.
+    When one process ends, torchrun sends SIGTERM to the others.  It counts as an interruption here, so that the file is
+    written first.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
         yield
@@ -43,17 +44,17 @@ def launched() -> Iterator[None]:
 
 
 def first() -> bool:
-    """Whether this is the process that speaks and writes files."""
+    """Whether this is the process that prints and writes files."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def who() -> str:
-    """Which of several processes this is, in words; nothing for one alone."""
+    """Which of several processes this is, in words; empty if there is only one."""
     size = os.environ.get("WORLD_SIZE", "1")
     return "" if size == "1" else f" (rank {os.environ.get('RANK', '0')} of {size})"
 
 
 def shared(problem: Problem) -> Problem:
-    """The problem over all ranks, where there are some and it is not distributed yet."""
+    """The problem distributed over all ranks, if there are several and it is not distributed yet."""
     started = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return distribute(problem) if started and problem.ranks.size == 1 else problem

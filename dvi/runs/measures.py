@@ -1,8 +1,8 @@
-"""What is measured now and then along a flow, because it costs more than a step (paper, Figs. 5 and 7–11).
+"""Quantities that are measured only now and then along a flow, because they cost more than a step.
 
-A measure is a function of a state and its node that gives named numbers.  They become series of the run: known where
-they were measured, interpolated in between.  Like the eigenvalues of the optimizer they are a look, no part of the
-run's cost, and a look that fails does not end the run: it leaves a gap.
+They are those of the paper's Figs. 5 and 7–11.  A measure is a function of a state that returns named numbers.  They
+become series of the run, interpolated between the times of measurement.  Like the eigenvalues of the optimizer, they
+are for display: they are not part of the run's cost, and if a measurement fails, the series has a gap.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dvi.stationarity.flow import StationaryFlow
 
 Measure = Callable[[State], dict[str, float]]
 
-_TOL = 1e-5  # of a stationary point: its rates are then good to about 1e-3, less than a line's width
-_MOST = 500  # iterations for one: some fifty are usual, and what takes more is a gap in a line
+_TOL = 1e-5  # of a stationary point; its rates then have errors of about 1e-3, less than the width of a line
+_MOST = 500  # iterations for one point; about fifty are usual, and a point that needs more is left out
 
 
 def sharpness(flow: CompiledFlow) -> Measure:
-    """The largest eigenvalue of the Hessian itself, S(w): series ``sharpness``."""
+    """Measure the largest eigenvalue of the Hessian itself, S(w): series ``sharpness``."""
     subspace = CriticalSubspace()
 
     def measure(y: State) -> dict[str, float]:
-        (lr,) = host(flow.calculus.metric.at(y.t).P(y.nu).effective_lr())  # brings H to the scale of its tolerance
+        (lr,) = host(flow.calculus.metric.at(y.t).P(y.nu).effective_lr())  # scales H to the eigensolver's tolerance
         block = subspace.start(lambda V: float(lr) * flow.problem.hvp(y.w, V), y.w, want=np.inf)
         return {"sharpness": float(block.eigenvalues[0]) / float(lr)}
 
@@ -43,16 +43,16 @@ def sharpness(flow: CompiledFlow) -> Measure:
 
 
 def stationarity(flow: CompiledFlow) -> Measure | None:
-    """How ν(t) stands to its stationary value ν̄(w(t)), and the rates of the loss that go with it (Figs. 8–10).
+    """Compare ν(t) with its stationary value ν̄(w(t)), and measure the rates of the loss for ν̄ (Figs. 8–10).
 
-    The series, rates as dL/dt like ``loss_rate``:
+    The series are (rates are dL/dt per unit time, like ``loss_rate``):
 
     - ``stationary_cosine``: the cosine of ν(t) and ν̄(w(t)).
     - ``stationary_rate``: along the stationary flow (eq. 13).
     - ``naive_rate``: −‖∇L‖² in the metric of P(ν̄)⁻¹, the same without the curvature penalty.
-    - ``alternative_rate``: the same with the preconditioner that eq. (12) has without its second term.
+    - ``alternative_rate``: the same with the preconditioner that solves eq. (12) without its second term.
 
-    A bias correction, which ends, is taken at its end.  Of flows other than the central one nothing is measured: None.
+    A bias correction counts as completed.  The result is None for flows other than the central one.
 
     Raises:
         SpecError: if ν has no stationary value.
@@ -73,9 +73,9 @@ def stationarity(flow: CompiledFlow) -> Measure | None:
 
 
 def _rate_without_gradient(settled: StationaryFlow, y: State, g: Tensor) -> float | None:
-    """The rate of the loss with the alternative preconditioner; None where there is none: where it is singular.
+    """The rate of the loss with the alternative preconditioner, or None if that is singular.
 
-    Where the curvature along a weight is negative, the best P without the gradient may be zero there.
+    If the curvature along a weight is negative, the best P without the gradient may be zero there.
     """
     try:
         point = stationary(settled, y.w, t=y.t, tol=_TOL, max_iterations=_MOST, without="gradient")
@@ -89,18 +89,18 @@ def _rate_without_gradient(settled: StationaryFlow, y: State, g: Tensor) -> floa
     return float(rate)
 
 
-#: What can be measured, by name.
+#: All measures by name.
 MEASURES: dict[str, Callable[[CompiledFlow], Measure | None]] = {"sharpness": sharpness, "stationarity": stationarity}
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError unless all names are of measures."""
+    """Raise ValueError unless all names are names of measures."""
     if isinstance(names, str) or not set(names) <= set(MEASURES):
-        raise ValueError(f"measures={names!r}: a tuple of names, of {', '.join(map(repr, MEASURES))}.")
+        raise ValueError(f"measures={names!r}: give a tuple of names from {', '.join(map(repr, MEASURES))}.")
 
 
 def measured(measures: Sequence[Measure], y: State) -> dict[str, float]:
-    """All that is measured at y; what cannot be is left out."""
+    """The values of all measures at y; measures that fail are left out."""
     found: dict[str, float] = {}
     for measure in measures:
         try:
@@ -111,14 +111,14 @@ def measured(measures: Sequence[Measure], y: State) -> dict[str, float]:
 
 
 def without_correction(method: Method) -> Method:
-    """The method behind the end of its bias correction, if it has one."""
+    """The method without its bias correction, if it has one."""
     if not getattr(method, "bias_correction", False):
         return method
     return type(method)(**{**method.hyperparameters(), "bias_correction": False})
 
 
 def _cosine(nu: Nu, other: Nu) -> Tensor:
-    """The cosine of two ν, all parts of the second one together; a clock that only the first one has is left out."""
+    """The cosine of two ν over all parts of the second; a clock that only the first one has is left out."""
     if isinstance(other, dict):
         nu = {name: nu[name] for name in other}
     a, b = (torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)]) for tree in (nu, other))

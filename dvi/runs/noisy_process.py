@@ -1,4 +1,4 @@
-"""The flow with noise in progress: recorded as other flows, with what only it has."""
+"""The flow with noise in progress, recorded like other flows, with its own series in addition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvi.runs.observables import Observation, Observer
 from dvi.runs.process import FlowProcess
 from dvi.solvers.protocol import Array, State
 
-#: What a node has beside a flow's observation; those in the first row hold until they are looked at again.
+#: The series of a node besides a flow's observation; those in the first row keep their value until the next update.
 _OWN = ("radius", "outside", "lowest", "taylor", "noise", "rest", "directions")
 
 
@@ -26,13 +26,10 @@ class NoisyProcess(FlowProcess):
         ValueError: if a recorded time is not a whole number of steps.
     """
 
-    def __init__(self, flow: NoisyFlow, start: State, grid: Array, observer: Observer) -> None:
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The flow with noise takes whole steps: steps and save_every must be whole numbers.")
-        super().__init__(flow, NoisyStep(), start, grid, observer)
+    whole_steps, whole_times = "The flow with noise", True
 
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
+    def __init__(self, flow: NoisyFlow, start: State, grid: Array, observer: Observer) -> None:
+        super().__init__(flow, NoisyStep(), start, grid, observer)
 
     def _observe(self, y: State, node: Any) -> Observation:
         node = cast(NoisyNode, node)
@@ -61,7 +58,7 @@ class NoisyProcess(FlowProcess):
         )
 
     def _told(self, t: Array, series: dict[str, Array]) -> list[str]:
-        """What the user should know of the block, and when not to trust the flow."""
+        """Notes on the block, and on times when the flow should not be trusted."""
         if not len(self.nodes):
             return []
         flow = cast(NoisyFlow, self.flow)

@@ -1,4 +1,4 @@
-"""What a flow says about time averages of the optimizer, and what the optimizer itself shows.
+"""Time averages of the optimizer as a flow predicts them, and the same quantities of the optimizer itself.
 
 With iterates w_t = w + δ, E[δ] = 0 and E[δδᵀ] = Σ = UXUᵀ (paper, eqs. 7, 18, 22), to second order in δ
 
@@ -7,9 +7,9 @@ With iterates w_t = w + δ, E[δ] = 0 and E[δδᵀ] = Σ = UXUᵀ (paper, eqs. 
     E[(∂ᵢL)²]    ≈ (∂ᵢL)²  + (HΣH)ᵢᵢ
     E[h(w_t)]    ≈ h(w)    + ½⟨∇²h, Σ⟩                             (a network output h)
 
-Every observation below is a pair: the value on the flow, and what oscillations add to its time average.
+Every observation below is a pair: the value on the flow, and the contribution of oscillations to its time average.
 
-:meth:`Observer.next_term` measures how much these expansions leave out.
+:meth:`Observer.next_term` measures the size of the terms that these expansions leave out.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from dvi.compiler.flows import CompiledFlow
 from dvi.runs.measures import check_names
 from dvi.solvers.protocol import Array, Node, State, host, like
 
-#: An eigenvalue of X counts as an oscillation when it is above this part of the largest.
+#: An eigenvalue of X counts as an oscillation if it is larger than this fraction of the largest.
 OSCILLATES = 1e-7
 
-#: What a flow's observation holds, beside eigenvalues and X; "osc_*" is what oscillations add to the time average.
+#: The entries of a flow's observation besides eigenvalues and X; "osc_*": what oscillations add to the time average.
 Observation = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Observer:
-    """What to watch along a run.
+    """The quantities that are observed along a run.
 
     Args:
         coordinates: indices of weights that are observed with their νᵢ, and whose squared gradient is predicted.
         test_inputs: inputs of the network whose outputs are predicted.
-        measures: what is measured along the flows now and then, see :mod:`dvi.runs.measures`.
-        measure_every: unit times between measurements, at least.
+        measures: quantities that are measured now and then along the flows, see :mod:`dvi.runs.measures`.
+        measure_every: least number of unit times between measurements.
     """
 
     coordinates: Sequence[int] = ()
@@ -93,7 +93,7 @@ class Observer:
         return seen | self._observe_coordinates(y)
 
     def _observe_coordinates(self, y: State) -> dict[str, Array]:
-        """The weights at the coordinates, and ν there of a method whose ν has one value a weight."""
+        """The weights at the coordinates, and ν there if ν has one value for each weight."""
         if not len(self.coordinates):
             return {}
         index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=y.w.device)
@@ -102,7 +102,7 @@ class Observer:
         return dict(zip(names, host(y.w[index], *leaves), strict=False))
 
     def next_term(self, flow: CompiledFlow, y: State, node: Node) -> float:
-        """How large the terms are that the flow leaves out of the oscillation's force, relative to that force.
+        """Size of the next term of the oscillation's force, which the flow leaves out, relative to that force.
 
         The flow takes the time average of the gradient to be g + ½∇³L[Σ] (eq. 7), the first two terms of a Taylor
         series.  The series is compared with gradients at the oscillation's own amplitude.  With Σ = Σᵢ vᵢvᵢᵀ, the vᵢ
@@ -132,7 +132,7 @@ class Observer:
         size, missing, known = (float(x) for x in host(largest, (average - force).norm(), force.norm()))
         if not np.isfinite(missing):
             return float("inf")
-        rounding = 10 * torch.finfo(y.w.dtype).eps * size  # of a difference of gradients: some units in the last place
+        rounding = 10 * torch.finfo(y.w.dtype).eps * size  # of a difference of gradients: a few units in the last place
         return missing / known if rounding < 0.01 * known else float("nan")
 
     def observe_outputs(self, flow: CompiledFlow, y: State, node: Node) -> Observation:
@@ -148,7 +148,7 @@ class Observer:
         return {"outputs": value, "osc_outputs": osc}
 
     def observe_iterate(self, flow: CompiledFlow, y: State, g: Tensor) -> dict[str, Array]:
-        """The same quantities at an iterate of the optimizer, as they are."""
+        """The same quantities at an iterate of the optimizer, without averages."""
         seen = self._observe_coordinates(y)
         if len(self.coordinates):
             index = torch.as_tensor(list(self.coordinates), dtype=torch.long, device=g.device)

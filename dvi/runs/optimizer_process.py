@@ -22,25 +22,26 @@ from dvi.solvers.protocol import Array, State, host
 
 
 class DiscreteProcess(Process):
-    """The optimizer itself, one step ahead of what it shows: the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}.
+    """The optimizer itself.
+
+    It runs one step ahead of its results, because the midpoint ¼(w_{t−1} + 2w_t + w_{t+1}) needs w_{t+1}.
 
     Args:
         flow, start, grid, observer: see :class:`Process`.
-        eigen_every: unit times between looks at the eigenvalues, which the run itself does not need (0: never).
+        eigen_every: unit times between computations of the eigenvalues, which the run itself does not need (0: never).
 
     Raises:
         ValueError: if a recorded time is not a whole number of steps.
     """
 
+    whole_steps, whole_times = "The optimizer", True
     _own_state = ("previous", "loss", "g", "seen")
     flow: Discrete
 
     def __init__(self, flow: Discrete, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0) -> None:
         super().__init__(flow, start, grid, observer)
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
         self.eigen_every = eigen_every
-        self.seen: SpectrumEstimate | None = None  # the last look
+        self.seen: SpectrumEstimate | None = None  # the last computed eigenvalues
         self.previous: Tensor | None = None
         self.loss: Tensor | None = None
         self.g: Tensor | None = None
@@ -48,11 +49,8 @@ class DiscreteProcess(Process):
 
     @property
     def near_end(self) -> bool:
-        """Whether a schedule was asked for its last value, and later ones, which it need not have, do without."""
+        """Whether the run has used the last values of a schedule, after which the schedule may end."""
         return bool(self.flow.method.scheduled) and self.y.t - self.origin >= self.grid[-1] - 1e-9
-
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
 
     def advance(self) -> None:
         """One step of the optimizer."""
@@ -94,18 +92,18 @@ class DiscreteProcess(Process):
         self.previous, self.y, self.loss, self.g = y.w, following, next_loss, next_g
 
     def _look(self, y: State) -> Array:
-        """Effective eigenvalues at y if it is time for a look, else none; not counted as a cost of the run."""
+        """Effective eigenvalues at y if they are due, else none; they do not count as a cost of the run."""
         if not self.eigen_every or (self.seen is not None and y.t < self.seen.t + self.eigen_every - 1e-9):
             return np.empty(0)
         try:
             self.seen = self._watch.update(self.flow, y, self.seen, self.eigen_every)
         except (SolverError, ProblemError, NotPositiveDefiniteError, np.linalg.LinAlgError):
-            self.seen = None  # a look for display does not decide how a run ends
+            self.seen = None  # eigenvalues for display do not decide how a run ends
             return np.empty(0)
         return self.seen.shown
 
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
-        """Every step of the optimizer (whatever the grid: a thinned oscillation would show as something else)."""
+        """Every step of the optimizer, whatever the grid, because a thinned oscillation would be misleading."""
         t = np.array([node["t"] for node in self.nodes])
         names = [n for n in (self.nodes[0] if self.nodes else {}) if n not in ("t", "loss", "eigenvalues")]
         data = {name: np.array([node[name] for node in self.nodes]) for name in names}

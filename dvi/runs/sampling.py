@@ -1,8 +1,9 @@
-"""Observations of a run, put on its time grid.
+"""Transfers the observations of a run to its time grid.
 
-A flow is observed at the nodes of its integrator, which need not be the moments the user asked for.  Values on the flow
-are interpolated between nodes (the loss by its slope, too); what oscillations add is read from X, which an integrator
-may give as an average over a step, stamped at the step's middle.
+A flow is observed at the nodes of its integrator, which need not be the times that the user asked for.  Values on the
+flow are interpolated between nodes, the loss with its slopes.  The contributions of oscillations follow from X, which
+may be an average over a step and then belongs to the step's middle.  If momentum oscillates faster than steps are long,
+the interpolated loss would be wrong, and could be negative.  There the run evaluates the loss (:func:`doubtful`).
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ _POINTWISE = (
     "loss_rate",
 )  # stamped at t
 
-#: It does not yet where it is given this part of what it is given in the next step: it arrives at the end of this one.
+#: A direction whose X is less than this fraction of its X in the next step does not oscillate yet.
 ARRIVING = 1e-3
-#: A direction that no longer oscillates has left once its eigenvalue is this far below 2.
+#: A direction that stopped oscillating has left once its eigenvalue is this far below 2,
 FELL_OFF = 1e-3
-#: … or once X has been zero on it for so many unit times.
+#: or once its X has been zero for this many unit times.
 SILENT = 2.0
+#: An interpolated loss may leave the range between two nodes by this fraction of the range, too little for a picture,
+OUTSIDE = 0.01
+#: or by this fraction of the loss, because nodes at rest differ by rounding.
+SAME = 1e-9
 
 
 def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
-    """The observations at the times of ``grid``, all of which lie within the nodes' span."""
+    """The observations at the times of ``grid`` (unit times), all of which must lie between the first and last node."""
     t = np.array([node["t"] for node in nodes])
     X_time = np.array([node["X_time"] for node in nodes])
     out: dict[str, Any] = {"loss": _hermite(t, nodes, grid)}
+    for time, loss in (pair for node in nodes for pair in node.get("evaluated", ())):
+        out["loss"][grid == time] = loss
     for name in _POINTWISE:
         if name in nodes[0]:
             out[name] = _linear(t, [node[name] for node in nodes], grid)
@@ -61,13 +68,24 @@ def on_grid(nodes: list[Observation], grid: Array) -> dict[str, Any]:
     return out
 
 
-def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
-    """When directions start and stop to oscillate: (t, "enter" | "leave", how many oscillate from then on).
+def doubtful(before: Observation, after: Observation, times: Array) -> bool:
+    """Whether the interpolated loss at ``times`` leaves the range of the losses at the two nodes."""
+    loss = _hermite(np.array([before["t"], after["t"]]), [before, after], times)
+    low, high = sorted((before["loss"], after["loss"]))
+    slack = OUTSIDE * (high - low) + SAME * max(abs(low), abs(high))
+    return bool(np.any((loss < low - slack) | (loss > high + slack)))
 
-    A direction enters with the step that gives it a positive X and brings its eigenvalue to 2; where that X is less
-    than half of the next one, the direction arrived within the step, as long before its end as that share of it (X is
-    the mean over a step).  It leaves with the step from which on it is given none, once its eigenvalue has fallen off
-    2, or X has been silent long enough to mean it.
+
+def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
+    """The times at which directions start and stop oscillating.
+
+    A direction enters with the step in which its X is positive and its eigenvalue reaches 2.  X is the mean over a
+    step.  If it is less than half of the next X, the direction arrived inside the step, and the ratio of the two gives
+    the fraction of the step that was left.  A direction leaves with the first step in which its X is zero, once its
+    eigenvalue has fallen below 2 or its X has stayed zero for ``SILENT`` unit times.
+
+    Returns:
+        a list of (t, "enter" or "leave", number of oscillating directions from then on).
     """
     found: list[tuple[float, str, int]] = []
     largest, k = 0.0, 0
@@ -97,7 +115,7 @@ def breakpoints(nodes: list[Observation]) -> list[tuple[float, str, int]]:
 
 
 def _where_measured(t: Array, values: list[float], grid: Array) -> Array:
-    """Values that few nodes have, at the times of the grid next to them; NaN elsewhere."""
+    """Values that only a few nodes have, at the nearest times of the grid; NaN elsewhere."""
     out = np.full(len(grid), np.nan)
     for time, value in zip(t, values, strict=True):
         if not np.isnan(value):
@@ -114,7 +132,7 @@ def padded(rows: list[Array]) -> Array:
 
 
 def _place(t: Array, grid: Array) -> tuple[NDArray[np.intp], Array, Array]:
-    """For each time of the grid: the node before it, the part of the way to the next one, and how long that is."""
+    """For each time of the grid: the node before it, the fraction of the way to the next node, and that distance."""
     i = np.clip(np.searchsorted(t, grid, side="right") - 1, 0, len(t) - 2)
     h = t[i + 1] - t[i]
     return i, np.clip((grid - t[i]) / h, 0.0, 1.0), h
@@ -131,7 +149,7 @@ def _linear(t: Array, values: list[Any], grid: Array) -> Array:
 
 
 def _measured(nodes: list[Observation], grid: Array) -> dict[str, Array]:
-    """What was measured now and then, linear in between; NaN before the first and after the last time."""
+    """The measurements, linearly interpolated; NaN before the first and after the last."""
     out = {}
     for name in sorted({name for node in nodes for name in node.get("measured", {})}):
         known = [(node["t"], node["measured"][name]) for node in nodes if name in node.get("measured", {})]
@@ -141,7 +159,7 @@ def _measured(nodes: list[Observation], grid: Array) -> dict[str, Array]:
 
 
 def _hermite(t: Array, nodes: list[Observation], grid: Array) -> Array:
-    """Cubic interpolation of the loss by its values and slopes."""
+    """Cubic interpolation of the loss from its values and slopes."""
     y, dy = (np.array([node[name] for node in nodes]) for name in ("loss", "loss_rate"))
     if len(t) == 1:
         return np.full(len(grid), y[0])
@@ -152,7 +170,7 @@ def _hermite(t: Array, nodes: list[Observation], grid: Array) -> Array:
 
 
 def _eigenvalues(t: Array, rows: list[Array], grid: Array) -> Array:
-    """[len(grid), m], NaN where fewer were followed; linear between neighbouring looks that both have the value."""
+    """Eigenvalues [len(grid), m], linear between neighbouring nodes that both have the value, and NaN elsewhere."""
     looked = np.array([len(row) > 0 for row in rows])
     t, table = t[looked], padded(rows)[looked]
     out = np.full((len(grid), table.shape[1]), np.nan)

@@ -1,4 +1,4 @@
-"""The stochastic optimizer in progress: replicas in step, averaged over a window of time as they go."""
+"""The stochastic optimizer in progress: replicas that take their steps together, averaged over a window of time."""
 
 from __future__ import annotations
 
@@ -20,51 +20,48 @@ from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import SolverError
 from dvi.solvers.protocol import Array, State, host
 
-#: How many standard deviations of its Gaussian an average reaches, either way.
+#: The reach of an average in both directions, in standard deviations of its Gaussian.
 _REACH = 3.0
-#: Steps between two looks at the loss of all examples, which only the record needs.
+#: Steps between two evaluations of the loss over all examples, which only the record needs.
 _LOSS_EVERY = 5
 
 
 class SGDProcess(Process):
     """Replicas of the stochastic optimizer.
 
-    What is shown at t are averages over steps s with weights exp(−(s−t)²/2σ²), |s−t| ≤ 3σ, of each replica by itself;
-    near the start only the steps that there are.  Replicas run 3σ beyond the end, unless a schedule ends there.
+    Results at t are averages over steps s with weights exp(−(s−t)²/2σ²), |s−t| ≤ 3σ, for each replica separately.
+    Near the start, the average has only the steps since time 0.  Replicas run 3σ beyond the end, unless a schedule ends
+    there.
 
     Args:
         flow, start, grid, observer: see :class:`Process`.
-        eigen_every: unit times between looks at the leading eigenvalue at the averages (0: never).
+        eigen_every: unit times between computations of the leading eigenvalue at the averages (0: never).
 
     Raises:
         ValueError: if a recorded time is not a whole number of steps.
     """
 
+    whole_steps, whole_times = "The optimizer", True
     _own_state = ("open", "G", "losses", "step", "shown")
     flow: MiniBatchOptimizer
 
     def __init__(
         self, flow: MiniBatchOptimizer, start: State, grid: Array, observer: Observer, eigen_every: float = 5.0
     ) -> None:
-        if np.abs(grid - np.round(grid)).max() > 1e-9:
-            raise ValueError("The optimizer takes whole steps: steps and save_every must be whole numbers beside it.")
         super().__init__(flow, start, grid, observer)
         self.y = flow.spread_out(start)
         self.eigen_every, self.step = eigen_every, 0
         self.G: Tensor | None = None
         self.losses: Tensor | None = None
-        #: by grid point: the sums of an average that is not complete; never written to, so that a mark may keep them
+        #: by grid point: the sums of an incomplete average; they are never changed in place, so a mark may keep them
         self.open: dict[int, dict[str, Any]] = {}
         self.shown: tuple[Tensor, Any] = (start.w, start.nu)
         self._reach = round(_REACH * flow.sampling.window)
 
     @property
     def near_end(self) -> bool:
-        """Whether a longer run would have begun another average by now, or have steps that this one lacks."""
+        """Whether a longer run would have begun another average by now, or would have steps that this one lacks."""
         return bool(self.step + self._reach >= self.grid[-1] - 1e-9)
-
-    def _survey(self) -> None:
-        self.flow.timetable.survey(self.origin, self.origin + float(self.grid[-1]), whole=True)
 
     def weights(self, i: int) -> Tensor:
         """The averages of the replicas [R, d] at grid point i."""
@@ -87,7 +84,7 @@ class SGDProcess(Process):
         assert self.G is not None
         W, nu, sigma, s = self.y.w, self.y.nu, self.flow.sampling.window, self.step
         squares = torch.linalg.vector_norm(self.G, dim=1).square()
-        lengths = (W - self.flow.problem.w0).square().sum(dim=1)  # from a point nearby, so that digits are left
+        lengths = (W - self.flow.problem.w0).square().sum(dim=1)  # relative to a nearby point, to avoid cancellation
         loss = torch.stack([self.flow.problem.value(w) for w in W]) if s % _LOSS_EVERY == 0 else None
         near = np.flatnonzero(np.abs(self.grid - s) <= self._reach + 1e-9)
         changed = dict(self.open)
@@ -141,19 +138,19 @@ class SGDProcess(Process):
                 "apart": float(apart_),
             }
         )
-        # as far as the replicas had to go for it
+        # the cost of all steps until now, which include those that this average needs
         spent = int(np.ceil((self.step + 1) * R * flow.batch_size / flow.batches.n))
         self.counts.append({"gradients": spent, "hvps": 0, "third_derivatives": 0, "values": 0, "ccp_solves": 0})
 
     def _sharpness(self, W: Tensor, states: list[Any], t: float) -> Array:
-        """The leading effective eigenvalue at the average of each replica [R]; NaN where it was not found."""
+        """The leading effective eigenvalue at the average of each replica [R]; NaN if it was not found."""
         found = []
         for w, nu in zip(W, states, strict=True):
             try:
                 seen = EigenTracker().update_leading(self.flow, State(w, nu, self.origin + t), None)
                 found.append(float(seen.eigenvalues[0]))
             except (SolverError, ProblemError, NotPositiveDefiniteError, np.linalg.LinAlgError):
-                found.append(np.nan)  # a look for display does not decide how a run ends
+                found.append(np.nan)  # eigenvalues for display do not decide how a run ends
         return np.array(found)
 
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:

@@ -1,4 +1,4 @@
-"""Run one process: ``solve(flow, steps)``; and what it shares with running several (:mod:`dvi.compare`)."""
+"""Run one process: ``solve(flow, steps)``; with the functions that :func:`dvi.compare` shares with it."""
 
 from __future__ import annotations
 
@@ -68,24 +68,24 @@ def solve(
     """Integrate a flow, or run the optimizer, over ``steps`` unit times.
 
     Args:
-        flow: what :func:`dvi.central_flow`, :func:`dvi.stable_flow` or :func:`dvi.discrete` made.
-        steps: how long, in unit times (steps of the optimizer).
-        integrator: how (default: the integrator that suits the flow, see :func:`default_integrator`).
-        warm_start: this many steps of the real optimizer first, time 0 is after them; "auto": as many as it takes to
-            bring the effective sharpness below 2, and to fill the buffers of momentum.  "stationary": no steps, but ν
-            at its stationary value, see :func:`dvi.compare`.
+        flow: a result of :func:`dvi.central_flow`, :func:`dvi.stable_flow`, :func:`dvi.discrete` or their like.
+        steps: length of the run in unit times (steps of the optimizer).
+        integrator: drives the flow (default: the integrator that suits the flow, see :func:`default_integrator`).
+        warm_start: number of steps of the real optimizer before time 0.  "auto" takes as many as are needed to bring
+            the effective sharpness to 2 or below, and to fill the buffers of momentum.  "stationary" takes no steps,
+            but sets ν to its stationary value, see :func:`dvi.compare`.
         save_every: unit times between recorded moments.
-        save: ("w",) to record the weights at every recorded moment, too.
+        save: ("w",) records the weights, too, at every recorded moment.
         coordinates, test_inputs: what else to observe, see :class:`dvi.runs.observables.Observer`.
-        measures, measure_every: what to measure along a flow now and then, see :func:`dvi.compare`.
-        eigen_every: unit times between looks at the eigenvalues of the optimizer, which it does not need (0: never).
+        measures, measure_every: what to measure now and then along a flow, see :func:`dvi.compare`.
+        eigen_every: unit times between computations of the optimizer's eigenvalues, which it does not need (0: never).
         progress: show a progress bar.
-        throw: raise where the run cannot go on; otherwise give back what was computed, with its status.
+        throw: raise if the run cannot continue; otherwise return what was computed, with its status.
         start: a state to start from instead of the flow's own.
 
     Raises:
-        RunError: where the run or its warm start cannot go on, with a :class:`dvi.Status` and the Solution until then.
-        SpecError: if a schedule of the method fails in the time of the run.
+        RunError: if the run or its warm start cannot continue, with a :class:`dvi.Status` and the Solution until then.
+        SpecError: if a schedule of the method fails during the run.
         ValueError: if steps or save_every is not positive.
     """
     steps, save_every, eigen_every = numbers(steps=steps, save_every=save_every, eigen_every=eigen_every)
@@ -138,7 +138,7 @@ FAILURES = (
 
 
 def classify(error: BaseException) -> Status:
-    """The status that an exception of a run stands for."""
+    """The status for an exception of a run."""
     if isinstance(error, RunError):
         return error.status
     for kind, status in (
@@ -161,10 +161,10 @@ def classify(error: BaseException) -> Status:
 
 
 def verdict(error: BaseException, flow: CompiledFlow, y: State) -> tuple[Status, str]:
-    """The status that an exception of a flow at y stands for, and its words.
+    """The status for an exception of a flow at y, and its message.
 
-    Eigenvectors that do not converge are often weights that have run away: then that is what is said, if the optimizer
-    runs away from y, too.
+    If eigenvectors do not converge, the reason is often that the weights have diverged.  If the optimizer diverges from
+    y, too, the message says so.
     """
     status, words = classify(error), detail(error)
     if status is Status.NOT_CONVERGED:
@@ -181,17 +181,17 @@ def verdict(error: BaseException, flow: CompiledFlow, y: State) -> tuple[Status,
 
 
 def detail(error: BaseException) -> str:
-    """The exception's own words, without the status sentence that will stand before them."""
+    """The exception's own message, without the sentence of the status, which is printed before it."""
     return error.detail if isinstance(error, RunError) else str(error)
 
 
 def numbers(**arguments: Any) -> tuple[Any, ...]:
-    """Python's numbers for arguments that may be NumPy's, or tensors of shape []."""
+    """Convert numbers of NumPy and tensors of shape [] to Python's numbers."""
     return tuple(number(x, name) for name, x in arguments.items())
 
 
 def time_grid(steps: float, save_every: float) -> Array:
-    """Recorded times 0, save_every, … and the end itself."""
+    """The recorded times 0, save_every, …, and the end itself (unit times)."""
     if not 0 < steps < np.inf or not 0 < save_every < np.inf:
         raise ValueError(f"steps={steps} and save_every={save_every} must be positive and finite (unit times).")
     grid = np.arange(0, np.floor(steps / save_every + 1e-9) + 1) * float(save_every)
@@ -199,7 +199,7 @@ def time_grid(steps: float, save_every: float) -> Array:
 
 
 def default_integrator(flow: CompiledFlow) -> Integrator:
-    """What a flow is integrated with unless the user says otherwise: the first of ours that accepts it."""
+    """The default integrator of a flow: the first of the library's integrators that accepts it."""
     if isinstance(flow, NoisyFlow):
         return NoisyStep()
     candidates = (MacroStep(), SemiImplicit(), SemiImplicit(dt=1.0), Quasistatic())
@@ -214,7 +214,7 @@ def make_process(
     observer: Observer,
     eigen_every: float,
 ) -> Process:
-    """The process for a flow or an optimizer."""
+    """Make the process for a flow or an optimizer."""
     observer.check(len(flow.problem.w0))
     if isinstance(flow, Discrete):
         if integrator is not None:
@@ -234,7 +234,7 @@ def make_process(
 
 
 def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
-    """What a result says about how it was made."""
+    """The description of a run that its result stores."""
     import dvi
 
     return {
@@ -252,14 +252,15 @@ def describe(flow: CompiledFlow, steps: float) -> dict[str, Any]:
 
 
 def warm_up(flow: CompiledFlow, warm_start: WarmStart, start: State | None = None) -> tuple[State, list[str]]:
-    """The state after a few steps of the real optimizer, and what to tell the user about it.
+    """The state after a few steps of the real optimizer, and the notes on them.
 
-    With "auto", steps are taken until the effective sharpness at the iterate is at most 2, one look a step; and where
-    the buffers of momentum are empty, at least four times its lag τ′, since a flow cannot know what an empty buffer
-    does to the first steps.  With "stationary" no step is taken: ν is put to its stationary value at the first weights.
+    With "auto", the optimizer takes steps until the effective sharpness at the iterate is at most 2.  If the buffers of
+    momentum are empty, it takes at least four times the lag τ′, because a flow does not describe the effect of an empty
+    buffer on the first steps.  With "stationary" it takes no step, but ν gets its stationary value at the first
+    weights.
 
     Raises:
-        RunError: if the optimizer diverges meanwhile (DIVERGED), or does not settle (INFEASIBLE_START).
+        RunError: if the optimizer diverges (DIVERGED), or its sharpness stays above 2 (INFEASIBLE_START).
     """
     if start is not None and not isinstance(start, State):
         raise ValueError(f"start is a dvi.State(w, nu, t), not a {type(start).__name__}.")
@@ -297,7 +298,7 @@ def settled(flow: CompiledFlow, y: State) -> State:
 
     Raises:
         SpecError: if ν has no stationary value.
-        RunError: if it is not found.
+        RunError: if the stationary value is not found.
     """
     try:
         return replace(y, nu=stationary(flow, y.w, t=y.t).nu)
@@ -308,7 +309,7 @@ def settled(flow: CompiledFlow, y: State) -> State:
 def _settle(
     optimizer: Discrete, y: State, limit: int, until_stable: bool, at_least: int = 0
 ) -> tuple[State, int, float]:
-    """At most ``limit`` steps of the optimizer: the state, how many, and the effective sharpness at first."""
+    """Take at most ``limit`` steps of the optimizer: the state, their number, and the first effective sharpness."""
     loss, g = optimizer.problem.value_and_grad(y.w)
     begin = float(loss)
     watch, first, suspected = EigenTracker(), float("nan"), False
@@ -318,8 +319,8 @@ def _settle(
             _refuse_divergence(optimizer, y, begin)
         if until_stable and (taken == 0 or taken >= at_least):
             try:
-                seen = watch.update_leading(optimizer, y, None)  # anew: an early step may change P beyond recognition
-            except FAILURES:  # no eigenvectors: of a loss that is hard, or of weights that have run away?
+                seen = watch.update_leading(optimizer, y, None)  # anew: an early step may change P completely
+            except FAILURES:  # either the loss is hard, or the weights have diverged
                 _refuse_divergence(optimizer, y, begin)
                 raise
             sharpness = float(seen.eigenvalues[0])
@@ -339,10 +340,10 @@ def _settle(
 
 
 def _refuse_divergence(optimizer: Discrete, y: State, begin: float) -> None:
-    """Let the optimizer go on from y, without looks at eigenvectors, and raise if it does not come back.
+    """Let the optimizer continue from y, without eigenvectors, and raise if it diverges.
 
     Raises:
-        OptimizerDivergedError: if it ends where numbers end, or at far more than the loss to ``begin`` with.
+        OptimizerDivergedError: if numbers overflow, or if the loss ends far above ``begin``.
     """
     loss, g = optimizer.value_and_grad(y)
     here = loss
@@ -356,7 +357,7 @@ def _refuse_divergence(optimizer: Discrete, y: State, begin: float) -> None:
 
 
 def _run_away(loss: Tensor, begin: float) -> bool:
-    """Has the loss grown beyond what a catapult does?"""
+    """Has the loss grown more than in a catapult phase?"""
     return float(loss) - begin > 1e3 * abs(begin)
 
 

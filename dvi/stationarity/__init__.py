@@ -1,1 +1,1 @@
-"""The stationary ν of a method, and the flow that keeps to it (paper, eqs. 12 and 13)."""
+"""The stationary ν of a method, and the flow with ν at its stationary value (paper, eqs. 12 and 13)."""

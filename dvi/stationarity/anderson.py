@@ -14,10 +14,10 @@ from dvi.solvers.protocol import host, like
 class Anderson:
     """Proposes the next iterate from the last ones and their images.
 
-    For a linear F it does what GMRES does, so that a slow mode costs the square root of its iterations.
+    For a linear F it is equivalent to GMRES, so that a slow mode needs only the square root of its iterations.
 
     Args:
-        window: how many earlier steps are combined.
+        window: the number of earlier steps that are combined.
     """
 
     window: int = 8
@@ -25,12 +25,12 @@ class Anderson:
     _steps: list[Tensor] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Start anew: F has changed, or the combination led astray."""
+        """Start anew, after a change of F or a bad combination."""
         self._points.clear()
         self._steps.clear()
 
     def next(self, x: Tensor, image: Tensor) -> Tensor:
-        """The next iterate, given the last one and F of it (of one shape)."""
+        """The next iterate, given the last one and its image under F; all have one shape."""
         step = image - x
         self._points.append(x)
         self._steps.append(step)

@@ -1,10 +1,10 @@
-"""The stationary ν: where ν would settle if the weights were held (paper, §5.2.1, App. B, C.6).
+"""The stationary ν: the value to which ν settles if the weights are held fixed (paper, §5.2.1, App. B, C.6).
 
-For any spec that forgets.  At fixed w, with g = ∇L(w) and H = ∇²L(w), the pair (ν, Σ) of
+It exists for every spec that forgets.  At fixed w, with g = ∇L(w) and H = ∇²L(w), it is the ν of the pair (ν, Σ) with
 
     f(ν, g) + ½∇²_g f[HΣH] = 0,        0 ⪯ Σ  ⟂  2P(ν) − H ⪰ 0.
 
-With Σ = DDᵀ, D [d, r], complementarity says P(ν)⁻¹HD = 2D, and the paper's fixed point for RMSProp becomes, for any
+With Σ = DDᵀ, D [d, r], complementarity means P(ν)⁻¹HD = 2D.  The paper's fixed point for RMSProp then becomes, for any
 (f, P),
 
     ν ← the root of f(ν, g) + ½ Σⱼ ∇²_g f[HDⱼ, HDⱼ],        D ← ½ P(ν)⁻¹ H D.
@@ -39,29 +39,29 @@ def stationary(
     seed: int = 0,
     without: Literal["gradient"] | None = None,
 ) -> StationaryPoint:
-    """The ν at which dν/dt = 0 at fixed weights, with the oscillation that holds it there.
+    """The ν with dν/dt = 0 at fixed weights, and the oscillation that maintains it.
 
     Args:
-        flow: a compiled flow, see :func:`dvi.central_flow`; of its method, f must forget (an average).
+        flow: a compiled flow, see :func:`dvi.central_flow`; the f of its method must forget (an average).
         w: weights [d] (default: the flow's initial ones).
         t: the clock, for methods with schedules (unit times).
         by: "fixed point" needs Hessian–vector products with r directions only.  "sdp" solves eq. (12) as a semidefinite
             program: for RMSProp with ε = 0 and about a hundred weights, as a reference.
         tol: relative residual to be reached (default: 1e-9, in float32 1e-5); eigenvalues of P⁻¹H are then at most
             2 + 1000 tol.
-        max_iterations: of the fixed point, r Hessian–vector products each.
-        rank: columns r of D to start with; it grows where more directions oscillate.
-        start: a point nearby, to start from.
-        seed: of the first D.
-        without: "gradient" leaves g = ∇L(w) out of f, so that the oscillation alone holds ν.  For RMSProp P(ν) then
-            solves eq. (12) without its second term, the paper's alternative preconditioner (Fig. 9).
+        max_iterations: limit for the fixed point; each iteration takes r Hessian–vector products.
+        rank: the first number r of columns of D; it grows if more directions oscillate.
+        start: a nearby point to start from.
+        seed: of the random first D.
+        without: "gradient" leaves g = ∇L(w) out of f, so that the oscillation alone maintains ν.  For RMSProp, P(ν)
+            then solves eq. (12) without its second term, the paper's alternative preconditioner (Fig. 9).
 
     Raises:
-        SpecError: if ν has no stationary value: a method without state, or whose ν forgets nothing (AdaGrad, the clock
-            of a bias correction); with by="sdp", if the method is not RMSProp with ε = 0.
+        SpecError: if ν has no stationary value: the method has no state, or a part of ν never forgets (AdaGrad, the
+            clock of a bias correction).  With by="sdp", if the method is not RMSProp with ε = 0.
         ConvergenceError: if the fixed point is not reached.
         MemoryLimitError: with by="sdp", if there are too many weights.
-        ValueError: for another ``by`` or ``without``.
+        ValueError: for any other ``by`` or ``without``.
     """
     if without not in (None, "gradient"):
         raise ValueError(f'without is "gradient" or None, not {without!r}.')
@@ -77,10 +77,10 @@ def stationary(
 
 
 def duality(flow: CompiledFlow, point: StationaryPoint) -> Bounds:
-    """Primal and dual value of eq. (12) at a stationary point: their gap bounds the error of both (App. B, errata).
+    """Primal and dual value of eq. (12) at a stationary point; their gap bounds the error of both (App. B, errata).
 
-    Both points are first scaled to be feasible, so the bound holds whatever the point's residual is (to the accuracy of
-    its leading eigenvalue).
+    Both points are first scaled to be feasible.  The bound therefore holds for any residual of the point, up to the
+    error of its leading eigenvalue.
 
     Raises:
         SpecError: if the method is not RMSProp with ε = 0.
@@ -94,13 +94,13 @@ def duality(flow: CompiledFlow, point: StationaryPoint) -> Bounds:
 
 
 def _program(method: Method, t: float) -> float:
-    """The learning rate of a method that eq. (12) is about."""
+    """The learning rate of a method to which eq. (12) applies."""
     now = method.at(t)
     plain = now.Q().trivial and now.decay() is None
     if not isinstance(now, RMSProp) or now.bias_correction or now.eps != 0 or not plain:
         raise SpecError(
-            f"{method}: the convex program (eq. 12) belongs to RMSProp with eps=0 and bias_correction=False, without "
-            'weight decay; for others take by="fixed point".'
+            f"{method}: the convex program (eq. 12) applies only to RMSProp with eps=0 and bias_correction=False, "
+            'without weight decay. For other methods take by="fixed point".'
         )
     return float(now.lr)
 
@@ -112,7 +112,7 @@ def _by_sdp(flow: CompiledFlow, balance: Balance) -> StationaryPoint:
     H, grad = host(flow.problem.hvp(w, torch.eye(len(w), dtype=w.dtype, device=w.device)), g)
     found = stable_diagonal(0.5 * (H + H.T), grad / lr)
     values, Q = np.linalg.eigh(0.5 * lr**2 * found.multiplier)
-    kept = values > 1e-6 * max(values[-1], np.finfo(np.float64).tiny)  # the interior point leaves some 1e-9 behind
+    kept = values > 1e-6 * max(values[-1], np.finfo(np.float64).tiny)  # the solver leaves about 1e-9
     D = like(Q[:, kept] * np.sqrt(values[kept]), w)
     nu = {"v": like((lr * found.p) ** 2, w)}
     return balance.point(D, flow.problem.hvp(w, D), nu, balance.look(nu, D, 1e-6), found.bounds.gap, 0, 0.0)

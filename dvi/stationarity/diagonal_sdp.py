@@ -1,9 +1,9 @@
-"""The cheapest diagonal above half a symmetric matrix: what RMSProp solves (paper, eq. 12 and App. B).
+"""The convex program that RMSProp solves: the cheapest diagonal p with H ⪯ 2 diag(p) (paper, eq. 12 and App. B).
 
     primal    min_p  Σ pᵢ + cᵢ²/pᵢ                    s.t.  H ⪯ 2 diag(p)
     dual      max_Σ̂  ⟨Σ̂, H⟩ + 2 Σ cᵢ √(1 − 2Σ̂ᵢᵢ)     s.t.  Σ̂ ⪰ 0,  diag Σ̂ ≤ ½
 
-With c = |g|/η the minimiser is RMSProp's stationary preconditioner; with c = 0 it is the alternative of Fig. 9.
+With c = |g|/η the minimiser is RMSProp's stationary preconditioner; with c = 0 it is the alternative one of Fig. 9.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ LARGEST = 120  # the interior point method factorises matrices of order d²/2: s
 
 @dataclass(frozen=True)
 class Bounds:
-    """A value of the primal and one of the dual, each at a feasible point: the optimum lies between them."""
+    """A primal and a dual value, each at a feasible point; the optimum lies between them."""
 
     primal: float
     dual: float
 
     @property
     def gap(self) -> float:
-        """(primal − dual)/|primal|: by how much, at most, either misses the optimum."""
+        """(primal − dual)/|primal|: a bound on the relative error of both values."""
         return (self.primal - self.dual) / max(abs(self.primal), np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
 class StableDiagonal:
-    """The minimiser p [d], the multiplier Σ̂ [d, d] of the constraint, and the bounds they prove."""
+    """The minimiser p [d], the multiplier Σ̂ [d, d] of the constraint, and the bounds that follow from them."""
 
     p: Array
     multiplier: Array
@@ -49,7 +49,7 @@ def bounds(p: Array, c: Array, top: float, multiplier_diagonal: Array, multiplie
         p: [d], positive where c or H is not zero.
         c: [d].
         top: the largest eigenvalue of diag(p)⁻¹H; above 2, p is scaled up by top/2.
-        multiplier_diagonal: diag Σ̂ [d], Σ̂ ⪰ 0; where it exceeds ½, Σ̂ is scaled down.
+        multiplier_diagonal: diag Σ̂ [d], Σ̂ ⪰ 0; if an entry exceeds ½, Σ̂ is scaled down.
         multiplier_on_H: ⟨Σ̂, H⟩.
     """
     p = p * max(1.0, top / 2)
@@ -61,15 +61,15 @@ def bounds(p: Array, c: Array, top: float, multiplier_diagonal: Array, multiplie
 
 
 def require_small(d: int) -> None:
-    """Refuse a semidefinite program of more than a hundred or so weights.
+    """Refuse a semidefinite program that is too large.
 
     Raises:
         MemoryLimitError: if d is larger than :data:`LARGEST`.
     """
     if d > LARGEST:
         raise MemoryLimitError(
-            f"The semidefinite program of d = {d} weights needs about d⁴ numbers and d⁶ operations; it is solved up to "
-            f'd = {LARGEST}. Use the fixed point (by="fixed point"), which needs Hessian–vector products only.'
+            f"The semidefinite program of d = {d} weights needs about d⁴ numbers and d⁶ operations; the limit is "
+            f'd = {LARGEST}. Use the fixed point (by="fixed point"), which needs only Hessian–vector products.'
         )
 
 
@@ -79,11 +79,11 @@ def stable_diagonal(H: Array, c: Array, *, tol: float = 1e-13) -> StableDiagonal
     Args:
         H: symmetric [d, d].
         c: [d].
-        tol: accuracy asked of the interior point method, relative to the scale of the problem.  The error of p is of
-            order √gap, and what rounding allows, a gap of 1e-10 or less, is reached by asking for more.
+        tol: accuracy of the interior point method, relative to the scale of the problem.  The error of p is of order
+            √gap.  The default asks for more than rounding allows, which gives a gap of 1e-10 or less.
 
     Returns:
-        p, Σ̂, and their bounds, whose gap says what was reached.
+        p, Σ̂, and their bounds; the gap shows the accuracy reached.
 
     Raises:
         MemoryLimitError: if d is larger than :data:`LARGEST`.
@@ -97,18 +97,18 @@ def stable_diagonal(H: Array, c: Array, *, tol: float = 1e-13) -> StableDiagonal
     H, c = np.asarray(H, dtype=np.float64), np.abs(np.asarray(c, dtype=np.float64))
     d = len(c)
     if H.shape != (d, d) or not np.allclose(H, H.T, rtol=0, atol=1e-9 * max(np.abs(H).max(initial=0.0), 1e-300)):
-        raise ValueError(f"H must be a symmetric matrix [{d}, {d}] for c [{d}], and has shape {H.shape}.")
+        raise ValueError(f"H must be a symmetric matrix [{d}, {d}] for c [{d}], but has shape {H.shape}.")
     require_small(d)
     scale = max(np.abs(H).max(initial=0.0), c.max(initial=0.0)) or 1.0
     p = cp.Variable(d)
-    slack = cp.Variable(d, nonneg=True)  # cᵢ²/pᵢ ≤ slackᵢ, left out where c is zero: there p may be zero, too
+    slack = cp.Variable(d, nonneg=True)  # cᵢ²/pᵢ ≤ slackᵢ; left out where c is zero, because p may be zero there
     pulled = np.flatnonzero(c > 0)
     above = 2 * cp.diag(p) - H / scale >> 0
     constraints = [above, p >= 0]
     constraints += [cp.quad_over_lin(c[i] / scale, p[i]) <= slack[i] for i in pulled]
     problem = cp.Problem(cp.Minimize(cp.sum(p) + cp.sum(slack)), constraints)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate": the gap says how much
+        warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate": the gap measures it
         problem.solve(solver="CLARABEL", tol_gap_abs=tol, tol_gap_rel=tol, tol_feas=tol)
     if p.value is None:
         raise ConvergenceError(f"Clarabel found no stable diagonal ({problem.status}): is H finite and well scaled?")

@@ -1,4 +1,4 @@
-"""The equation that a stationary ν satisfies at fixed weights, and the point that solves it."""
+"""The equation for a stationary ν at fixed weights, and the point that solves it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dvi.solvers.svec import triu
 
 @dataclass(frozen=True)
 class StationaryPoint:
-    """Where ν would settle at fixed weights.
+    """The stationary ν at fixed weights, with the oscillation that maintains it.
 
     Attributes:
         w: the weights [d].
@@ -31,9 +31,10 @@ class StationaryPoint:
         HU: H(w) U [d, k].
         X: their covariance [k, k], Σ = UXUᵀ.
         block: leading eigenpairs of the effective Hessian at ν; the first eigenvalue is 2 where k > 0.
-        residual: of both equations, relative: the change of ν by a Newton step, and ‖½P⁻¹HD − D‖ in the P-metric.
-        iterations: of the fixed point.
-        t: the clock, for methods with schedules.
+        residual: relative residual of both equations: the change of ν by a Newton step, and ‖½P⁻¹HD − D‖ in the
+            P-metric.
+        iterations: number of iterations of the fixed point.
+        t: the clock, for methods with schedules (unit times).
     """
 
     w: Tensor
@@ -48,7 +49,7 @@ class StationaryPoint:
 
     @property
     def k(self) -> int:
-        """How many directions oscillate."""
+        """The number of oscillating directions."""
         return len(self.X)
 
     @property
@@ -59,22 +60,22 @@ class StationaryPoint:
 
     @property
     def covariance_diagonal(self) -> Tensor:
-        """The diagonal of Σ [d]: variances of the weights."""
+        """The diagonal of Σ [d]: the variances of the weights."""
         return (self.D**2).sum(dim=1)
 
     @property
     def sharpness(self) -> float:
-        """The effective sharpness at ν: 2 where something oscillates, less elsewhere."""
+        """The effective sharpness at ν: 2 if a direction oscillates, less otherwise."""
         return float(self.block.eigenvalues[0])
 
     @property
     def state(self) -> State:
-        """(w, ν, t), to start a flow from."""
+        """The state (w, ν, t), from which a flow can start."""
         return State(self.w, self.nu, self.t)
 
 
 class Balance:
-    """The stationarity of ν at fixed w: the root of f(ν, g) + ½ Σⱼ ∇²_g f[HDⱼ, HDⱼ], and what goes with it.
+    """The equation f(ν, g) + ½ Σⱼ ∇²_g f[HDⱼ, HDⱼ] = 0 for ν at fixed w.
 
     Raises:
         SpecError: if ν has no stationary value.
@@ -84,10 +85,10 @@ class Balance:
         self.flow, self.w, self.g, self.t = flow, w, g, t
         self.method = flow.calculus.metric.at(t)
         if flow.calculus.stateless:
-            raise SpecError(f"{flow.method} has no ν that could settle: P is what it is.")
+            raise SpecError(f"{flow.method} has no ν, so it has no stationary state.")
         if flow.covariance != "gradient-covariance":
             raise SpecError('A stationary ν is defined with covariance="gradient-covariance" (C.6).')
-        # Where to start from: an average started at zero is exactly zero where the gradient is.
+        # An average that starts at zero stays exactly zero where the gradient is zero, so this is not the start.
         self.example = pytree.tree_map(torch.add, self.method.init(w), self.method.f(self.method.init(w), g))
         self._require_forgetting()
 
@@ -96,20 +97,20 @@ class Balance:
         return derivative(lambda nu: self.method.f(nu, self.g), nu, dnu)
 
     def _divide(self, rhs: Nu, nu: Nu) -> Nu:
-        """(∂f/∂ν)⁻¹ rhs, where ∂f/∂ν is diagonal."""
+        """(∂f/∂ν)⁻¹ rhs, for a diagonal ∂f/∂ν."""
         slope = self.flow.calculus.replays(diagonal_slope, self.method, nu, self.g)
         return pytree.tree_map(lambda r, x: still(r, r / x), rhs, slope)
 
     def _require_forgetting(self) -> None:
         if not self.flow.calculus.elementwise:
-            return  # a singular ∂f/∂ν then shows in the solve
+            return  # the solve detects a singular ∂f/∂ν
         slope = self._slope(self.example, pytree.tree_map(torch.ones_like, self.example))
         for path, leaf in pytree.tree_flatten_with_path(slope)[0]:
             if float(leaf.max()) > -1e-12:
                 raise SpecError(
-                    f"{self.flow.method}: ν{pytree.keystr(path)} never forgets (∂f/∂ν = {float(leaf.max()):.2g}, for "
-                    "an average −(1 − β₂)), so it has no stationary value. AdaGrad's sum grows forever; a bias "
-                    "correction ends, and bias_correction=False is where it ends."
+                    f"{self.flow.method}: ν{pytree.keystr(path)} never forgets (∂f/∂ν = {float(leaf.max()):.2g}; it "
+                    "is −(1 − β₂) for an average), so it has no stationary value. AdaGrad's sum grows forever. A bias "
+                    "correction fades out: take bias_correction=False."
                 )
 
     def _curvatures(self, nu: Nu, h: Tensor, other: Tensor) -> Nu:
@@ -130,7 +131,7 @@ class Balance:
         return pytree.tree_map(lambda x: 0.5 * x.sum(dim=0), self._curvatures(nu, HD.T, HD.T))
 
     def newton(self, nu: Nu, HD: Tensor) -> Nu:
-        """The Newton step of ν towards the root (exact for an average: f is affine in ν)."""
+        """The Newton step of ν towards the root; it is exact for an average, whose f is affine in ν."""
         rhs = pytree.tree_map(lambda a, b: -(a + b), self.method.f(nu, self.g), self.push(nu, HD))
         if self.flow.calculus.elementwise:
             return self._divide(rhs, nu)
@@ -140,7 +141,7 @@ class Balance:
             raise SpecError(f"{self.flow.method}: ∂f/∂ν is singular: a part of ν never forgets.") from None
 
     def response(self, nu: Nu, HU: Tensor) -> Nu:
-        """How the root moves with X, for every svec basis element: a pytree like ν with a leading n = k(k+1)/2."""
+        """The derivative of the root in X by svec basis element: a pytree like ν with a leading n = k(k+1)/2."""
         rows, columns = torch.triu_indices(HU.shape[1], HU.shape[1], device=HU.device)
         weight = like(0.5 * triu(HU.shape[1]).weight, HU)
         pairs = self._curvatures(nu, HU.T[rows], HU.T[columns])
@@ -150,8 +151,8 @@ class Balance:
         return solve_coupled(lambda dnu: self._slope(nu, dnu), nu, rhs, batched=True)
 
     def root(self, nu: Nu, HD: Tensor) -> Nu:
-        """The stationary ν for a given HD, from a ν nearby."""
-        # Newton: the step after one of √eps is rounding.  An average takes one step, its equation is affine.
+        """The stationary ν for a given HD, by Newton's method from a nearby ν."""
+        # The step after one of size √eps is rounding.  An average needs only one step, because its f is affine.
         floor = torch.finfo(self.w.dtype).eps ** 0.5
         for _ in range(50):
             step = self.newton(nu, HD)
@@ -161,10 +162,10 @@ class Balance:
                 return nu
             if not np.isfinite(change):
                 break
-        raise ConvergenceError(f"{self.flow.method}: f(ν, g) + ½∇²_g f[HΣH] = 0 has no root within reach of ν.")
+        raise ConvergenceError(f"{self.flow.method}: Newton's method found no root of f(ν, g) + ½∇²_g f[HΣH] near ν.")
 
     def look(self, nu: Nu, D: Tensor, tol: float, block: Eigenblock | None = None) -> Eigenblock:
-        """Leading eigenpairs of the effective Hessian at ν, among them all above 2."""
+        """Leading eigenpairs of the effective Hessian at ν, including all above 2."""
         subspace = CriticalSubspace(tol=max(1e-5, tol))
         A, want = self.flow.effective_hessian(State(self.w, nu, self.t)), CRITICAL - 1e-3
         if not D.shape[1]:
@@ -177,7 +178,10 @@ class Balance:
     def point(
         self, D: Tensor, HD: Tensor, nu: Nu, block: Eigenblock, residual: float, iterations: int, cut: float
     ) -> StationaryPoint:
-        """The stationary point with Σ = DDᵀ, without directions of less than ``cut`` times the largest variance."""
+        """The stationary point with Σ = DDᵀ.
+
+        Directions with less than ``cut`` times the largest variance are dropped.
+        """
         (G,) = host(D.T @ self.flow.calculus.P(nu, self.t).apply(D))
         X, Q = np.linalg.eigh(0.5 * (G + G.T)) if len(G) else (np.zeros(0), np.zeros((0, 0)))
         least = cut * max(X.max(initial=0.0), np.finfo(np.float64).tiny)
@@ -187,7 +191,7 @@ class Balance:
 
 
 def relative(change: Nu, nu: Nu) -> float:
-    """The largest relative change of an entry of ν; entries that are and stay zero don't count."""
+    """The largest relative change of an entry of ν; entries that are zero and stay zero do not count."""
     worst = 0.0
     for dx, x in zip(pytree.tree_leaves(change), pytree.tree_leaves(nu), strict=True):
         size = torch.maximum(x.abs(), torch.finfo(x.dtype).eps ** 2 * x.abs().max())

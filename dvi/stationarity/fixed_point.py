@@ -1,8 +1,8 @@
-"""The fixed point of Appendix B for any spec: D ← ½P(ν(D))⁻¹HD, Σ = DDᵀ (see :mod:`dvi.stationary`).
+"""The fixed point of Appendix B for any spec: D ← ½P(ν(D))⁻¹HD, Σ = DDᵀ (see :mod:`dvi.stationarity.api`).
 
-What makes it dependable: a shift against eigenvalues of −2 and below, on which the plain iteration would rest as well;
-Anderson acceleration, taken back where it leads astray; a Newton step in the variances now and then; and a look at the
-leading eigenvalues before anything is called done.
+Four additions make it dependable.  A shift excludes eigenvalues of −2 and below, where the plain iteration would also
+come to rest.  Anderson acceleration is undone when it increases the residual.  A Newton step in the variances is taken
+now and then.  And the leading eigenvalues are checked before a point is accepted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dvi.solvers.svec import smat, svec, triu
 from dvi.stationarity.anderson import Anderson
 from dvi.stationarity.equation import Balance, StationaryPoint, relative
 
-_CALM = 4  # plain steps before acceleration is tried (again)
+_CALM = 4  # plain steps before acceleration is tried
 _REBALANCE = 40  # iterations between Newton steps in the variances
 
 
 @dataclass
 class Search:
-    """The fixed point, accelerated.
+    """The accelerated fixed-point iteration.
 
     Args:
         balance: the equation for ν.
@@ -43,11 +43,11 @@ class Search:
     seed: int
 
     def run(self, start: StationaryPoint | None) -> StationaryPoint:
-        """Iterate, and when the iteration rests, look whether a direction above 2 was missed."""
+        """Iterate until the residual is below tol and no direction above 2 is missing."""
         balance, flow = self.balance, self.balance.flow
         D, nu = self._first(start)
         anderson, shift, calm = Anderson(), 0.0, _CALM
-        best, fallback, plain = np.inf, D, calm  # the lowest residual since a quiet moment, and the plain step from it
+        best, fallback, plain = np.inf, D, calm  # the lowest residual since the plain steps, and the step from it
         residual, quiet = np.inf, 0
         for iteration in range(self.max_iterations):
             HD = flow.problem.hvp(balance.w, D)
@@ -66,16 +66,16 @@ class Search:
                 block = balance.look(nu, D, self.tol)
                 if block.eigenvalues[0] <= CRITICAL + 1e3 * self.tol:
                     return balance.point(D, HD, nu, block, residual, iteration, self.tol)
-                # Acceleration seeks roots, also those that miss a direction: give that its variance, and go slowly.
+                # Acceleration also finds roots that miss a direction: give it its variance, then take plain steps.
                 D = self._rebalanced(D, nu) if D.shape[1] else self._awakened(nu, block)
                 D, calm = self._with_noise(D, nu, 2), 2 * calm
                 best, plain = np.inf, calm
                 continue
-            # A shift keeps the iteration from resting on eigenvalues of −2 and below, and damps it.
+            # A shift keeps the iteration from converging to eigenvalues of −2 and below, and damps it.
             wanted = max(0.0, (-0.5 - _lowest(M, G) / 2) / 1.5)
             if wanted > shift * 1.001:
                 shift, best, plain = 1.2 * wanted, np.inf, calm
-            elif not plain and residual > 2 * best:  # acceleration led astray: back, and a few plain steps
+            elif not plain and residual > 2 * best:  # acceleration failed: go back, and take a few plain steps
                 D, best, plain = fallback, np.inf, calm
                 continue
             elif plain == 1 and residual > 3 * best:
@@ -96,13 +96,13 @@ class Search:
                 D = anderson.next(D, following)
         raise ConvergenceError(
             f"The stationary ν of {flow.method} was not reached: relative residual {residual:.1e} against "
-            f"{self.tol:.1e} after {self.max_iterations} iterations. Where an eigenvalue is barely below 2 convergence "
-            "is slow: raise max_iterations or loosen tol; in float32, compute in float64. Where a gradient is exactly "
+            f"{self.tol:.1e} after {self.max_iterations} iterations. Convergence is slow if an eigenvalue is barely "
+            "below 2: raise max_iterations or loosen tol; in float32, compute in float64. If a gradient is exactly "
             "zero and the curvature negative, ν may have to be zero and P singular: then there is no stationary flow."
         )
 
     def _first(self, start: StationaryPoint | None) -> tuple[Tensor, Nu]:
-        """Where to start: D [d, r] and ν."""
+        """The first D [d, r] and ν."""
         balance = self.balance
         if start is not None:
             return (self._with_noise(start.D, start.nu, 2) if start.k else start.D), start.nu
@@ -110,7 +110,7 @@ class Search:
         nu = balance.root(balance.example, w.new_zeros(len(w), 0))
         D = self._noise(min(self.rank, len(w)))
         HD = balance.flow.problem.hvp(w, D)
-        # as large as to matter for ν beside the gradient
+        # large enough to change ν by as much as the gradient does
         moved = pytree.tree_map(torch.sub, balance.root(nu, HD), nu)
         size, change = (float(sum((x**2).sum() for x in pytree.tree_leaves(tree))) for tree in (nu, moved))
         scale = (size / change) ** 0.25 if size > 0 and change > 0 else 1.0
@@ -134,7 +134,7 @@ class Search:
         return torch.cat([D, 1e-3 * torch.linalg.vector_norm(P.sqrt(D)) * fresh], dim=1)
 
     def _awakened(self, nu: Nu, block: Eigenblock) -> Tensor:
-        """A first D where nothing oscillated: the directions above 2, as large as to change ν by a tenth."""
+        """A first D if nothing oscillated: the directions above 2, large enough to change ν by a tenth."""
         balance = self.balance
         missed = np.flatnonzero(block.eigenvalues > CRITICAL + 1e3 * self.tol)
         U = balance.flow.calculus.P(nu, balance.t).inv_sqrt(block.V[:, missed.tolist()])
@@ -142,10 +142,10 @@ class Search:
         return (0.1 / change) ** 0.5 * U if np.isfinite(change) and change > 0 else U
 
     def _rebalanced(self, D: Tensor, nu: Nu) -> Tensor:
-        """D with the variances that a Newton step asks for: a complementarity problem in span(D) and the top of A.
+        """D after a Newton step in the variances: a complementarity problem in span(D) and the leading eigenvectors.
 
-        Where an eigenvalue is barely above or below 2, a direction grows or fades by λ/2 an iteration: slowly.  Here
-        it is given its variance, or none, at once:  gap(ν(X)) ⪰ 0 ⟂ X ⪰ 0, linearised in X.
+        If an eigenvalue is barely above or below 2, its direction grows or shrinks by λ/2 an iteration, which is slow.
+        The Newton step gives it its variance, or none, at once: gap(ν(X)) ⪰ 0 ⟂ X ⪰ 0, linearised in X.
         """
         balance = self.balance
         calculus, t = balance.flow.calculus, balance.t
@@ -157,14 +157,14 @@ class Search:
         A = balance.flow.effective_hessian(State(balance.w, nu, t))
         small, across = host(V.T @ A(V), V.T @ P.sqrt(D))
         values, Q = np.linalg.eigh(0.5 * (small + small.T))
-        keep = values > CRITICAL - 1.0  # what is far from 2 will not oscillate
+        keep = values > CRITICAL - 1.0  # directions far below 2 do not oscillate
         gap, X = np.diag(CRITICAL - values[keep]), Q[:, keep].T @ across
         X = X @ X.T
         U = P.inv_sqrt(V @ like(Q[:, keep], V))
         if not U.shape[1]:
             return D
         index = triu(U.shape[1])
-        # HU = 2PU, as on the constraint: β is then symmetric for RMSProp
+        # HU = 2PU, as on the constraint, makes β symmetric for RMSProp
         moved = calculus.metric.rates(nu, t, balance.response(nu, 2 * P.apply(U)), U)
         beta = 2 * index.weight[:, None] * host(moved)[0].T
         try:
@@ -176,7 +176,7 @@ class Search:
         return U @ like(R[:, up] * np.sqrt(variances[up]), U) if up.any() else D
 
     def _alive(self, D: Tensor, P: Preconditioner) -> Tensor:
-        """D, its columns orthogonal in the P-metric, without those that have died out."""
+        """D with columns orthogonal in the P-metric, without those that have vanished."""
         (G,) = host(P.sqrt(D).T @ P.sqrt(D))
         X, Q = np.linalg.eigh(0.5 * (G + G.T))
         least = self.tol * X[-1]

@@ -30,11 +30,11 @@ class StationaryFlow(CompiledFlow):
 
     dw/dt = −P̄(w)⁻¹ [∇L(w) + ½∇³L(w)[Σ]],        P̄(w) = P(ν̄(w)),
 
-    with ν̄(w) the stationary ν and Σ the solution of the central flow's CCP (eq. 25) at (w, ν̄(w)).  That Σ is not the
-    one that holds ν̄ still: there w is held, here it moves.
+    with ν̄(w) the stationary ν and Σ the solution of the central flow's CCP (eq. 25) at (w, ν̄(w)).  This Σ differs
+    from the one that defines ν̄: there w is held fixed, and here it moves.
 
     Attributes:
-        without: the part left out, if any: "curvature penalty" keeps the preconditioner and drops ½∇³L[Σ] (Fig. 11).
+        without: the term left out, if any: "curvature penalty" keeps the preconditioner and drops ½∇³L[Σ] (Fig. 11).
     """
 
     name = "stationary"
@@ -51,7 +51,7 @@ class StationaryFlow(CompiledFlow):
         accuracy: Accuracy | None = None,
         max_gib: float = 4.0,
     ) -> None:
-        # whatever accuracy is asked for of the flows beside it: eq. (13) is the paper's
+        # eq. (13) is the paper's, whatever accuracy the other flows have
         super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
 
     def settled(self, y: State, start: StationaryPoint | None = None) -> StationaryPoint:
@@ -59,7 +59,7 @@ class StationaryFlow(CompiledFlow):
         return stationary(self, y.w, t=y.t, start=start, tol=self.tol, rank=4)
 
     def settle(self, y: State) -> State:
-        """This state with ν at its stationary value."""
+        """The state y with ν at its stationary value."""
         return self.settled(y).state
 
     def look(self, point: StationaryPoint) -> Look:
@@ -87,7 +87,7 @@ class AblatedStationaryFlow(StationaryFlow):
 
 @dataclass(frozen=True)
 class Look:
-    """The stationary flow evaluated: loss, gradient [d], frame, X [k, k], dw/dt [d]."""
+    """The stationary flow at one point: loss [], gradient [d], frame, X [k, k], dw/dt [d]."""
 
     loss: float
     g: Tensor
@@ -97,7 +97,7 @@ class Look:
     point: StationaryPoint
 
     def node(self) -> Node:
-        """What a run records of it."""
+        """The node that a run records."""
         still = pytree.tree_map(torch.zeros_like, self.point.nu)
         return Node(
             t=self.point.t,
@@ -115,19 +115,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Settled:
-    """The stationary point at the current weights, to start the next from."""
+    """The stationary point at the current weights, from which the next search starts."""
 
     point: StationaryPoint
 
 
 @dataclass(frozen=True)
 class Quasistatic(IntegratorBase):
-    """Heun's method in w, ν settled anew at every stage: the integrator of the stationary flow, and of no other.
+    """The integrator of the stationary flow: Heun's method in w, with the stationary ν computed anew at every stage.
 
-    Between breakpoints of second order in h; two stationary points a step.
+    It is of second order in h between breakpoints.  A step takes two stationary points.
 
     Args:
-        h: the step, unit times; beyond 1 unstable at an effective sharpness of 2.
+        h: the step, unit times; above 1 it is unstable at an effective sharpness of 2.
 
     Raises:
         ValueError: if h is not in (0, 1].
@@ -141,17 +141,17 @@ class Quasistatic(IntegratorBase):
             raise ValueError(f"Quasistatic(h={self.h}): h must lie in (0, 1] unit times.")
 
     def accepts(self, flow: Flow) -> str:
-        """The stationary flow only."""
+        """Why another flow than the stationary one is refused, in words; "" if the flow is accepted."""
         if flow.quasistatic:
             return ""
         return (
-            f"Quasistatic integrates dvi.stationary_flow, not the {flow.name} flow: leave integrator out, which takes "
-            "the right one."
+            f"Quasistatic integrates dvi.stationary_flow, not the {flow.name} flow. Leave integrator out: the default "
+            "fits the flow."
         )
 
     @property
     def fixed_steps(self) -> bool:
-        """Every step is h, or what is left."""
+        """Always true: every step is h, or ends at the end of the run."""
         return True
 
     def init(self, flow: Flow, y: State) -> Settled:
@@ -175,7 +175,7 @@ class Quasistatic(IntegratorBase):
         return StepResult(point.state, Settled(point), begin.node(), inside)
 
     def observe(self, flow: Flow, memory: Settled, y: State) -> Node:
-        """What a step from y would begin with."""
+        """The node at which a step from y would begin."""
         return self._own(flow).look(memory.point).node()
 
     def _own(self, flow: Flow) -> StationaryFlow:
@@ -191,8 +191,8 @@ def stationary_flow(
 
     Args:
         problem, method, check: as for :func:`dvi.central_flow`.
-        without: "curvature penalty" for the same flow without ½∇³L[Σ] (Fig. 11).
-        tol: to which a stationary ν is solved, see :func:`dvi.stationary`.
+        without: "curvature penalty" leaves out ½∇³L[Σ] (Fig. 11).
+        tol: relative residual of a stationary ν, see :func:`dvi.stationary`.
 
     Raises:
         SpecError: if the declaration is wrong, or ν has no stationary value.

@@ -1,7 +1,7 @@
-"""The state of a run as plain data and back, so that a checkpoint needs no pickled code.
+"""Converts the state of a run to plain data and back, so that a checkpoint contains no pickled code.
 
-Containers, numbers, strings and tensors stand for themselves; an array becomes a tensor; a dataclass of this package
-is written with its qualified name and its fields.
+Containers, numbers, strings and tensors stay as they are.  An array becomes a tensor.  A dataclass of this package is
+written with its qualified name and its fields.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 
 
 def freeze(x: Any) -> Any:
-    """Plain data for x.
+    """Convert x to plain data.
 
     Raises:
-        TypeError: for anything a checkpoint does not know.
+        TypeError: if x contains something that a checkpoint cannot hold.
     """
-    if isinstance(x, np.generic):  # first: a numpy float64 is a float, too
+    if isinstance(x, np.generic):  # tested first, because a numpy float64 is also a float
         return x.item()
     if x is None or isinstance(x, (bool, int, float, str, Tensor)):
         return x.detach() if isinstance(x, Tensor) else x
     if isinstance(x, np.ndarray):
         return {"__array__": torch.from_numpy(np.array(x))}
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        if type(x).__module__.split(".")[0] != "dvi":  # reading it would import and call what a file names
+        if type(x).__module__.split(".")[0] != "dvi":  # reading it would import and call code that a file names
             raise TypeError(
-                f"a checkpoint cannot hold a {type(x).__name__} of {type(x).__module__}, only dataclasses of dvi: make "
-                "an integrator's memory of tuples, dicts, tensors, arrays and numbers, or leave path out"
+                f"a checkpoint cannot hold a {type(x).__name__} of {type(x).__module__}, only dataclasses of dvi. Make "
+                "an integrator's memory of tuples, dicts, tensors, arrays and numbers, or leave path out."
             )
         fields = {f.name: freeze(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return {"__class__": f"{type(x).__module__}:{type(x).__qualname__}", "fields": fields}
@@ -41,13 +41,17 @@ def freeze(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return {"__list__": [freeze(v) for v in x], "tuple": isinstance(x, tuple)}
     raise TypeError(
-        f"a checkpoint cannot hold a {type(x).__name__}: make an integrator's memory of tuples, dicts, tensors, arrays "
-        "and numbers, or leave path out"
+        f"a checkpoint cannot hold a {type(x).__name__}. Make an integrator's memory of tuples, dicts, tensors, arrays "
+        "and numbers, or leave path out."
     )
 
 
 def thaw(x: Any, device: torch.device | None = None) -> Any:
-    """The inverse of :func:`freeze`."""
+    """The inverse of :func:`freeze`, with tensors on ``device``.
+
+    Raises:
+        ValueError: if the data name a class that is not part of dvi.
+    """
     if isinstance(x, Tensor):
         return x if device is None else x.to(device)
     if not isinstance(x, dict):
@@ -57,7 +61,7 @@ def thaw(x: Any, device: torch.device | None = None) -> Any:
     if "__class__" in x:
         module, _, name = x["__class__"].partition(":")
         if module.split(".")[0] != "dvi":
-            raise ValueError(f"this checkpoint asks for {module}, which is not part of dvi; it was not written by dvi.")
+            raise ValueError(f"this checkpoint names {module}, which is not part of dvi, so dvi did not write it.")
         cls = getattr(importlib.import_module(module), name)
         return cls(**{key: thaw(value, device) for key, value in x["fields"].items()})
     if "__dict__" in x:
@@ -74,5 +78,5 @@ def to_bytes(x: Any) -> bytes:
 
 
 def from_bytes(data: bytes, device: torch.device | None = None) -> Any:
-    """Read what :func:`to_bytes` wrote; nothing but data is ever loaded (no pickled code)."""
+    """Read the result of :func:`to_bytes`; only data are loaded, never pickled code."""
     return thaw(torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"), device)

@@ -1,4 +1,4 @@
-"""What tells the run that a file belongs to from the one that would go on from it."""
+"""Finds the differences between the run that wrote a file and a run that would continue from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What tells two runs apart, with both values; "" if nothing does.  The number of steps is not looked at."""
+    """The differences between two runs, with both values; "" if there are none.  The number of steps does not count."""
     a, b = before["words"], now["words"]
     found = [
         f"{name} differs: {_shown(a.get(name))} in the file, {_shown(b.get(name))} now"
@@ -30,12 +30,12 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
             found.append(
                 f"the schedule of {name} differs at t = {common[at]:g}: {x[at]:.6g} in the file, {y[at]:.6g} now"
             )
-    if not found:  # they follow from all of the above
-        tol = 1e-6 if "float64" in str(b.get("dtype")) else 1e-3  # devices and numbers of threads differ in rounding
+    if not found:  # a difference above would also show here
+        tol = 1e-6 if "float64" in str(b.get("dtype")) else 1e-3  # rounding depends on device and threads
         for name, what in (("loss", "the loss near the start"), ("method", "what the method makes of a gradient")):
             x, y = before[name], now[name]
-            size = tol * np.nan_to_num(np.abs(x)).max(axis=1, keepdims=True)  # of a row: a product may cancel
-            apart = np.argwhere(np.abs(x - y) > size)  # what could not be tried on either side tells nothing
+            size = tol * np.nan_to_num(np.abs(x)).max(axis=1, keepdims=True)  # by row, because a product may cancel
+            apart = np.argwhere(np.abs(x - y) > size)  # values that either side could not compute (NaN) do not count
             if len(apart):
                 row, column = apart[0]
                 found.append(f"{what} differs: {x[row, column]:.9g} in the file, {y[row, column]:.9g} now")

@@ -1,4 +1,4 @@
-"""Paths and files: tried before a run, written whole or not at all, and named in words where they cannot be used."""
+"""Paths and files: checks before a run, atomic writes, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _ADVICE = {
 
 
 class StoreError(OSError):
-    """A result could not be written or read; the message says what is still there.
+    """A result could not be written or read; the message says which files are intact.
 
     Attributes:
-        result: what could not be written, if anything.
+        result: the result that could not be written, if any.
     """
 
     result: Comparison | Solution | None = None
 
 
 def writable(path: str | Path) -> Path:
-    """The path of a file, once it was seen that one can be written there; missing folders are made.
+    """The path of a file, after a check that it can be written; missing folders are made.
 
-    An older file at the path is left as it is, and nothing is left behind.
+    The check does not change an older file at the path, and leaves no file behind.
 
     Raises:
-        StoreError: naming what is in the way, and what to do.
+        StoreError: if the file cannot be written; the message names the cause and a remedy.
     """
     name, path = os.fspath(path), Path(path)
     if os.path.isdir(path) or name.endswith(("/", os.sep)):
@@ -58,10 +58,10 @@ def writable(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """The path of a temporary file that takes the place of ``path`` at the end, at once and only if all went well.
+    """A context with the path of a temporary file, which replaces ``path`` atomically if no exception is raised.
 
     Raises:
-        StoreError: where the file cannot be written; an older one at ``path`` is then intact.
+        StoreError: if the file cannot be written; an older one at ``path`` is then intact.
     """
     path = writable(path)
     temporary = _beside(path)
@@ -78,7 +78,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def unwritable(path: Path, error: Exception) -> StoreError:
-    """The error to raise where a file cannot be written: why, what is still there, and what to do."""
+    """The error for a file that cannot be written, with the cause, whether an older file is intact, and a remedy."""
     for part in reversed(path.parents):
         if os.path.exists(part) and not os.path.isdir(part):
             return StoreError(
@@ -90,7 +90,7 @@ def unwritable(path: Path, error: Exception) -> StoreError:
 
 
 def number(error: Exception) -> int:
-    """The system's number of an error; h5py writes it into the message only.  0 where there is none."""
+    """The system's number of an error, or 0 if there is none; h5py writes it only into the message."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     found = re.search(r"errno\s*=\s*(\d+)", str(error))

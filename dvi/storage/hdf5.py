@@ -1,8 +1,8 @@
-"""Results on disk: HDF5 files that are whole at every moment.
+"""Results on disk: HDF5 files that are complete at every moment.
 
-A file is written beside the old one and put in its place by a rename, which is atomic: whenever the process is killed,
-the path holds the last complete state.  Everything a reader wants is plain datasets and attributes; the state to go on
-from is one dataset of bytes (``checkpoint``) that holds data only, no code.
+A new file is written next to the old one, and then an atomic rename replaces the old one.  If the process is killed,
+the path therefore holds the last complete state.  Results are plain datasets and attributes.  The state from which a
+run continues is one dataset of bytes (``checkpoint``) with data only, no code.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ logger = logging.getLogger("dvi")
 
 FORMAT = 1
 
-_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # what systems call a file that another process has locked
+_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # errors for a file that another process has locked
 
 
 def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | None = None) -> None:
-    """Write a result to an HDF5 file.
+    """Write a result to an HDF5 file, atomically.
+
+    Args:
+        result: a :class:`dvi.Comparison` or a :class:`dvi.Solution`.
+        path: the file.
+        checkpoint: the state from which the run can continue (see :mod:`dvi.storage.checkpoint`), if any.
 
     Raises:
         StoreError: if the file cannot be written (a full disk, a folder in its place, no permission …); an older file
@@ -59,20 +64,20 @@ def save(result: Comparison | Solution, path: str | Path, checkpoint: bytes | No
 
 
 def load(path: str | Path) -> Any:
-    """Read what :func:`save` wrote, or what a run that was killed left behind.
+    """Read a result that :func:`save` wrote, or the file of a run that was killed.
 
     Returns:
         a :class:`dvi.Comparison` or a :class:`dvi.Solution`; an unfinished one has ``status`` RUNNING.
 
     Raises:
-        StoreError: if the file is missing, truncated, not one of ours, open elsewhere, or may not be read.
+        StoreError: if the file is missing, truncated, not written by dvi, open elsewhere, or not readable.
     """
     path = Path(path)
     with _open(path) as file:
         try:
             return _read_comparison(file) if file.attrs["kind"] == "Comparison" else _read_solution(file)
         except (KeyError, OSError, RuntimeError, ValueError) as error:
-            raise StoreError(f"{path} is damaged: {error}. What cannot be read is lost; run it again.") from error
+            raise StoreError(f"{path} is damaged: {error}. The result is lost; run it again.") from error
 
 
 class Keeper:
@@ -80,8 +85,8 @@ class Keeper:
 
     Args:
         path: the file, or None to keep nothing.
-        every: seconds between updates, at least; twenty times as long as an update takes, at least, too.
-        device: where the state is put when it is read back.
+        every: least number of seconds between updates, which is raised to twenty times the duration of an update.
+        device: the device of the state when it is read back.
     """
 
     def __init__(self, path: str | Path | None, every: float, device: torch.device) -> None:
@@ -94,7 +99,7 @@ class Keeper:
             _h5py()
 
     def checkpoint(self, ranks: Ranks) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is no file yet; the first rank reads it for all.
+        """The state from which to continue, or None if there is no file yet; the first rank reads it for all.
 
         Raises:
             StoreError: if the file is damaged or has no checkpoint.
@@ -105,31 +110,31 @@ class Keeper:
         saved: dict[str, Any] = from_bytes(data, self.device)
         if "mark" not in saved or not isinstance(saved["identity"], dict):
             raise StoreError(
-                f"{self.path} was written by an earlier development version whose checkpoints this one does not go on "
-                "from. Its results can still be loaded; to run on, start again at another path."
+                f"{self.path} was written by an earlier development version, and this version cannot continue from its "
+                "checkpoint. Its results can still be loaded. Start the run again at another path."
             )
         return saved
 
     def _stored(self) -> bytes | None:
         if self.path is None:
-            raise ValueError("resume=True needs the path of the file to go on from.")
+            raise ValueError("resume=True needs path=, the file to continue from.")
         if not os.path.exists(self.path):
             return None
         with _open(self.path) as file:
             if "checkpoint" not in file:
                 raise StoreError(
-                    f"{self.path} holds a finished result without a checkpoint; there is nothing to go on from."
+                    f"{self.path} holds a finished result without a checkpoint, so a run cannot continue from it."
                 )
             return bytes(file["checkpoint"][()])
 
     def identify(self, identity: dict[str, Any], saved: dict[str, Any] | None) -> bool:
-        """Say what makes the run this one, to be kept in its file, and see that the state to go on from is of it.
+        """Store the identity of the run in its file, and check that the saved state belongs to the same run.
 
         Returns:
             whether more steps are asked for than before.
 
         Raises:
-            StoreError: if the file belongs to another run, naming what differs, or to a longer one.
+            StoreError: if the file belongs to another run, with the differences in the message, or to a longer one.
         """
         self.identity = identity
         if saved is None:
@@ -143,13 +148,13 @@ class Keeper:
             )
         if now < before:
             raise StoreError(
-                f"{self.path} belongs to another run, of {before:g} steps, and {now:g} are asked for. A run can be "
-                "made longer, not shorter: ask for as many steps or more, or use another path."
+                f"{self.path} belongs to another run, of {before:g} steps, but {now:g} are asked for. A run can be "
+                "made longer, but not shorter: ask for as many steps or more, or use another path."
             )
         return now > before
 
     def maybe(self, current: Callable[[], tuple[Comparison, dict[str, Any]]]) -> None:
-        """Update the file if it is time.  A failure is told, and the run goes on."""
+        """Update the file if an update is due; a failure is logged, and the run continues."""
         if self.path is None or time.monotonic() - self.last < self.pause:
             return
         began = time.monotonic()
@@ -162,7 +167,7 @@ class Keeper:
         self.pause = max(self.every, 20 * (self.last - began))
 
     def write(self, result: Comparison, state: dict[str, Any] | None = None) -> None:
-        """Write the result now, and the state to go on from if there is one."""
+        """Write the result now, with the state from which to continue if there is one."""
         if self.path is not None:
             save(result, self.path, None if state is None else to_bytes(state | {"identity": self.identity}))
 
@@ -181,7 +186,7 @@ def _h5py() -> Any:
 def _open(path: Path) -> Any:
     h5py = _h5py()
     try:
-        with open(path, "rb"):  # the system's own errors are plainer than those of HDF5
+        with open(path, "rb"):  # the system's errors are clearer than those of HDF5
             pass
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist.") from error
@@ -191,7 +196,7 @@ def _open(path: Path) -> Any:
         raise StoreError(f"{path} does not exist: what should be a folder in this path is a file.") from error
     except OSError as error:
         raise StoreError(
-            f"{path} may not be read: {error}. Change its permissions, or read it as its owner."
+            f"{path} is not readable: {error}. Change its permissions, or read it as its owner."
         ) from error
     try:
         file = h5py.File(path, "r")
@@ -202,8 +207,8 @@ def _open(path: Path) -> Any:
                 "there and try again, or read a copy."
             ) from error
         raise StoreError(
-            f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file; dvi itself leaves whole "
-            "files only, so look for an interrupted copy."
+            f"{path} cannot be read: {error}. It is truncated, or not an HDF5 file. dvi itself writes only "
+            "complete files, so look for an interrupted copy."
         ) from error
     if file.attrs.get("dvi_format") != FORMAT:
         file.close()
@@ -213,7 +218,7 @@ def _open(path: Path) -> Any:
 
 def _put(group: Any, name: str, values: Any) -> None:
     values = np.asarray(values)
-    # checksums find bits that rotted; scalars and empty arrays cannot carry them
+    # checksums detect damaged data; scalars and empty arrays cannot have them
     group.create_dataset(name, data=values, fletcher32=bool(values.ndim and values.size))
 
 

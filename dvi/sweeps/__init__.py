@@ -1,1 +1,1 @@
-"""Many runs at once: tasks with names, worker processes or a cluster, and files that say how each run ended."""
+"""Many runs at once: named tasks, worker processes or a cluster, and a record of each run."""

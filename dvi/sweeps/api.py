@@ -1,4 +1,4 @@
-"""Many runs in one folder: ``sweep(tasks, folder)`` makes those that are missing and says how all ended."""
+"""Many runs in one folder: ``sweep(tasks, folder)`` makes the missing ones and returns a record of each."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def sweep(
 ) -> list[Record]:
     """Make the runs of a list that are not complete yet, several at a time.
 
-    A run that fails does not stop the others.  A run that was killed goes on where it was.  Several sweeps may use one
-    folder at the same time: each run is made by one of them, and the others wait for it.
+    A run that fails does not stop the others.  A run that was killed continues where it stopped.  Several sweeps may
+    use one folder at the same time: one of them makes each run, and the others wait for it.
 
-    A script that calls this does so under ``if __name__ == "__main__":``, since worker processes import it.
+    A script must call this under ``if __name__ == "__main__":``, because worker processes import it.
 
     Args:
         tasks: the runs.
-        folder: where their files go; made if missing.
-        slurm: what to ask of a cluster; by default the runs are made in processes here.
-        workers: processes at a time (default: one for each card, else one for each core).
-        threads: CPU threads of each.
-        overwrite: make all of them anew.
-        retry: make those anew that failed (diverged, went over their budget, …).
-        stay: on a cluster: wait for the runs to end.
-        progress: show a bar of runs, and say at once which failed.
+        folder: the folder for their files; made if missing.
+        slurm: the resources of cluster jobs; by default the runs are made in processes of this machine.
+        workers: processes at a time (default: one for each GPU, else one for each core).
+        threads: CPU threads of each process.
+        overwrite: make all runs anew.
+        retry: make failed runs anew (diverged, over their budget, …).
+        stay: on a cluster, wait for the runs to end.
+        progress: show a progress bar, and report failed runs at once.
 
     Returns:
         a record of each run, in the order of the tasks.
 
     Raises:
-        StoreError: if the folder cannot be written to, or holds other runs of the same names.
-        ValueError: if two runs have one name, or a number is wrong.
-        ImportError: if submitit is needed and missing.
-        KeyboardInterrupt: after Ctrl-C, when all runs have kept what they had.
+        StoreError: if the folder is not writable, or holds other runs of the same names.
+        ValueError: if two runs have the same name, or a number is wrong.
+        ImportError: if submitit is needed but missing.
+        KeyboardInterrupt: after Ctrl-C, when all runs have saved their state.
     """
     from tqdm.auto import tqdm
 
@@ -67,7 +67,7 @@ def sweep(
         if before is not None and (overwrite or (retry and before.state == "failed")):
             if not forget(folder, task.name):
                 holding = lock_path(folder, task.name).read_text().strip()
-                raise StoreError(f"{task.name} is being run by {holding}, so it cannot be made anew now.")
+                raise StoreError(f"{holding} is working on the run {task.name}, so it cannot be made anew now.")
         else:
             require_same(task, before, folder)
     complete = {record.name for record in records(folder, names) if record.complete}
@@ -102,7 +102,7 @@ def sweep(
 
 
 def in_words(record: Record) -> str:
-    """How a run ended, in a line."""
+    """The end of a run in one line."""
     first = record.message.strip().splitlines()[0] if record.message.strip() else ""
     said = f": {first}" if first else ""
     return f"{record.state}{f' ({record.status})' if record.status else ''}{said}"

@@ -13,26 +13,26 @@ import torch
 from dvi.sweeps.records import Record, Task, read_record, write_record
 from dvi.sweeps.work import work
 
-#: Seconds between looks at jobs.
+#: Seconds between checks of the jobs.
 _PAUSE = 2.0
 
-#: How many times a job whose time is over is put into the queue again.
+#: How often a job that exceeds its time is put into the queue again.
 _QUEUED = 100
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """What a job asks Slurm for.
+    """The resources that a job requests from Slurm.
 
     Args:
-        partition: in which jobs run (default: the cluster's own).
-        hours: a job may take; a run that takes longer is put into the queue again and goes on.
+        partition: the partition for the jobs (default: the cluster's default).
+        hours: time limit of a job; a run that takes longer is put into the queue again and continues.
         cards: GPUs of each job.
         cpus: cores of each job.
-        mem_gb: memory of each job (default: the cluster's own).
-        at_once: jobs at a time, at most.
+        mem_gb: memory of each job in GB (default: the cluster's default).
+        at_once: largest number of jobs at a time.
         more: further parameters, by submitit's names, as in {"slurm_account": "physics"}.
-        cluster: "slurm"; or "local" to run the jobs here, all at once, for a trial.
+        cluster: "slurm"; or "local" to run the jobs on this machine, all at once, as a trial.
     """
 
     partition: str | None = None
@@ -45,11 +45,11 @@ class Slurm:
     cluster: str = "slurm"
 
     def executor(self, folder: Path) -> Any:
-        """What submits jobs, with these parameters.
+        """The submitit executor with these parameters.
 
         Raises:
             ImportError: if submitit is missing.
-            ValueError: if there is no Slurm here, or it does not know a parameter.
+            ValueError: if this machine has no Slurm, or if submitit does not know a parameter.
         """
         try:
             import submitit
@@ -82,15 +82,15 @@ class Slurm:
 
 
 class Job:
-    """A run as a job: what the cluster calls.  A job that is stopped in time is queued again, and goes on."""
+    """A run as a job that the cluster calls.  A job that is stopped in time is queued again, and then continues."""
 
     def __call__(self, task: Task, folder: Path, threads: int) -> bool:
-        """Make the run; False where another process works on it."""
+        """Make the run; False if another process is working on it."""
         torch.set_num_threads(threads)
         return work(task, folder) is not None
 
     def checkpoint(self, task: Task, folder: Path, threads: int) -> Any:
-        """What is put into the queue instead, when the time of a job is over or its place is needed."""
+        """The job to put into the queue when the time of this one is over, or when it is preempted."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, task, folder, threads)
@@ -105,15 +105,15 @@ def run_on_cluster(
     watched: Callable[[list[str]], None] = lambda names: None,
     stay: bool = True,
 ) -> list[str]:
-    """Submit runs as jobs, a job a run.
+    """Submit runs as jobs, one job for each run.
 
     Args:
-        tasks, folder, told, watched: see :func:`dvi.sweeps.processes.run_here`; the folder is seen by all nodes.
-        slurm: what jobs ask for.
-        stay: until all have ended.  Otherwise they are submitted only.
+        tasks, folder, told, watched: see :func:`dvi.sweeps.processes.run_here`; all nodes must see the folder.
+        slurm: the resources of the jobs.
+        stay: wait until all jobs have ended; otherwise they are only submitted.
 
     Returns:
-        the identities of the jobs, in the order of the tasks.
+        the ids of the jobs, in the order of the tasks.
 
     Raises:
         ImportError, ValueError: see :meth:`Slurm.executor`.
@@ -135,7 +135,7 @@ def run_on_cluster(
 
 
 def _seen(task: Task, folder: Path, job: Any) -> Record:
-    """The record of a run whose job has ended, however it did."""
+    """The record of a run whose job has ended, for whatever reason."""
     record = read_record(folder, task.name) or Record(task.name, task.spec)
     trouble = job.exception()
     if trouble is not None and record.spec == task.spec and not record.complete:

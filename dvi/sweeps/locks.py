@@ -1,4 +1,4 @@
-"""Locks on files, so that two sweeps on one folder do not harm each other."""
+"""Locks on files, so that two sweeps on one folder do not disturb each other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dvi.storage.files import StoreError, unwritable
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of that file; yields False where another process holds it.
+    """A context that holds the lock of a file; it yields False if another process holds the lock.
 
-    The system itself frees the lock of a process that dies, however it dies, so there are no stale locks.  The file
-    stays behind and says who held it last.
+    The operating system frees the lock of a process when it ends, so there are no stale locks.  The file stays, and
+    contains the last holder.
 
     Raises:
-        StoreError: where the file cannot be made, or the file system knows no locks.
+        StoreError: if the file cannot be made, or if the file system does not support locks.
     """
     try:
         import fcntl
@@ -38,7 +38,7 @@ def locked(path: Path) -> Iterator[bool]:
             return
         except OSError as error:
             raise StoreError(
-                f"{path} cannot be locked: {error}. This file system knows no locks; choose a folder on another one."
+                f"{path} cannot be locked: {error}. The file system has no locks; choose a folder on another one."
             ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def holder(path: Path) -> str:
-    """Which process holds the lock of that file, in words; "" if none does."""
+    """The process that holds the lock of the file, in words; "" if none does."""
     if not path.exists():
         return ""
     with locked(path) as mine:

@@ -1,4 +1,4 @@
-"""Runs in worker processes of this machine, each with a card of its own where there are several."""
+"""Runs in worker processes of this machine, each with its own GPU if there are several."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dvi.sweeps.locks import holder
 from dvi.sweeps.records import Record, Task, lock_path, log_path, read_record, write_record
 from dvi.sweeps.work import stop_when_asked, work
 
-#: Exit codes of workers: another process works on the run; asked to stop.
+#: Exit codes of workers: another process is working on the run; the worker was asked to stop.
 _BUSY, _STOPPED = 75, 130
 
-#: Seconds that workers have for a last checkpoint when they are asked to stop.
+#: Seconds that workers have for a last checkpoint after they are asked to stop.
 _PATIENCE = 60.0
 
-#: Seconds after which a run that another process works on is looked at again.
+#: Seconds after which a run of another process is checked again.
 _AGAIN = 1.0
 
 
@@ -40,7 +40,7 @@ class _Worker:
 
 
 def default_workers(threads: int = 1) -> int:
-    """As many as there are cards, or as cores where there is none."""
+    """The number of GPUs, or the number of workers that the cores allow if there is no GPU."""
     return torch.cuda.device_count() or max(1, cores() // threads)
 
 
@@ -58,29 +58,29 @@ def run_here(
     told: Callable[[Record], None] = lambda record: None,
     watched: Callable[[list[str]], None] = lambda names: None,
 ) -> None:
-    """Make runs in processes of this machine, a process a run, until each has ended.
+    """Make runs in processes of this machine, one process for each run, until all have ended.
 
-    A run that fails, or whose process is killed, stops no other.  A run that another process works on (of a second
-    sweep on the same folder) is waited for.  If this process dies, its workers write a checkpoint and end.
+    A run that fails, or whose process is killed, does not stop the others.  If a second sweep on the same folder is
+    working on a run, this one waits for it.  If this process dies, its workers write a checkpoint and end.
 
     Args:
-        tasks: what to run, in order.
-        folder: where their files go.
-        workers: how many at a time (default: :func:`default_workers`).
-        threads: of each.
+        tasks: the runs, in order.
+        folder: the folder for their files.
+        workers: number of processes at a time (default: :func:`default_workers`).
+        threads: CPU threads of each process.
         told: called with the record of each run that has ended.
-        watched: called with the names of the runs that are going on, whenever they change.
+        watched: called with the names of the active runs, whenever they change.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when all workers have kept what they had.
+        KeyboardInterrupt: after Ctrl-C, when all workers have saved their state.
     """
     count = default_workers(threads) if workers is None else workers
     cards = _cards()
     context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
-        context.set_forkserver_preload(["dvi.sweeps.work"])  # imported once, not by each worker
+        context.set_forkserver_preload(["dvi.sweeps.work"])  # imported once, instead of by each worker
     waiting, running = list(tasks), list[_Worker]()
-    later = dict.fromkeys((task.name for task in tasks), 0.0)  # when a run may be looked at again
+    later = dict.fromkeys((task.name for task in tasks), 0.0)  # the times at which runs may be checked again
     try:
         while waiting or running:
             now = time.monotonic()
@@ -117,7 +117,7 @@ def run_here(
 
 
 def _seen(worker: _Worker, folder: Path) -> Record:
-    """The record of a run whose process has ended, however it did."""
+    """The record of a run whose process has ended, for whatever reason."""
     task, code = worker.task, worker.process.exitcode
     record = read_record(folder, task.name) or Record(task.name, task.spec)
     if code == 0:
@@ -126,13 +126,13 @@ def _seen(worker: _Worker, folder: Path) -> Record:
         killed = code is not None and code < 0
         how = f"was killed ({signal.Signals(-code).name})" if killed and code else f"ended with exit code {code}"
         record.state = "unfinished" if killed or code == _STOPPED else "error"
-        record.message = f"Its process {how}; memory may have run out. What it said is in {log_path(folder, task.name)}"
+        record.message = f"Its process {how}; memory may have run out. Its output is in {log_path(folder, task.name)}"
         write_record(folder, record)
     return record
 
 
 def _stop(running: list[_Worker]) -> None:
-    """Ask workers to end, wait for their last checkpoints, and end those that do not."""
+    """Ask workers to end, wait for their last checkpoints, and kill those that do not end."""
     for worker in running:
         worker.process.terminate()
     deadline = time.monotonic() + _PATIENCE
@@ -144,7 +144,7 @@ def _stop(running: list[_Worker]) -> None:
 
 
 def _cards() -> list[str]:
-    """The cards that this process may use, as the system names them."""
+    """The GPUs that this process may use, by the system's names."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in named.split(",") if name.strip()]
     count = torch.cuda.device_count()
@@ -152,11 +152,11 @@ def _cards() -> list[str]:
 
 
 def _worker(task: Task, folder: Path, threads: int, card: str | None) -> None:
-    """What a worker process does."""
+    """The main function of a worker process."""
     try:
         stop_when_asked()
         if card is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = card  # before the first use of a card: its only one is cuda:0
+            os.environ["CUDA_VISIBLE_DEVICES"] = card  # set before the first use of a GPU, which is then cuda:0
         parent = multiprocessing.parent_process()
         if parent is not None:
             threading.Thread(target=_follow, args=(parent,), daemon=True).start()
@@ -170,7 +170,7 @@ def _worker(task: Task, folder: Path, threads: int, card: str | None) -> None:
 
 
 def _follow(parent: BaseProcess) -> None:
-    """End this process when the sweep that it belongs to has died."""
+    """End this process when its sweep has died."""
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)

@@ -1,7 +1,7 @@
-"""What is kept of each run beside its result: what it was asked to do, how it ended, and what it cost.
+"""The records of runs: what each run was asked to do, how it ended, and what it cost.
 
-A run called NAME leaves these files in its folder: NAME.h5 (the result), NAME.json (its record), NAME.log (what it
-said) and NAME.lock (who works on it).  ``manifest.json`` gathers the records of a folder.
+A run called NAME has these files in its folder: NAME.h5 (its result), NAME.json (its record), NAME.log (its output) and
+NAME.lock (the process that works on it).  ``manifest.json`` collects the records of a folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dvi.sweeps.locks import holder
 
 MANIFEST = "manifest.json"
 
-#: How far a run is.  "failed": the run itself could not go on, and its status says why; "error": it could not be made.
+#: The state of a run.  "failed": the run could not continue, and its status says why; "error": it could not be made.
 STATES = ("new", "running", "unfinished", "done", "failed", "error")
 
 
@@ -28,10 +28,10 @@ class Task:
     """A run to be made.
 
     Attributes:
-        name: its own name, which its files have.
-        run: makes the run: it is given the path of the HDF5 file that it keeps up to date and goes on from.  It is sent
-            to other processes, so it is a function of a module, or a ``functools.partial`` of one.
-        spec: what the run is, as plain data; a folder does not take two runs of one name and different specs.
+        name: the name of the run and of its files.
+        run: makes the run.  Its argument is the path of the HDF5 file that it updates and continues from.  It is sent
+            to other processes, so it must be a function of a module, or a ``functools.partial`` of one.
+        spec: the description of the run as plain data; a folder refuses two runs with one name and different specs.
     """
 
     name: str
@@ -40,24 +40,24 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
-            raise ValueError(f"A run cannot be called {self.name!r}, since its files have its name.")
+            raise ValueError(f"A run cannot be called {self.name!r}, because its files get its name.")
 
 
 @dataclass
 class Record:
-    """What is known of a run.
+    """The record of a run.
 
     Attributes:
         name, spec: see :class:`Task`.
         state: one of STATES.
-        status: how it ended, the name of a :class:`dvi.Status`; "" before.
-        message: what it said in the end.
+        status: how it ended, the name of a :class:`dvi.Status`; "" before its end.
+        message: its last message.
         summary: the result in numbers, see :func:`dvi.results.summary.summarise`.
-        cpu_seconds, wall_seconds: what it has taken until now, all sessions together.
-        peak_mib: the largest memory of its process, or of the card where it ran on one.
-        sessions: how many times it was started or gone on with.
+        cpu_seconds, wall_seconds: the time it has taken until now, all sessions together.
+        peak_mib: the largest memory of its process in MiB, or of the GPU if it ran on one.
+        sessions: how often it was started or continued.
         where: host and process that worked on it last.
-        device: where its tensors were.
+        device: the device of its tensors.
         began, ended: times of the clock (UTC).
     """
 
@@ -83,27 +83,27 @@ class Record:
 
 
 def result_path(folder: Path, name: str) -> Path:
-    """Where the result of a run lies."""
+    """The path of the result of a run."""
     return folder / f"{name}.h5"
 
 
 def record_path(folder: Path, name: str) -> Path:
-    """Where the record of a run lies."""
+    """The path of the record of a run."""
     return folder / f"{name}.json"
 
 
 def lock_path(folder: Path, name: str) -> Path:
-    """The file whose lock a process holds that works on a run."""
+    """The path of the file that a process locks while it works on a run."""
     return folder / f"{name}.lock"
 
 
 def log_path(folder: Path, name: str) -> Path:
-    """Where a run writes what it says."""
+    """The path of the output of a run."""
     return folder / f"{name}.log"
 
 
 def read_record(folder: Path, name: str) -> Record | None:
-    """The record of a run, or None where there is none.
+    """The record of a run, or None if there is none.
 
     Raises:
         StoreError: if there is a file that is not a record.
@@ -114,18 +114,18 @@ def read_record(folder: Path, name: str) -> Record | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError) as error:
-        raise StoreError(f"{path} is not the record of a run: {error}. Move it away, and the run goes on.") from error
+        raise StoreError(f"{path} is not the record of a run: {error}. Move it away to continue the run.") from error
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write the record of a run, at once and as a whole."""
+    """Write the record of a run, atomically."""
     _write(record_path(folder, record.name), dataclasses.asdict(record))
 
 
 def records(folder: Path, names: Iterable[str] | None = None) -> list[Record]:
-    """The records of a folder, or of these runs (a run that has none is "new").
+    """The records of a folder, or of the named runs; a run without a record is "new".
 
-    A run that is said to be running, and on which no process works, is "unfinished": it was killed or interrupted.
+    If a record says "running", but no process works on the run, it is "unfinished": it was killed or interrupted.
     """
     if names is None:
         names = sorted(path.stem for path in folder.glob("*.json") if path.name != MANIFEST)
@@ -139,7 +139,7 @@ def records(folder: Path, names: Iterable[str] | None = None) -> list[Record]:
 
 
 def write_manifest(folder: Path) -> Path:
-    """Gather the records of a folder in one file: which runs exist, how they ended, what they cost."""
+    """Write the records of a folder into one file: which runs exist, how they ended, and what they cost."""
     rows = [dataclasses.asdict(record) for record in records(folder)]
     totals = {
         "runs": len(rows),

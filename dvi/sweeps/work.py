@@ -1,4 +1,4 @@
-"""One run of a sweep, in the process that makes it: lock, go on where it was, and record how it ended."""
+"""One run of a sweep, in its own process: take the lock, continue where it stopped, and record how it ended."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from dvi.sweeps.records import Record, Task, lock_path, read_record, record_path
 
 _GOING_ON = (Status.RUNNING, Status.INTERRUPTED)
 
-#: Seconds between updates of the record of a running run, so that a kill loses no more of what it has cost.
+#: Seconds between updates of the record of an active run; if the process is killed, no more of its cost is lost.
 _HEARTBEAT = 10.0
 
-#: Seconds for which a lock is tried.
+#: Seconds for which a process tries to get a lock.
 _LOOKING = 0.5
 
 
 def require_same(task: Task, record: Record | None, folder: Path) -> None:
-    """See that a run of the task's name in the folder is that very run.
+    """Check that a run of the task's name in the folder is the same run.
 
     Raises:
-        StoreError: naming what differs.
+        StoreError: if it is another run; the message names the differences.
     """
     if record is None or record.spec == task.spec:
         return
@@ -53,16 +53,16 @@ def require_same(task: Task, record: Record | None, folder: Path) -> None:
 
 
 def work(task: Task, folder: Path) -> Record | None:
-    """Make a run, or go on with it; its record when it has ended.
+    """Make a run, or continue it, and return its record when it has ended.
 
-    Whatever an ordinary exception of the run is, it is in the record and not raised.
+    Exceptions of the run are not raised, but stored in the record.
 
     Returns:
-        None where another process works on it.
+        the record; None if another process is working on the run.
 
     Raises:
-        StoreError: if the folder holds another run of that name, or cannot be written to.
-        KeyboardInterrupt: when the process is asked to end; what was computed is then kept.
+        StoreError: if the folder holds another run of that name, or is not writable.
+        KeyboardInterrupt: when the process is asked to end; the state of the run is then saved.
     """
     with _patiently_locked(lock_path(folder, task.name)) as mine:
         if not mine:
@@ -95,7 +95,7 @@ def work(task: Task, folder: Path) -> Record | None:
 
 @contextmanager
 def _patiently_locked(path: Path) -> Iterator[bool]:
-    """The lock; tried for a while, since another process may just be looking whether somebody holds it."""
+    """The lock; several attempts are made, because another process may be checking whether it is held."""
     until = time.monotonic() + _LOOKING
     while True:
         with locked(path) as mine:
@@ -106,7 +106,7 @@ def _patiently_locked(path: Path) -> Iterator[bool]:
 
 
 def forget(folder: Path, name: str) -> bool:
-    """Remove the result and the record of a run, so that it is made anew; False where another process works on it."""
+    """Remove the result and the record of a run, so that it is made anew; False if another process works on it."""
     with locked(lock_path(folder, name)) as mine:
         if mine:
             for path in (result_path(folder, name), record_path(folder, name)):
@@ -115,7 +115,7 @@ def forget(folder: Path, name: str) -> bool:
 
 
 def _result(task: Task, path: Path) -> Comparison:
-    """The result of a run; one that had ended before its record was written is read, not made again."""
+    """The result of a run; if it had ended before its record was written, the result is read, not made again."""
     if path.exists():
         there = load(path)
         if there.status is not Status.SUCCESS and there.status not in _GOING_ON:
@@ -135,7 +135,7 @@ def _ended(record: Record, result: Comparison) -> None:
 
 @contextmanager
 def _clock(folder: Path, record: Record) -> Iterator[None]:
-    """Keep the record up to date while a run goes on, and at its end."""
+    """A context that updates the record during a run, and at its end."""
     cpu, wall = record.cpu_seconds, record.wall_seconds
     begin, spent = time.monotonic(), time.process_time()
     over, writing = threading.Event(), threading.Lock()
@@ -164,11 +164,11 @@ def _clock(folder: Path, record: Record) -> Iterator[None]:
 
 
 def _peak() -> float:
-    """The largest memory until now, MiB: of the card if one is in use, else of the process."""
-    card = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # 0 also where it was not used
+    """The largest memory until now, MiB: of the GPU if one is in use, else of the process."""
+    card = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # 0 if it was not used
     if card:
         return card / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -177,10 +177,10 @@ def _now() -> str:
 
 
 def stop_when_asked() -> None:
-    """Let SIGTERM end a run as Ctrl-C does, with what was computed kept; and leave Ctrl-C to the parent process."""
+    """Let SIGTERM end a run as Ctrl-C does, with its state saved, and leave Ctrl-C to the parent process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one would hit the writing of the file
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only once: a second signal would interrupt the writing
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)

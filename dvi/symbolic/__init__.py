@@ -1,7 +1,7 @@
 """The closed form of a central flow: :func:`dvi.derive` calls a declaration on sympy's symbols.
 
-From bottom to top: ``vectors`` and ``tensors`` are what formulas are made of, ``formulas`` holds them as data, and
-``reader`` calls a declaration on symbols.  ``variance`` finds σ², ``evaluation`` puts numbers in, and ``printing``
+From bottom to top: ``vectors`` and ``tensors`` are the parts of formulas, ``formulas`` stores them as data, and
+``reader`` calls a declaration on symbols.  ``variance`` finds σ², ``evaluation`` inserts numbers, and ``printing``
 writes LaTeX and text.  ``derivation`` makes the central flow, and ``noise`` the flow with mini-batch noise.
 """
 

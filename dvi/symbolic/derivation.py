@@ -7,13 +7,13 @@
     α     = 𝒯ᵀ[−P⁻¹∇L] − 2 ∂P[ν̇₀]|_U,           ν̇₀ = (I + ∂f/∂ν)⁻¹ f
     β[Σ]  = ½ 𝒯ᵀP⁻¹𝒯[Σ] + 2 ∂P[ν̇_Σ]|_U,         ν̇_Σ = (I + ∂f/∂ν)⁻¹ ½∇²_g f[HΣH].
 
-Momentum is a filter Q with threshold c, gain Q₁ and lag τ (docs/momentum.md).  It puts Q₁P⁻¹ in place of P⁻¹, and
-P̃ = cP/2 in place of the P of 2P and ∂P.  At second order the momentum m is a state of the flow, and ν has its
-logarithmic rate, with J = ∂f/∂ν:
+Momentum is a filter Q with threshold c, gain Q₁ and lag τ (docs/momentum.md).  It replaces P⁻¹ by Q₁P⁻¹, and the P in
+2P and ∂P by P̃ = cP/2.  At second order the momentum m is a state of the flow, and ν has its logarithmic rate, with
+J = ∂f/∂ν:
 
     dw/dt = −Q₁P(ν)⁻¹ m,     (τ + ½) dm/dt = ∇L + ½∇³L[Σ] − m,     dν/dt = log(I+J) J⁻¹ ( f + ½∇²_g f[HΣH] ).
 
-Weight decay γ makes c = (2 − γ)/Q(z = −1), takes 𝒯ᵀ[γw] from α, and γw from dw/dt; at second order
+With weight decay γ, c = (2 − γ)/Q(z = −1); 𝒯ᵀ[γw] is subtracted from α, and γw from dw/dt.  At second order,
 dw/dt = (log(1−γ)/γ) (γw + Q₁P⁻¹m).
 """
 
@@ -41,14 +41,14 @@ from dvi.symbolic.vectors import Total, contract, directional, letters, on_edge
 
 
 class Derivation(Formulas):
-    """What :func:`dvi.derive` found: the central flow of an optimizer in closed form, as sympy expressions.
+    """The result of :func:`dvi.derive`: the central flow of an optimizer in closed form, as sympy expressions.
 
-    A vector [d] is written by its generic entry: ``g`` stands for gᵢ, and ``Total(e)`` is Σᵢ e over the coordinates
+    A vector [d] is represented by its generic entry: ``g`` stands for gᵢ, and ``Total(e)`` is Σᵢ e over the coordinates
     (:mod:`dvi.symbolic.vectors`).  The letters are in :attr:`symbols`.  Unit time is one step of the optimizer.
 
     Attributes:
         spec: f, P and Q as expressions.
-        P: P = p·I by p, or diag(p) by the generic entry of p.
+        P: p for P = p·I, or the generic entry of p for P = diag(p).
         flow: dw/dt and dν/dt (eq. 31 with its errata; eqs. 16, 19, 24 for the paper's three optimizers).
         factor: the matrix over the parts of ν, at one coordinate, by which dν/dt multiplies f.  It is (I + ∂f/∂ν)⁻¹
             (1/β₂ for an EMA, C.4.2), or at second order log(I+J) J⁻¹ (−log β₂/(1−β₂)).
@@ -57,17 +57,17 @@ class Derivation(Formulas):
         beta: β_ab,cd, by which an oscillation Σ = UXUᵀ gives d/dt Uᵀ(cP − H)U = β[X] − α.  At either accuracy, α and β
             are those of the ``"paper"`` flow, whose drift is −Q₁P⁻¹(g + ½∇³L[Σ]).
         sigma2_parts: α and β for one direction, whose quotient is :attr:`sigma2`.
-        stationary_nu: for each part of ν that forgets, dν/dt = 0 solved for it (eq. 26).  Where f is not affine in
-            the part, it is the condition itself.
-        P_free: the rate of P̃ without oscillation, ∂P̃[ν̇₀] + ∂P̃/∂t, by its generic entry.
-        P_pushed: the rate that oscillation adds, ∂P̃[ν̇_Σ], by its generic entry.
+        stationary_nu: for each part of ν that forgets, dν/dt = 0 solved for it (eq. 26).  If f is not affine in the
+            part, it is the condition itself.
+        P_free: the generic entry of the rate of P̃ without oscillation, ∂P̃[ν̇₀] + ∂P̃/∂t.
+        P_pushed: the generic entry of the rate that oscillation adds, ∂P̃[ν̇_Σ].
         symbols: the letters by name: ``g``, ``nu``, ``eta``, …
         accuracy: the accuracy of :attr:`flow`, ``"paper"`` or ``"second-order"``.
-        on_edge: was HΣH = c²PΣP put in (:meth:`at_edge`)?
+        on_edge: was HΣH replaced by c²PΣP (:meth:`at_edge`)?
     """
 
     def at_edge(self) -> Derivation:
-        """The same with complementarity put in: HΣ = cPΣ, so HΣH = c²PΣP and HU = cPU (C.5), as the paper prints it."""
+        """The same with complementarity inserted, as in the paper: HΣ = cPΣ, so HΣH = c²PΣP and HU = cPU (C.5)."""
         if self.on_edge:
             return self
 
@@ -99,7 +99,9 @@ class Derivation(Formulas):
         w: Any = None,
         **hyperparameters: float,
     ) -> Values:
-        """The formulas in numbers (numpy, float64), as they stand: log(1 + exp(x)) overflows from x = 710 on.
+        """Evaluate the formulas in numbers (numpy, float64).
+
+        The formulas are evaluated as they are written, so that log(1 + exp(x)), for example, overflows for x > 710.
 
         Args:
             g: ∇L(w) [d].
@@ -108,9 +110,9 @@ class Derivation(Formulas):
             HU: the Hessian times U [d, k].
             T: ∇_w u_aᵀH(w)u_b [k(k+1)/2, d] in svec order, as ``problem.hessian_gradient(w, U)`` gives it.
             X: the covariance in U [k, k]; by default 0.
-            t: the time that schedules read.
-            m: the momentum [d], where it is a state of the flow.  By default it is g + ½∇³L[Σ], to which it relaxes.
-            w: the weights [d], which only weight decay asks for.
+            t: the time for schedules (unit times).
+            m: the momentum [d], if it is a state of the flow.  By default it is g + ½∇³L[Σ], to which it relaxes.
+            w: the weights [d], needed only for weight decay.
             hyperparameters: values by field; by default those of the method that was given.
 
         Raises:
@@ -121,7 +123,7 @@ class Derivation(Formulas):
     def latex(self) -> str:
         """The flow, α, β, σ² and the stationary ν as an ``align*`` environment (amsmath).
 
-        Products and powers of vectors are taken entry by entry (⊙), and so are quotients.  𝒯ᵀ is the adjoint of
+        Products, powers and quotients of vectors are entry by entry (⊙).  𝒯ᵀ is the adjoint of
         𝒯[Σ] = ∇³L(w)[Σ], and diag_U(x) is Uᵀdiag(x)U.
         """
         return latex_page(self)
@@ -165,24 +167,24 @@ def derive(
     Args:
         method: a :class:`dvi.Method` with ``Scalar`` or ``Diagonal`` preconditioner, a triple ``(init, f, P)``, or a
             class of methods.  The hyperparameters of a class that have no default become symbols.
-        numeric: put in the numbers of the hyperparameters instead of their letters (lr → η, eps → ε, beta2 → β₂, …).
-            A hyperparameter that is 0 is left out of the formulas in any case.
+        numeric: insert the numbers of the hyperparameters instead of their letters (lr → η, eps → ε, beta2 → β₂, …).
+            A hyperparameter that is 0 never appears in the formulas.
         accuracy: of the flow, as in :func:`dvi.central_flow`.  ``"second-order"`` has the momentum as a state and the
             logarithmic rate of ν.  The default is ``"paper"``, and ``"second-order"`` for a method with momentum.
         noise: derive the flow with mini-batch noise (:func:`dvi.noisy_flow`) in place of the central flow: a
             :class:`~dvi.symbolic.NoisyDerivation`.  For methods without momentum.
 
     Raises:
-        SpecError: where f, P or Q has no closed form: it branches on a value, uses a function without derivatives, or
-            has a matrix as preconditioner or as part of ν.  Where ν has no memory (β₂ = 0).  At second order, where
-            parts of ν depend on one another.  Where the first instability of a filter is not of period two.  The last
-            check takes numbers: the formulas of a class hold for hyperparameters that pass it.
-        ValueError: if accuracy is neither, or is given together with noise.
+        SpecError: if f, P or Q has no closed form: it branches on a value, uses a function without derivatives, or
+            has a matrix as preconditioner or as part of ν.  Also if ν has no memory (β₂ = 0); at second order, if
+            parts of ν depend on one another; and if the first instability of a filter is not of period two.  This last
+            check needs numbers: the formulas of a class hold for hyperparameters that pass it.
+        ValueError: for any other ``accuracy``, or if it is given together with noise.
     """
     if accuracy not in (None, "paper", "second-order"):
         raise ValueError(f'accuracy is "paper" or "second-order", not {accuracy!r}.')
     if noise and accuracy is not None:
-        raise ValueError("The flow with noise is made of the optimizer's own steps: leave accuracy out.")
+        raise ValueError("The flow with noise takes the optimizer's own steps: leave accuracy out.")
     spec = read(method, numeric, None if accuracy is None else accuracy == "second-order")
     accuracy = accuracy or ("second-order" if spec.momentum else "paper")
     x = letters()
@@ -190,7 +192,7 @@ def derive(
     J = _jacobian(spec)
     inverse = _inverse(spec, J)
     factor = _logarithmic(spec, J) if accuracy == "second-order" else inverse
-    # what oscillations h add to the average of f: as a bilinear form in h, and with HΣH put in
+    # what oscillations h add to the average of f: as a bilinear form in h, and with HΣH inserted
     bilinear = bends(spec)
     curvature = [contract(b, x.HU_c, x.HU_d) for b in bilinear]
     if noise:
@@ -224,7 +226,7 @@ def _jacobian(spec: SymbolicSpec) -> Matrix:
 def _inverse(spec: SymbolicSpec, J: Matrix) -> Matrix:
     """(I + J)⁻¹."""
     if not J.rows:
-        return J  # older versions of sympy invert no empty matrix
+        return J  # older versions of sympy cannot invert an empty matrix
     matrix = sympy.eye(J.rows) + J
     if factored(sympy.expand(matrix.det())) == 0:
         raise SpecError(
@@ -238,15 +240,15 @@ def _logarithmic(spec: SymbolicSpec, J: Matrix) -> Matrix:
     """log(I + J) J⁻¹, which is 1 where J is 0."""
     if not J.is_diagonal():
         raise SpecError(
-            f"{spec.method}: parts of ν depend on one another, and at second order ν's rate is then the logarithm of a "
-            'matrix. accuracy="paper" has a closed form; flow.linearise(w, nu) has this one in numbers.'
+            f"{spec.method}: parts of ν depend on one another, so its rate at second order is the logarithm of "
+            'a matrix. accuracy="paper" has a closed form; flow.linearise(w, nu) gives this rate in numbers.'
         )
     slopes = [J[i, i] for i in range(J.rows)]
     return sympy.diag(*(sympy.log(factored(1 + slope)) / slope if slope != 0 else 1 for slope in slopes))
 
 
 def _rate_of_P(spec: SymbolicSpec, inverse: Matrix, changes: Sequence[Expr]) -> Expr:
-    """What the changes of the parts of ν make of P̃; the terms stay apart by part."""
+    """The rate of P̃ for given changes of the parts of ν, with one term for each part."""
     rates = inverse * Matrix(len(changes), 1, list(changes))
     moved = (directional(spec.edge, {leaf.symbol: rate}) for leaf, rate in zip(spec.leaves, rates, strict=True))
     return Add(*map(factored, moved))
@@ -264,7 +266,7 @@ def _flow(spec: SymbolicSpec, factor: Matrix, curvature: Sequence[Expr], accurac
         return SymbolicFlow(Eq(_rate("w"), -spec.gain / spec.p * force - spec.decay * x.w), nu)
     relaxation = Eq(_rate("m"), (force - x.m) / (spec.lag + sympy.Rational(1, 2)))
     w = -spec.gain / spec.p * x.m
-    if spec.decay != 0:  # w forgets as ν does, with −γ in place of J
+    if spec.decay != 0:  # w forgets like ν, with −γ in place of J
         w = sympy.log(1 - spec.decay) * (x.w - factored(w / spec.decay))
     return SymbolicFlow(Eq(_rate("w"), w), nu, relaxation)
 

@@ -1,4 +1,4 @@
-"""The closed forms in numbers."""
+"""Evaluates the closed forms in numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Values:
         w: dw/dt [d].
         nu: dν/dt, of the structure of ν.
         sigma2: σ² for k = 1, else None.
-        m: dm/dt [d] where the momentum is a state of the flow, else None.
+        m: dm/dt [d] if the momentum is a state of the flow, else None.
     """
 
     alpha: Array
@@ -43,7 +43,7 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Where the formulas are evaluated; :meth:`dvi.Derivation.evaluate` says what each of the fields is."""
+    """The point at which the formulas are evaluated; :meth:`dvi.Derivation.evaluate` describes the fields."""
 
     g: Any
     nu: Any
@@ -56,7 +56,7 @@ class Point:
     w: Any = None
 
     def arrays(self) -> Point:
-        """Every tensor as a float64 array, and X = 0 where it is left out."""
+        """Every tensor as a float64 array; X = 0 if it is left out."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         given = {name: pytree.tree_map(_array, value) for name, value in fields if value is not None}
         return Point(**{"X": np.zeros((given["U"].shape[1],) * 2), **given, "t": float(self.t)})
@@ -75,14 +75,14 @@ def evaluate(formulas: Formulas, at: Point, hyperparameters: Mapping[str, float]
     x, flow, leaves, at = letters(), formulas.flow, formulas.spec.leaves, at.arrays()
     size, k = at.U.shape
     index = triu(k)
-    T = at.T / index.weight[:, None]  # svec carries √2 off the diagonal
+    T = at.T / index.weight[:, None]  # svec has a factor √2 off the diagonal
     state = pytree.tree_leaves(at.nu)
     known: dict[Expr, Any] = {x.g: at.g, x.d: size, x.t: at.t}
     known |= {leaf.symbol: value for leaf, value in zip(leaves, state, strict=True)}
     known |= values_of(formulas.spec, at.t, hyperparameters)
     if formulas.spec.decay != 0:
         if at.w is None:
-            raise SpecError("evaluate(…, w=…): the weights decay, so their values are asked for.")
+            raise SpecError("evaluate(…, w=…): the weights decay, so w is needed.")
         known[x.w] = at.w
 
     pairs = known | _pairs(at, T, index)
@@ -156,7 +156,7 @@ def value_of(
         shape: of the result.
         matrices: (V [d, k], X [k, k]) by name, for the matrix VXVᵀ.
     """
-    # schedules and their slopes become symbols, the slopes first, since they hold the schedules
+    # schedules and their slopes become symbols; the slopes first, because they contain the schedules
     scalars = {key: Symbol(f"schedule_{i}") for i, key in enumerate(known) if not isinstance(key, Symbol)}
     flat = e.xreplace({key: v for key, v in scalars.items() if isinstance(key, Derivative)}).xreplace(scalars)
     given = {scalars.get(key, key): value for key, value in known.items()}

@@ -1,4 +1,4 @@
-"""The formulas of a central flow as plain data: what was read, and what was derived from it."""
+"""The formulas of a central flow as plain data: the declaration, and what is derived from it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SymbolicSpec:
     Attributes:
         method: the declaration.
         leaves: the parts of ν, in the order of ``torch.utils._pytree``.
-        structure: how the parts are put together.
+        structure: the pytree structure of the parts.
         f: the change of each part.
-        p: P = p·I, or diag(p) written by its generic entry.
+        p: p for P = p·I, or the generic entry of p for P = diag(p).
         diagonal: is P = diag(p)?
         hyperparameters: the symbol of each field, or η(t) for a schedule.  Numbers are not listed.
         momentum: is there a filter Q ≠ 1?
@@ -82,7 +82,7 @@ class SymbolicFlow:
 
 @dataclass(frozen=True, eq=False)
 class Formulas:
-    """The closed form of a central flow.  :class:`dvi.Derivation` says what each of the fields is."""
+    """The closed form of a central flow; :class:`dvi.Derivation` describes the fields."""
 
     spec: SymbolicSpec
     P: Expr
@@ -118,7 +118,7 @@ class Formulas:
         """The variance of one oscillating direction, Σ = σ²uuᵀ with Hu = cPu, where it is positive.
 
         This is eq. 4 for gradient descent, and eqs. 10 and 20 for RMSProp-Norm.  For a scalar P, |u| = 1, and the
-        sharpness S = cp takes the place of ν.
+        sharpness S = cp replaces ν.
         """
         numerator, denominator = self.sigma2_parts
         return numerator / denominator

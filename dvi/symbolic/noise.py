@@ -1,10 +1,10 @@
-"""The flow with mini-batch noise in closed form: one step of it, and where the oscillation settles.
+"""The flow with mini-batch noise in closed form: one step, and the stationary oscillation.
 
     w⁺ − w = −P(ν)⁻¹ [∇L + ½∇³L[Σ]] − γw
     ν⁺ − ν = f(ν, g) + ½∇²_g f[HΣH + N]
     X⁺_ij  = (1−λ_i)(1−λ_j) X_ij + (UᵀNU)_ij,       Σ = UXUᵀ,  UᵀP̃U = I,  HU = P̃UΛ.
 
-With weight decay P̃ = (1 − γ/2)P, 1 − γ − (1 − γ/2)λ stands in place of 1 − λ, and (1 − γ/2)² before the noise.
+With weight decay, P̃ = (1 − γ/2)P, 1 − γ − (1 − γ/2)λ replaces 1 − λ, and the noise has a factor (1 − γ/2)².
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NoisyValues:
         w: w⁺ − w [d].
         nu: ν⁺ − ν, of the structure of ν.
         X: X⁺ [k, k].
-        stationary_X: X where it settles [k, k].
+        stationary_X: the stationary X [k, k].
     """
 
     w: Array
@@ -48,15 +48,15 @@ class NoisyValues:
 
 @dataclass(frozen=True, eq=False)
 class NoisyDerivation:
-    """What ``dvi.derive(method, noise=True)`` found: a step of the flow with mini-batch noise, as sympy expressions.
+    """The result of ``dvi.derive(method, noise=True)``: a step of the flow with mini-batch noise, in sympy expressions.
 
-    A vector [d] is written by its generic entry, as in :class:`dvi.Derivation`.  Unit time is one step.
+    A vector [d] is represented by its generic entry, as in :class:`dvi.Derivation`.  Unit time is one step.
 
     Attributes:
         spec: f and P as expressions.
-        P: P = p·I by p, or diag(p) by the generic entry of p.
+        P: p for P = p·I, or the generic entry of p for P = diag(p).
         w: w⁺ − w.
-        nu: ν⁺ − ν for each part of ν, with Σ and N where g is.
+        nu: ν⁺ − ν for each part of ν, with the effects of Σ and N.
         X: X⁺_ij, in a frame of eigenvectors with effective eigenvalues λ.
         stationary_X: X_ij where X⁺ = X.
         stationary_nu: for each part of ν that forgets, ν⁺ = ν solved for it, as in :class:`dvi.Derivation`.
@@ -95,8 +95,8 @@ class NoisyDerivation:
             T: ∇_w u_aᵀH(w)u_b [k(k+1)/2, d] in svec order.
             X: the covariance of the oscillation in U [k, k].
             N: the covariance of a mini-batch's gradient [d, d].
-            t: the time that schedules read.
-            w: the weights [d], which only weight decay asks for.
+            t: the time for schedules (unit times).
+            w: the weights [d], needed only for weight decay.
             hyperparameters: values by field; by default those of the method that was given.
 
         Raises:
@@ -110,7 +110,7 @@ class NoisyDerivation:
         known |= {leaf.symbol: value for leaf, value in zip(spec.leaves, state, strict=True)}
         if spec.decay != 0:
             if at.w is None:
-                raise SpecError("evaluate(…, w=…): the weights decay, so their values are asked for.")
+                raise SpecError("evaluate(…, w=…): the weights decay, so w is needed.")
             known[x.w] = at.w
         known[x.D3L] = np.einsum("ab,abi->i", at.X, (at.T / index.weight[:, None])[index.position])
         known |= {x.HSH: ((at.HU @ at.X) * at.HU).sum(1), x.Nii: noise.diagonal()}
@@ -129,7 +129,7 @@ class NoisyDerivation:
         )
 
     def latex(self) -> str:
-        """A step, and what is stationary, as an ``align*`` environment (amsmath)."""
+        """A step, and the stationary X and ν, as an ``align*`` environment (amsmath)."""
         x = letters()
         lines = [f"w^{{+}} - w &= {latex(self.w)}"]
         lines += [f"{latex(s)}^{{+}} - {latex(s)} &= {latex(e)}" for s, e in self._moving()]
@@ -167,12 +167,12 @@ def with_noise(spec: SymbolicSpec, curvature: Sequence[Expr]) -> NoisyDerivation
         curvature: ½∇²_g f[HΣH] for each part of ν.
 
     Raises:
-        SpecError: if the method has momentum, where X is a part of a larger covariance.
+        SpecError: if the method has momentum, because X is then a part of a larger covariance.
     """
     if spec.momentum:
         raise SpecError(
-            f"{spec.name} has momentum: X is then one block of the covariance of w and the filter's memory, and has no "
-            "closed form here. dvi.noise.companion.Companion.of(Q, M, S).stationary(N) gives it in numbers."
+            f"{spec.name} has momentum, so that X is one block of the covariance of w and the filter's memory. It has "
+            "no closed form here. dvi.noise.companion.Companion.of(Q, M, S).stationary(N) gives it in numbers."
         )
     x = letters()
     averaged = [noisy(bend) for bend in curvature]

@@ -1,7 +1,7 @@
-"""A derived flow in print: LaTeX with the letters of the paper's C.3–C.5, and plain text.
+"""Prints a derived flow: as LaTeX with the letters of the paper's C.3–C.5, and as plain text.
 
-sympy's printers do the work.  This module has the names of the letters, and what a vector needs: products (⊙),
-quotients, powers and functions of vectors are taken entry by entry, and a sum over coordinates is an inner product.
+This module extends sympy's printers by the names of the letters and by vectors.  Products (⊙), quotients, powers and
+functions of vectors are entry by entry, and a sum over coordinates is an inner product.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dvi.symbolic.formulas import Formulas
 from dvi.symbolic.simplification import each, negative
 from dvi.symbolic.vectors import Entry, Letter, Level, is_vector, letters
 
-# Letters that stand only in printed equations: 𝒯[Σ], which is a vector, and the identity.
+# Letters that occur only in printed equations: 𝒯[Σ], which is a vector, and the identity.
 _T_SIGMA, _IDENTITY = Entry("T_Sigma"), Level("one")
 
-#: How letters are printed: LaTeX, text.  Terms and factors are printed in this order.
+#: The letters in print: LaTeX, text.  Terms and factors are printed in this order.
 NAMES: dict[Symbol, tuple[str, str]] = {
     _T_SIGMA: (r"\mathcal{T}[\Sigma]", "𝒯[Σ]"),
     **{
@@ -82,7 +82,7 @@ def latex_page(d: Formulas) -> str:
 
 
 def text_page(d: Formulas) -> str:
-    """All equations in plain text, one a line."""
+    """All equations in plain text, one in each line."""
     lines = [f"d{_letter(str(e.lhs.expr.func))}/dt = {text(e.rhs)}" for e in flow_equations(d)]
     lines.append(f"0 ⪯ Σ ⟂ {_threshold(d)}P - H ⪰ 0")
     lines += [f"{text(e.lhs)} = {text(e.rhs)}" for e in definitions(d)]
@@ -91,12 +91,12 @@ def text_page(d: Formulas) -> str:
 
 
 def _threshold(d: Formulas) -> str:
-    """How c is written: 2 where nothing changes it."""
+    """The threshold in print: 2, or c if momentum or weight decay changes it."""
     return "c" if d.spec.momentum or d.spec.decay != 0 else "2"
 
 
 def flow_equations(d: Formulas) -> list[Eq]:
-    """The differential equations, apart from those of clocks; the lag of the momentum is written τ."""
+    """The differential equations except those of clocks; the lag of the momentum is written τ."""
     out = [d.flow.w]
     if d.flow.m is not None:
         lag = {d.lag + sympy.S.Half: Symbol("tau") + sympy.S.Half} if d.spec.momentum else {}
@@ -121,7 +121,7 @@ def definitions(d: Formulas) -> list[Eq]:
 
 
 def _matrix(d: Formulas, e: Expr, name: str) -> Expr:
-    """e·I, or diag(e) by the name that it has."""
+    """The matrix e·I, or diag(e) by its name."""
     if e == 0 or not d.spec.diagonal:
         return e * _IDENTITY
     return -Function(name)(-e) if negative(e) else Function(name)(e)
@@ -138,16 +138,16 @@ def text(e: Expr) -> str:
 
 
 def _place(e: Expr) -> int:
-    """Where a term or factor stands: in the order of the names, and a denominator last."""
+    """The position of a term or factor: in the order of the names, denominators last."""
     place = min((_ORDER[symbol] for symbol in e.free_symbols if symbol in _ORDER), default=len(_ORDER))
     return place + len(_ORDER) * bool(e.as_base_exp()[1].is_negative)
 
 
 class _Common(Printer):  # type: ignore[misc]
-    """What LaTeX and text have in common."""
+    """The part of the printer that LaTeX and text share."""
 
     def _as_ordered_terms(self, expr: Expr, order: Any = None) -> list[Expr]:
-        """What is added stands before what is taken away."""
+        """Terms with a plus sign come before terms with a minus sign."""
         terms = super()._as_ordered_terms(expr, order)
         return sorted(terms, key=lambda term: (negative(term), _place(term)))
 
@@ -156,14 +156,14 @@ class _Common(Printer):  # type: ignore[misc]
 
 
 class Entrywise(Letter):
-    """A product of vectors, by how it is printed."""
+    """The printed form of a product of vectors."""
 
 
 class _Latex(_Common, LatexPrinter):  # type: ignore[misc]
     def _print_Mul(self, e: Mul) -> str:
         for part, power in zip(sympy.fraction(e, exact=True), (1, -1), strict=True):
             vectors = sorted((x for x in Mul.make_args(part) if is_vector(x)), key=_place)
-            if len(vectors) > 1:  # one name, a ⊙ b, in place of them
+            if len(vectors) > 1:  # one name, a ⊙ b, replaces them
                 shown = r" \odot ".join(self.parenthesize(x, PRECEDENCE["Mul"]) for x in vectors)
                 e = e / Mul(*vectors) ** power * Entrywise(shown) ** power
         return str(super()._print_Mul(e))
@@ -234,7 +234,7 @@ class _Text(_Common, StrPrinter):  # type: ignore[misc]
 
 
 def _letter(name: str) -> str:
-    """``eta`` as η, whatever stdout was when sympy was first loaded (it then decides whether there is Unicode)."""
+    """``eta`` as η, even if sympy found no Unicode in stdout when it was first imported."""
     before = pretty_use_unicode(True)
     try:
         return str(pretty_symbol(name))

@@ -1,4 +1,4 @@
-"""A declaration read as formulas: f, P, Q and decay are called on symbols."""
+"""Reads a declaration as formulas: f, P, Q and decay are called on symbols."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dvi.symbolic.simplification import factored, split_roots
 from dvi.symbolic.tensors import SymbolTensor, number, symbolic
 from dvi.symbolic.vectors import Level, Total, entry, letters
 
-#: Names of hyperparameters in the paper, where they differ from the names of the fields.
+#: The paper's names of hyperparameters, if they differ from the names of the fields.
 PAPER = {"lr": "eta", "eps": "epsilon", "momentum": "beta", "share": "n", "weight_decay": "lambda"}
 
-_SAMPLE = 11  # weights of the vector on which init is called, to see which parts of ν are like it
+_SAMPLE = 11  # size of the vector on which init is called, to see which parts of ν are vectors
 _IN_NUMBERS = "flow.linearise(w, nu) gives α and β in numbers."
 
 
@@ -35,7 +35,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
     Args:
         method: see :func:`dvi.derive`.
         numeric: see :func:`dvi.derive`.
-        inertial: is the letter m kept for the momentum?  By default it is where the method has a filter.
+        inertial: is the letter m reserved for the momentum?  By default it is if the method has a filter.
 
     Raises:
         SpecError: if f, P or Q has no closed form.  If a part of ν is neither a scalar nor like w, or P is neither
@@ -49,7 +49,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
     if not (momentum if inertial is None else inertial):
         used.discard("m")
 
-    start = spec if isinstance(given, type) else given  # init makes tensors, so it takes numbers where there are some
+    start = spec if isinstance(given, type) else given  # init makes tensors, so it needs numbers
     nu = _call(f"{name}.init(w)", lambda: start.init(torch.zeros(_SAMPLE, dtype=torch.float64)))
     structure = pytree.tree_structure(nu)
     parts = [_leaf(name, path, value) for path, value in leaves(nu)]
@@ -76,7 +76,7 @@ def read(method: MethodLike | type[Method], numeric: bool = False, inertial: boo
 
 
 def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
-    """A method, or a class of methods as it is.
+    """A method, made from a triple if necessary; a class of methods stays as it is.
 
     Raises:
         SpecError: if it is neither.
@@ -89,27 +89,27 @@ def method_of(method: MethodLike | type[Method]) -> Method | type[Method]:
 
 
 def _of_one_group(method: Method | type[Method], numeric: bool) -> Method | type[Method]:
-    """The method of one parameter group, whose letters stand for those of any other."""
+    """The method of one parameter group; its letters stand for those of any other group."""
     if not isinstance(method, Grouped):
         return method
     alike = {(type(part), part.scheduled) for part in method.methods}
     if len(method.methods) > 1 and (numeric or len(alike) > 1):
         raise SpecError(
-            f"{method}: its groups have formulas of their own. Take one: dvi.derive(method.methods[0], …), where "
+            f"{method}: each group has its own formulas. Derive one of them: dvi.derive(method.methods[0], …), where "
             "method = dvi.from_torch(optimizer)."
         )
     return method.methods[0]
 
 
 def _call(what: str, function: Callable[[], Any]) -> Any:
-    """Call a user's function on symbols, and say what failed in terms of the declaration."""
+    """Call a user's function on symbols; errors name the part of the declaration that failed."""
     try:
         return function()
     except SpecError as error:
         raise SpecError(f"{what} cannot be written in closed form: {error}") from None
     except Exception as error:  # torch, or the user's code, on an argument that is not a tensor
         raise SpecError(
-            f"{what} cannot be called on symbols ({type(error).__name__}: {error}). It is to be made of operators and "
+            f"{what} cannot be called on symbols ({type(error).__name__}: {error}). It must consist of operators and "
             f"torch functions of ν, g and hyperparameters; {_IN_NUMBERS}"
         ) from error
 
@@ -138,10 +138,10 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _hyperparameter(spec: Method, field: str, value: Any, numeric: bool) -> Any:
-    """What f and P find in a field: a symbol, a number as a fraction, or what was there.
+    """The value of a field for f and P: a symbol, a number as a fraction, or the old value.
 
-    A zero stays a zero, since it switches a term off.  Flags stay flags, and whole numbers without a range of their
-    own stay numbers, since they count something.
+    A zero stays a zero, because it removes a term.  Flags stay flags.  Whole numbers without a range of their own stay
+    numbers, because they count something.
     """
     letter = _letter(spec, field)
     positive = True if field in spec.ranges else None
@@ -150,7 +150,7 @@ def _hyperparameter(spec: Method, field: str, value: Any, numeric: bool) -> Any:
     if callable(value):
         t = letters().t
         if numeric:
-            with suppress(Exception):  # whatever a user's function may raise on a symbol: it is left unnamed, as η(t)
+            with suppress(Exception):  # a user's function may raise anything on a symbol; it then becomes η(t)
                 return symbolic(value(SymbolTensor(t, 0)))
         return SymbolTensor(sympy.Function(letter, real=True, positive=positive)(t), 0)
     counts = isinstance(value, int) and field not in spec.ranges
@@ -161,7 +161,7 @@ def _hyperparameter(spec: Method, field: str, value: Any, numeric: bool) -> Any:
 
 
 def _letter(spec: Method, field: str) -> str:
-    """The paper's name of a hyperparameter, unless another field or a letter of the derivation is called so."""
+    """The paper's name of a hyperparameter, unless another field or a letter of the derivation has this name."""
     fields = {other.name for other in dataclasses.fields(spec)}  # type: ignore[arg-type]
     name = PAPER.get(field, field)
     name = field if name in fields else name
@@ -172,12 +172,12 @@ def _letter(spec: Method, field: str) -> str:
 
 
 def _filter(given: Method | type[Method], spec: Method) -> tuple[bool, Expr, Expr, Expr]:
-    """Is there momentum?  And its c, Q₁ and τ."""
+    """Whether there is momentum, and its c, Q₁ and τ."""
     if not isinstance(given, type):
         given.at(0.0).Q().check()
     name = f"{type(spec).__name__}.Q()"
     Q = _call(name, spec.Q)
-    # the coefficients first, so that a number among them is the fraction that it is written as
+    # the coefficients first, so that a number among them becomes the fraction that was written
     Q = _call(name, lambda: Filter([symbolic(x) for x in Q.numerator], [symbolic(x) for x in Q.denominator]))
     if Q.order == 0 and sympy.expand(Q.numerator[0].expr - Q.denominator[0].expr) == 0:
         return False, sympy.Integer(2), sympy.Integer(1), sympy.Integer(0)
@@ -193,19 +193,19 @@ def _decay(spec: Method) -> Expr:
         return sympy.Integer(0)
     if isinstance(declared, (list, tuple)) or (isinstance(declared, torch.Tensor) and declared.ndim):
         raise SpecError(
-            f"{name} differs between weights; closed forms are for one γ for all. Derive the method with one, whose "
+            f"{name} differs between weights, but closed forms need one γ for all. Derive the method with one γ; its "
             f"formulas hold weight by weight (shapes=None). {_IN_NUMBERS}"
         )
     return factored(_call(name, lambda: symbolic(declared)).expr)
 
 
 def _leaf(name: str, path: str, value: Any) -> Leaf:
-    """A part of ν by a label made of its path."""
+    """A part of ν, with a label made from its path."""
     shape = list(value.shape)
     if shape not in ([], [_SAMPLE]):
         raise SpecError(
-            f"{name}.init(w): ν{path} has shape {shape} for w of shape [{_SAMPLE}]; closed forms are for scalars and "
-            f"for vectors like w. {_IN_NUMBERS}"
+            f"{name}.init(w): ν{path} has shape {shape} for w of shape [{_SAMPLE}]; closed forms need scalars "
+            f"or vectors like w. {_IN_NUMBERS}"
         )
     label = "_".join(part.strip("'\"") for part in path.strip("[]").split("][")) or "nu"
     label = label if label.isidentifier() else f"nu{label}"
@@ -217,7 +217,7 @@ def _symbol(label: str, ndim: int) -> Symbol:
 
 
 def _named(parts: Sequence[Leaf], clocks: Sequence[bool], used: set[str], scheduled: bool) -> list[Leaf]:
-    """The parts of ν with the paper's letters: ν where there is one, t for a clock (t_ν where schedules read t)."""
+    """The parts of ν with the paper's letters: ν if there is one part, t for a clock (t_ν if schedules use t)."""
     alone = {clock: clocks.count(clock) == 1 for clock in (False, True)}
     short = {False: "nu", True: "t_nu" if scheduled else "t"}
     named = []
@@ -235,10 +235,10 @@ def _state(parts: Sequence[Leaf], structure: pytree.TreeSpec) -> Any:
 def _change(spec: Method, parts: Sequence[Leaf], structure: pytree.TreeSpec) -> tuple[Expr, ...]:
     """The change f of every part of ν, called on symbols."""
     name = f"{type(spec).__name__}.f(nu, g)"
-    gradient: Any = SymbolTensor(letters().g, 1)  # it stands in for a tensor, as those in ν do
+    gradient: Any = SymbolTensor(letters().g, 1)  # it replaces a tensor, like the parts of ν
     change = _call(name, lambda: spec.f(_state(parts, structure), gradient))
     if pytree.tree_structure(change) != structure:
-        raise SpecError(f"{name} has another structure than ν; it returns the change of every part of ν.")
+        raise SpecError(f"{name} has another structure than ν; it must return the change of every part of ν.")
     changes = _call(name, lambda: [symbolic(x) for x in pytree.tree_leaves(change)])
     vectors = {part.symbol for part in parts if part.ndim}
     for part, x in zip(parts, changes, strict=True):
@@ -250,14 +250,14 @@ def _change(spec: Method, parts: Sequence[Leaf], structure: pytree.TreeSpec) -> 
             )
         if any(total.free_symbols & vectors for total in x.expr.atoms(Total)):
             raise SpecError(
-                f"{name}: the change of ν[{part.name!r}] holds a sum over the entries of ν, so that "
-                "(I + ∂f/∂ν)⁻¹ couples all coordinates and has no closed form. flow.linearise(w, nu) has it in numbers."
+                f"{name}: the change of ν[{part.name!r}] contains a sum over the entries of ν, so that (I + ∂f/∂ν)⁻¹ "
+                "couples all coordinates and has no closed form. flow.linearise(w, nu) has it in numbers."
             )
     return tuple(x.expr for x in changes)
 
 
 def _preconditioner(spec: Method, parts: Sequence[Leaf], structure: pytree.TreeSpec) -> tuple[Expr, bool]:
-    """The p of P, called on symbols, and is P = diag(p)?"""
+    """The p of P, called on symbols, and whether P = diag(p)."""
     name = f"{type(spec).__name__}.P(nu)"
     P = _call(name, lambda: spec.P(_state(parts, structure)))
     if type(P) is not Scalar and type(P) is not Diagonal:

@@ -1,4 +1,4 @@
-"""How expressions are simplified: common factors are taken out, and the shortest form is kept."""
+"""Simplifies expressions: takes common factors out, and keeps the shortest form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LONG = 80  # operations; sympy.factor may take minutes on an expression with mo
 
 
 def factored(e: Expr) -> Expr:
-    """The expression with each of its factors in the shortest form, and with signs as a person writes them."""
+    """The expression with each of its factors in the shortest form, and with the usual signs."""
     number, product = e.as_coeff_Mul()
     factors = []
-    for part in Mul.make_args(product):  # one at a time, since sympy.factor would multiply them out first
+    for part in Mul.make_args(product):  # one by one, because sympy.factor would multiply them out first
         factors += Mul.make_args(_shortest(part) if isinstance(part, Add) else part)
     for i, factor in enumerate(factors):
         base, exponent = factor.as_base_exp()
@@ -34,13 +34,13 @@ def _shortest(e: Add) -> Expr:
     flat = e.xreplace(logs)
     forms = [sympy.factor_terms(flat), flat]
     if flat.count_ops() <= _LONG:
-        with suppress(sympy.PolynomialError):  # a function of which sympy makes no polynomials
+        with suppress(sympy.PolynomialError):  # a function that sympy cannot treat as a polynomial
             forms.insert(0, sympy.factor(flat))
     return min(forms, key=lambda form: form.count_ops()).xreplace({dummy: x for x, dummy in logs.items()})
 
 
 def _begins_with_minus(e: Add) -> bool:
-    """Is the sum rather written with the other sign, as 1 − β for β − 1, or x + y − z for z − x − y?"""
+    """Does the sum look better with the other sign, as 1 − β for β − 1, or x + y − z for z − x − y?"""
     balance = sum(-1 if negative(term) else 1 for term in e.args)
     return balance < 0 or (balance == 0 and bool(e.as_coeff_Add()[0].is_negative))
 
@@ -51,12 +51,12 @@ def negative(e: Expr) -> bool:
 
 
 def each(e: Expr, function: Callable[[Expr], Expr]) -> Expr:
-    """A linear function of a sum, term by term, each simplified: terms that were kept apart stay apart."""
+    """Apply a linear function to a sum term by term, and simplify each term; separate terms stay separate."""
     return Add(*(factored(function(term)) for term in Add.make_args(e)))
 
 
 def split_roots(e: Expr) -> Expr:
-    """√(v/(1−β₂ᵗ)) as √v/√(1−β₂ᵗ), which keeps derivatives short; right, since 1−β₂ᵗ is positive."""
+    """√(v/(1−β₂ᵗ)) as √v/√(1−β₂ᵗ), which keeps derivatives short; this is right, because 1−β₂ᵗ is positive."""
 
     def split(base: Expr, exponent: Expr) -> Expr:
         rest, positive = Integer(1), Integer(1)

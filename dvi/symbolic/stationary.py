@@ -1,4 +1,4 @@
-"""Where ν settles while the weights are held."""
+"""The stationary ν at fixed weights, in closed form."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dvi.symbolic.vectors import directional
 
 
 def stationary(spec: SymbolicSpec, curvature: Sequence[Expr]) -> dict[str, Eq]:
-    """0 = f + the curvature of f (½∇²_g f[HΣH]), solved for ν where f is affine in it."""
+    """Solve 0 = f + ``curvature`` (½∇²_g f[HΣH]) for each part of ν in which f is affine."""
     out = {}
     for leaf, f, bend in zip(spec.leaves, spec.f, curvature, strict=True):
         nu, change = leaf.symbol, f + bend
         if not f.has(nu):
-            continue  # it only adds up
+            continue  # it is a sum that never forgets
         slope = factored(directional(change, {nu: sympy.Integer(1)}))
         if slope.has(nu):
             out[leaf.name] = Eq(factored(change), 0, evaluate=False)

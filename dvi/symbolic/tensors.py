@@ -1,9 +1,9 @@
-"""A stand-in for a tensor that records, as a sympy expression, what f and P do with it.
+"""A substitute for a tensor that records the operations of f and P as a sympy expression.
 
-``f`` and ``P`` are written once, for torch tensors.  They run on a :class:`SymbolTensor` as they are: numpy's mixin
-routes Python's operators to ``__array_ufunc__``, and torch's functions arrive at ``__torch_function__``.  Both look
-the operation up by name in one table.  Whatever has no closed form is refused by name: a branch on a value, or a
-function that is not in the table.
+``f`` and ``P`` are written once, for torch tensors, and run unchanged on a :class:`SymbolTensor`.  numpy's mixin sends
+Python's operators to ``__array_ufunc__``, and torch's functions go to ``__torch_function__``.  Both find the operation
+by name in one table.  Operations without a closed form are refused by name: a branch on a value, or a function that is
+not in the table.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dvi.symbolic.vectors import DIMENSION, Total
 
 
 class UnknownOperationError(SpecError, AttributeError):
-    """An operation without a symbolic counterpart.  It is an AttributeError, too, so that ``hasattr`` says no."""
+    """An operation without a symbolic counterpart.  It is also an AttributeError, so that ``hasattr`` gives False."""
 
 
 def number(x: float) -> Expr:
-    """A Python number as the decimal fraction that it is written as (0.99 is 99/100)."""
+    """A Python number as the decimal fraction that was written (0.99 is 99/100)."""
     if isinstance(x, int):
         return Integer(int(x))
     if not math.isfinite(x):
@@ -47,7 +47,7 @@ class SymbolTensor(NDArrayOperatorsMixin):
     dtype = torch.float64
     device = torch.device("cpu")
     requires_grad = False
-    # A symbol differs from every number: a hyperparameter of 0 is no symbol, so that ``eps == 0`` is right.
+    # A symbol differs from every number.  A hyperparameter of 0 is not a symbol, so that ``eps == 0`` is right.
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
     def __init__(self, expr: Expr, ndim: int) -> None:
@@ -63,7 +63,7 @@ class SymbolTensor(NDArrayOperatorsMixin):
         return (SymbolTensor(DIMENSION, 0),) * self.ndim
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, out: Any = None, **kwargs: Any) -> SymbolTensor:
-        """Operators.  ``x += y`` asks for y to be added in place (``out``); like a number, x is then a new one."""
+        """Operators.  ``x += y`` requests an addition in place (``out``); as for a number, x becomes a new object."""
         return _operation(ufunc.__name__)(*args, **kwargs)
 
     @classmethod
@@ -92,13 +92,13 @@ class SymbolTensor(NDArrayOperatorsMixin):
 
     def __float__(self) -> float:
         raise SpecError(
-            f"it asks for the number that {self.expr} is (float(…), math.…); write it with torch functions."
+            f"it needs the value of {self.expr} as a number (float(…), math.…); write it with torch functions."
         )
 
     __int__ = __index__ = __float__
 
     def __iter__(self) -> Any:
-        raise UnknownOperationError("it takes a vector apart; only whole vectors have symbols.")
+        raise UnknownOperationError("it uses single entries of a vector; only whole vectors have symbols.")
 
     def __getitem__(self, key: Any) -> Any:
         raise UnknownOperationError(
@@ -126,7 +126,7 @@ def symbolic(x: Any) -> SymbolTensor:
 
 
 def _entrywise(function: Callable[..., Expr]) -> Callable[..., SymbolTensor]:
-    """An operation entry by entry; a scalar goes with every entry of a vector."""
+    """An operation entry by entry; a scalar is combined with every entry of a vector."""
 
     def operation(*args: Any, **kwargs: Any) -> SymbolTensor:
         tensors = [symbolic(x) for x in args]
@@ -180,7 +180,7 @@ def _comparison(x: Any, y: Any) -> SymbolTensor:
     raise SpecError(f"it compares {symbolic(x).expr} with a value; a closed form cannot depend on values.")
 
 
-# By the names that numpy and torch have for an operation.
+# Operations by their names in numpy and torch.
 _NAMED: dict[str, Callable[..., SymbolTensor]] = {
     "add radd": _entrywise(lambda x, y, alpha=1: x + alpha * y),
     "sub subtract": _entrywise(lambda x, y, alpha=1: x - alpha * y),

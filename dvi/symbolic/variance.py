@@ -1,4 +1,4 @@
-"""σ², the variance of one oscillating direction, from how the direction moves P (paper, eqs. 4, 10, 20)."""
+"""The variance σ² of one oscillating direction, from its effect on P (paper, eqs. 4, 10, 20)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dvi.symbolic.vectors import Total, along, letters
 def one_direction(spec: SymbolicSpec, P_free: Expr, P_pushed: Expr) -> tuple[Expr, Expr]:
     """(α, β) for U = u, with Hu = 2P̃u, so that σ² = α/β.
 
-    For a scalar P, |u| = 1, and the sharpness S = 2p̃ = cp takes the place of ν.  Both are then multiplied by p/Q₁,
-    which takes the fractions out, as in eq. 10.
+    For a scalar P, |u| = 1, and the sharpness S = 2p̃ = cp replaces ν.  Both are then multiplied by p/Q₁, which removes
+    the fractions, as in eq. 10.
 
     Args:
         spec: the declaration.
@@ -42,8 +42,8 @@ def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]
     """ν in terms of the sharpness, from S = 2p̃.  Both are empty unless ν is one scalar, apart from clocks.
 
     Returns:
-        The value of ν by its symbol.  And what the symbols in that value stand for, which is known to be positive, as
-        √ν = ηS/2 − ε is.
+        the value of ν by its symbol, and the values of the symbols in it, which are known to be positive, like
+        √ν = ηS/2 − ε.
     """
     states = [leaf.symbol for leaf in spec.leaves if not leaf.clock]
     if len(states) != 1 or not spec.p.has(states[0]) or spec.p.has(Total):
@@ -53,7 +53,7 @@ def at_sharpness(spec: SymbolicSpec) -> tuple[dict[Expr, Expr], dict[Expr, Expr]
 
 
 def inverse(e: Expr, x: Symbol, value: Expr) -> tuple[Expr, dict[Expr, Expr]] | None:
-    """The positive x for which e = value > 0, or None: x must occur once, under operations that can be undone."""
+    """The positive x with e = value > 0, or None: x must occur once, in operations that can be inverted."""
     positive: dict[Expr, Expr] = {}
     while e != x:
         held = [part for part in e.args if part.has(x)]

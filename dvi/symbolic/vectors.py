@@ -1,8 +1,8 @@
-"""Vectors in sympy, by their generic entry: the letters in which :func:`dvi.derive` writes.
+"""Vectors in sympy, represented by their generic entry: the letters of :func:`dvi.derive`.
 
-A vector x [d] is one symbol, an :class:`Entry`, that stands for the entry xᵢ at one and the same coordinate i wherever
-it occurs; operations on it act entry by entry.  Coordinates meet only in sums, and a sum is ``Total(e)`` = Σᵢ e.  So
-‖x‖² is ``Total(x**2)`` and x/‖x‖ is ``x/sqrt(Total(x**2))``: no index is written, none can be captured, and equal
+A vector x [d] is one symbol, an :class:`Entry`.  It stands for the entry xᵢ at the same coordinate i everywhere,
+and operations on it act entry by entry.  Coordinates are combined only in sums, and a sum is ``Total(e)`` = Σᵢ e.  So
+‖x‖² is ``Total(x**2)``, and x/‖x‖ is ``x/sqrt(Total(x**2))``.  No index is written, so none can be confused, and equal
 expressions are equal objects.
 """
 
@@ -20,11 +20,11 @@ DIMENSION = Symbol("d", positive=True, integer=True)
 
 
 class Letter(Symbol):  # type: ignore[misc]
-    """What changes along the flow, unlike a hyperparameter."""
+    """A quantity that changes along the flow, unlike a hyperparameter."""
 
     @classmethod
     def class_key(cls) -> tuple[int, int, str]:
-        """Letters are printed behind other factors."""
+        """Letters are printed after other factors."""
         return 5, 0, cls.__name__
 
 
@@ -68,7 +68,7 @@ class Total(Function):  # type: ignore[misc]
 
     def _eval_derivative(self, s: Symbol) -> Expr:
         if isinstance(s, Entry):
-            raise ValueError("an entry is another one at every coordinate of a sum: use directional()")
+            raise ValueError("an entry differs at every coordinate of a sum: use directional()")
         return Total(self.args[0].diff(s))
 
     def _eval_is_real(self) -> bool:
@@ -76,7 +76,7 @@ class Total(Function):  # type: ignore[misc]
 
 
 class Bilinear(Function):  # type: ignore[misc]
-    """aᵀMb for vectors a, b and the symmetric matrix M that is named by a symbol."""
+    """The form aᵀMb for vectors a, b and a symmetric matrix M, which a symbol names."""
 
     nargs = 3
 
@@ -89,7 +89,7 @@ class Bilinear(Function):  # type: ignore[misc]
 
 
 class Image(Function):  # type: ignore[misc]
-    """The entry of M b, b a vector, M a symmetric matrix that is named by a symbol."""
+    """The entry of M b for a vector b and a symmetric matrix M, which a symbol names."""
 
     nargs = 2
 
@@ -108,11 +108,11 @@ def split(e: Expr) -> tuple[Expr, Expr]:
 
 
 def directional(e: Expr, rates: Mapping[Symbol, Expr]) -> Expr:
-    """d/ds e at s = 0 where every symbol x is x + s·rates[x], inside of sums, too.
+    """d/ds e at s = 0 with x + s·rates[x] in place of every symbol x, also inside of sums.
 
-    As automatic differentiation does, it takes the derivative of sign(x) as 0 everywhere.
+    Like automatic differentiation, it takes the derivative of sign(x) to be 0 everywhere.
     """
-    sums = {total: Dummy(real=True) for total in e.atoms(Total)}  # the outermost replace; inner ones go with them
+    sums = {total: Dummy(real=True) for total in e.atoms(Total)}  # the outermost replace the inner ones, too
     flat = e.xreplace(sums)
     terms = [flat.diff(x) * rate for x, rate in rates.items() if flat.has(x)]
     for total, dummy in sums.items():
@@ -143,7 +143,7 @@ def _contract_term(term: Expr, h: Entry, k: Entry) -> Expr:
         return term  # 0
     if len(holding) == 1:  # Σᵢ(… hᵢkᵢ)
         return rest * Total(contract(holding[0].args[0], h, k))
-    # each of two factors is the direction itself, or a sum that it is in
+    # each of two factors is the direction itself, or a sum that contains it
     sums = [f.args[0] / (h if f.has(h) else k) for f in holding if isinstance(f, Total)]
     if not sums:
         return rest * x.HSH
@@ -151,21 +151,21 @@ def _contract_term(term: Expr, h: Entry, k: Entry) -> Expr:
 
 
 def along(e: Expr, h: Expr) -> Expr:
-    """HΣH replaced by hhᵀ, which is an oscillation along one direction u, with h = Hu."""
+    """Replace HΣH by hhᵀ, an oscillation along one direction u, with h = Hu."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, _: Total(a * h) * Total(b * h))
     return e.replace(Image, lambda b, _: h * Total(b * h)).xreplace({x.HSH: h**2})
 
 
 def noisy(e: Expr) -> Expr:
-    """HΣH replaced by HΣH + N, N the covariance of the gradient of a mini-batch."""
+    """Replace HΣH by HΣH + N, where N is the covariance of the gradient of a mini-batch."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, M: Bilinear(a, b, M) + Bilinear(a, b, x.N))
     return e.replace(Image, lambda b, M: Image(b, M) + Image(b, x.N)).xreplace({x.HSH: x.HSH + x.Nii})
 
 
 def on_edge(e: Expr, p: Expr) -> Expr:
-    """HΣH replaced by 4P̃ΣP̃ and HU by 2P̃U, where P̃ = p·I or diag(p)."""
+    """Replace HΣH by 4P̃ΣP̃ and HU by 2P̃U, where P̃ = p·I or diag(p)."""
     x = letters()
     e = e.replace(Bilinear, lambda a, b, _: 4 * Bilinear(p * a, p * b, x.Sigma))
     e = e.replace(Image, lambda b, _: 4 * p * Image(p * b, x.Sigma))
@@ -173,7 +173,7 @@ def on_edge(e: Expr, p: Expr) -> Expr:
 
 
 def letters() -> SimpleNamespace:
-    """The letters of the derivation, beside those of the optimizer (its state and hyperparameters).
+    """The letters of the derivation, besides those of the optimizer (its state and hyperparameters).
 
     Vectors [d]:
         ``w`` are the weights, ``g`` is ∇L(w), ``m`` the momentum, ``D3L`` ∇³L(w)[Σ], ``HSH`` diag(HΣH), ``Sii``
@@ -184,7 +184,7 @@ def letters() -> SimpleNamespace:
     Matrices and scalars:
         ``HSigmaH``, ``Sigma`` and ``N`` are the matrices HΣH, Σ and N, the covariance of a mini-batch's gradient.
         ``X_ij`` and ``N_ij`` are entries of X and UᵀNU, ``lambda_i`` and ``lambda_j`` effective eigenvalues.
-        ``t`` is the time that schedules read, ``S`` the sharpness S(w) and ``d`` the number of weights.
+        ``t`` is the time for schedules, ``S`` the sharpness S(w) and ``d`` the number of weights.
     """
     vectors = ["w", "g", "m", "D3L", "HSH", "Sii", "Nii", "T_ab", "T_cd", *(f"U_{a}" for a in "abcd"), "HU_c", "HU_d"]
     return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Any declared method as a ``torch.optim.Optimizer``, for the user's own training loop."""
+"""Use any declared method as a ``torch.optim.Optimizer``, in the user's own training loop."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from dvi.methods.validation import decay_of
 class AsOptimizer(Optimizer):
     """A method of this library as an optimizer of PyTorch: ``AsOptimizer(RMSPropNorm(0.1, 0.99), model.parameters())``.
 
-    Each group is one weight vector to its method, in the order of its parameters, so that what a method couples (a
-    norm, a matrix) it couples within a group.  The numbers among the method's hyperparameters are options of the
-    group: groups may have others, and a scheduler may change ``group["lr"]``.  Hyperparameters that are schedules are
-    asked for the number of steps that the group has made.
+    The method sees each group as one weight vector, in the order of its parameters.  So a method that couples weights
+    (by a norm, a matrix) couples them within a group.  The method's numeric hyperparameters are options of the group:
+    groups may differ in them, and a scheduler may change ``group["lr"]``.  Hyperparameters that are schedules are
+    evaluated at the number of steps that the group has made.
 
-    The state is one for each group and lies at its first parameter; ``state_dict`` and ``load_state_dict`` do as usual.
+    Each group has one state, stored at its first parameter; ``state_dict`` and ``load_state_dict`` work as usual.
 
     Args:
         method: the declaration.
         params: parameters, or groups of them; a group may have a ``method`` of its own.
 
     Raises:
-        SpecError: if the method is none, if a group has an option that its method does not have, or is complex.
+        SpecError: if ``method`` is not a method, if a group has an option that its method lacks, or if its parameters
+            are complex.
     """
 
     def __init__(self, method: Method, params: Iterable[Any]) -> None:
@@ -42,7 +43,7 @@ class AsOptimizer(Optimizer):
         super().__init__(params, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with the method's numbers as options where it has none of its own."""
+        """Add a group; the method's numbers become its options unless it has its own."""
         known = {"params", "param_names", "name", "method"}
         method = as_method(param_group.get("method", self._method))
         options = _numbers(method)
@@ -56,7 +57,7 @@ class AsOptimizer(Optimizer):
         self.declared(group)
 
     def declared(self, group: dict[str, Any]) -> Method:
-        """The method of a group with the options that the group has now."""
+        """The method of a group with the group's present options."""
         method: Method = group["method"]
         options = {name: group[name] for name in _numbers(method)}
         changed = {name: value for name, value in options.items() if value != getattr(method, name)}
@@ -78,7 +79,7 @@ class AsOptimizer(Optimizer):
         """One step of every group; parameters without a gradient have a gradient of zero.
 
         Args:
-            closure: evaluates the loss again and gives it back.
+            closure: evaluates the loss again and returns it.
 
         Raises:
             NotPositiveDefiniteError: if a P(ν) is not positive definite.
@@ -115,7 +116,7 @@ class AsOptimizer(Optimizer):
             p.copy_(new.view_as(p))
 
     def read(self, i: int, reading: Reading | None, used: bool) -> tuple[Method, Start | None, int]:
-        """The method of group i, what it remembers, and how many steps it has made."""
+        """The method of group i, its state, and the number of steps it has made."""
         group = self.param_groups[i]
         method = self.declared(group)
         state = self.state.get(group["params"][0], {}) if used else {}
@@ -158,7 +159,7 @@ def _later(method: Method, steps: int) -> Method:
 
 
 def _least(group: dict[str, Any], method: Method) -> float:
-    """What stands for a learning rate of zero."""
+    """The positive number that replaces a learning rate of zero."""
     return ZERO * abs(float(group.get("initial_lr", getattr(method, "lr", 0.0))))
 
 

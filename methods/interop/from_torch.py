@@ -1,4 +1,4 @@
-"""An optimizer of ``torch.optim`` as a declaration: its groups, what it remembers, and its schedulers."""
+"""Read an optimizer of ``torch.optim`` as a declaration: its groups, its state, and its schedulers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Parameter:
     """One parameter of the optimizer.
 
     Attributes:
-        tensor: the user's own, to be recognised by; nothing reads its values later.
-        name: in the model, where the optimizer was given names.
-        label: how messages call it.
-        values: a copy of it, flat [n], complex ones as pairs.
+        tensor: the user's own tensor, which identifies the parameter; its values are not read later.
+        name: its name in the model, if the optimizer was given names.
+        label: its name in messages.
+        values: a copy of it, flat [n], complex numbers as pairs.
         shape: its shape.
         weight_decay: λ of the penalty ½λ‖p‖² that the optimizer adds to the loss.
-        decays: does it decay, by that penalty or decoupled from the loss?
+        decays: True if it decays, by that penalty or decoupled from the loss.
     """
 
     tensor: Tensor
@@ -49,16 +49,17 @@ class Parameter:
 
 
 class FromTorch(Grouped):
-    """A method made of an optimizer of torch; made by :func:`from_torch`.
+    """A method read from an optimizer of torch by :func:`from_torch`.
 
-    Beside f, P and Q it says which parameters it moves, from where, and what it adds to the loss.  A flow puts that
-    together with a problem (:mod:`dvi.interop`); on its own the method acts on the parameters in the optimizer's order.
+    Besides f, P and Q it says which parameters it moves, where they start, and what it adds to the loss.  A flow
+    matches them with the weights of a problem (:mod:`dvi.interop`).  Without a problem, the method acts on the
+    parameters in the optimizer's order.
 
     Attributes:
-        parameters: in the order in which the optimizer has them, group by group.
-        maximises: does the optimizer go up (``maximize=True``)?
-        begins: "fresh", or "state" where it goes on from what the optimizer remembers.
-        steps: how many steps the optimizer had made; 0 of SGD, which does not count.
+        parameters: in the optimizer's order, group by group.
+        maximises: True if the optimizer ascends (``maximize=True``).
+        begins: "fresh", or "state" if it continues from the optimizer's state.
+        steps: the number of steps that the optimizer had made; 0 for SGD, which does not count them.
     """
 
     parameters: tuple[Parameter, ...] = ()
@@ -71,7 +72,7 @@ class FromTorch(Grouped):
     __hash__ = object.__hash__
 
     def placed(self, where: Mapping[int, Tensor]) -> Grouped:
-        """The same with parameter i at the entries where[i] of w, and nothing else that ties it to the optimizer."""
+        """The same with parameter i at the entries where[i] of w, and without other references to the optimizer."""
         ends = torch.tensor([0, *(len(p.values) for p in self.parameters)]).cumsum(0).tolist()
         device = next(iter(where.values())).device
         new = torch.empty(ends[-1], dtype=torch.int64, device=device)
@@ -84,24 +85,24 @@ class FromTorch(Grouped):
 def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") -> Method:
     """Read an optimizer of ``torch.optim`` as a method.
 
-    SGD, RMSprop (without momentum), Adagrad, Adam, AdamW, NAdam and RAdam can be read, with their parameter groups;
-    and :class:`dvi.methods.AsOptimizer`, whose method comes back.  :func:`dvi.compare`, :func:`dvi.central_flow` and
-    the others take an optimizer itself and call this.  Time 0 is the optimizer's next step.
+    SGD, RMSprop (without momentum), Adagrad, Adam, AdamW, NAdam and RAdam can be read, with their parameter groups.  So
+    can :class:`dvi.methods.AsOptimizer`, which gives its method back.  :func:`dvi.compare`, :func:`dvi.central_flow`
+    and the others also take an optimizer and call this function.  Time 0 is the optimizer's next step.
 
-    What it reads is copied: training may go on afterwards.  ``weight_decay`` that is a penalty in the loss (all but
-    AdamW's) is added to the problem by the flow, and ``maximize=True`` turns the problem's sign.
+    The optimizer's data are copied, so training may go on afterwards.  If ``weight_decay`` is a penalty in the loss
+    (all but AdamW's), the flow adds it to the problem.  ``maximize=True`` reverses the sign of the loss.
 
     Args:
         optimizer: a ``torch.optim.Optimizer``.
-        scheduler: its scheduler, or several that are stepped one after the other.  A copy of it is stepped.  False
-            holds the present learning rates of an optimizer that has a scheduler.
-        start: "state" goes on from what the optimizer remembers (ν, momentum, number of steps) and from the present
-            values of its parameters.  "fresh" begins anew, at the problem's w0.  "auto" is "state".
+        scheduler: its scheduler, or several that are stepped one after the other.  Only a copy is stepped.  False
+            keeps the present learning rates of an optimizer that has a scheduler.
+        start: "state" continues from the optimizer's state (ν, momentum, number of steps) and from the present values
+            of its parameters.  "fresh" starts anew, at the problem's w0.  "auto" is "state".
 
     Raises:
-        SpecError: if the optimizer has no flow, has an option or a state that is not known, or has a scheduler that
-            was not handed over; if the scheduler is not one of the step alone.  If groups differ in their momentum.
-            If start="state" is asked of an optimizer that has made no step.
+        SpecError: if the optimizer has no flow, or has an unknown option or state; if its scheduler was not passed, or
+            depends on more than the step; if groups differ in their momentum; for start="state" with an optimizer that
+            has made no step.
     """
     if start not in ("auto", "state", "fresh"):
         raise SpecError(f'start is "auto", "state" or "fresh", not {start!r}.')
@@ -113,23 +114,23 @@ def from_torch(optimizer: Any, scheduler: Any = None, *, start: Begin = "auto") 
     if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
         raise SpecError(
             f"A scheduler belongs to this {kind} (its groups have an initial_lr), so its learning rates will change: "
-            "hand it over, dvi.compare(problem, optimizer, …, scheduler=scheduler) or "
-            "dvi.from_torch(optimizer, scheduler); or hold the present rates: scheduler=False."
+            "pass it, dvi.compare(problem, optimizer, …, scheduler=scheduler) or "
+            "dvi.from_torch(optimizer, scheduler); or keep the present rates with scheduler=False."
         )
     reading = Reading(optimizer, schedulers) if schedulers else None
     used = start != "fresh" and any(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"])
     if start == "state" and not used and _keeps_state(optimizer):
-        raise SpecError(f'start="state": this {kind} has made no step yet, so there is nothing to go on from.')
+        raise SpecError(f'start="state": this {kind} has made no step yet, so it has no state to continue from.')
     if ours:
         parts = _of_ours(optimizer, reading, used)
     else:
         parts = [part for i in range(len(optimizer.param_groups)) for part in _of_group(optimizer, i, reading, used)]
     if not parts:
-        raise SpecError(f"All parameters of this {kind} are frozen (requires_grad=False): nothing moves.")
+        raise SpecError(f"All parameters of this {kind} are frozen (requires_grad=False), so it moves no weight.")
     if ours and len(parts) == 1 and not used and reading is None:
         return parts[0].method
     if len({part.maximises for part in parts}) > 1:
-        raise SpecError("Some groups have maximize=True and others not: no loss falls along such steps.")
+        raise SpecError("Some groups have maximize=True and others not, so the steps do not minimise one loss.")
     ends = torch.tensor([0, *(sum(len(p.values) for p in part.parameters) for part in parts)]).cumsum(0).tolist()
     steps = 0 if kind == "SGD" else max(part.steps for part in parts)  # SGD does not count
     return FromTorch(
@@ -157,13 +158,13 @@ class _Part:
 
 
 def _joint(parts: Sequence[_Part]) -> bool:
-    """May the methods of an optimizer of torch share one ν?  All of these act weight by weight; some have no ν."""
+    """True if the methods of an optimizer of torch can share one ν.  All act weight by weight; some have no ν."""
     same = len({(type(part.method), part.steps, part.start is None) for part in parts}) == 1
     return same and not isinstance(parts[0].method, (GradientDescent, HeavyBall, Nesterov, ScheduledNesterov))
 
 
 def _words(parts: Sequence[_Part], steps: int) -> str:
-    """The methods on one line; where they differ in their numbers only, as one with "|" between the numbers."""
+    """The methods on one line; if they differ only in numbers, one method with "|" between the numbers."""
     penalties = [f"{p.weight_decay:g}" for part in parts for p in part.parameters[:1]]
     more = [f"L2 penalty={_either(penalties)}"] if set(penalties) != {"0"} else []
     more += [f"steps_before={steps}"] if steps else []
@@ -183,7 +184,7 @@ def _either(values: Sequence[str]) -> str:
 
 
 def _keeps_state(optimizer: Any) -> bool:
-    """Plain gradient descent keeps nothing, however many steps it has made."""
+    """False for plain gradient descent, which has no state after any number of steps."""
     plain = isinstance(optimizer, torch.optim.SGD)
     return not plain or any(group["momentum"] for group in optimizer.param_groups)
 
@@ -195,7 +196,7 @@ def _moved(group: Mapping[str, Any]) -> list[tuple[int, Tensor, str | None]]:
 
 
 def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> list[_Part]:
-    """The parts of one group: parameters that have made equally many steps, together."""
+    """The parts of one group: parameters with the same number of steps form one part."""
     kind, group = type(optimizer).__name__, optimizer.param_groups[i]
     reader = READERS[kind]
     refuse_options(kind, i, group, reader.options)
@@ -207,8 +208,8 @@ def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> li
             refuse_state(kind, i, state, reader.state(group))
         elif used and group["weight_decay"] and kind != "SGD":
             raise SpecError(
-                f"{name or f'Parameter {j}'} of group {i} has never had a gradient, so that {kind} leaves it alone and "
-                "does not let it decay. Freeze it before the problem is made: parameter.requires_grad_(False)."
+                f"{name or f'Parameter {j}'} of group {i} has never had a gradient, so {kind} neither moves it nor "
+                "lets it decay. Freeze it before the problem is made: parameter.requires_grad_(False)."
             )
         by_steps.setdefault(_steps(kind, state), []).append((j, p, name, state))
     return [
@@ -217,7 +218,7 @@ def _of_group(optimizer: Any, i: int, reading: Reading | None, used: bool) -> li
 
 
 def _steps(kind: str, state: Mapping[str, Any]) -> int:
-    """How many steps a parameter has made; SGD does not count, and 1 stands for some."""
+    """The number of steps that a parameter has made; for SGD, which does not count, 1 means at least one."""
     if not state:
         return 0
     return round(float(state["step"])) if kind != "SGD" else 1

@@ -28,9 +28,9 @@ class Start:
 
     Attributes:
         nu: ν before the next update, of n weights.
-        memory: (factor, rest [n]) of each vector in the filter's memory, which is factor·g + rest, g [n] the gradient
-            at the next step: what an optimizer keeps is less than a filter's memory, and the same for every such g.
-            None: the filter has remembered nothing.
+        memory: (factor, rest [n]) for each vector in the filter's memory.  The vector is factor·g + rest, where g [n]
+            is the gradient at the next step.  An optimizer keeps less than a filter's memory; any g would give the same
+            steps.  None: the filter has remembered nothing.
     """
 
     nu: Nu
@@ -38,18 +38,18 @@ class Start:
 
 
 class Grouped(Method):
-    """Each of some methods acts on its own weights: P is block diagonal.
+    """Several methods, each for its own weights: P is block diagonal.
 
-    ν is a tuple with one part a method; of joint methods it is one ν for all weights, which costs less.
+    ν is a tuple with one part for each method.  Joint methods share one ν for all weights, which costs less.
 
-    All must have one momentum filter.  A hyperparameter of method i is called ``name[i]``.
+    All methods must have the same momentum filter.  A hyperparameter of method i is called ``name[i]``.
 
     Args:
         methods: the methods.
-        where: which entries of w each has, int64 tensors that together hold 0 … d − 1 once each.
+        where: the entries of w that belong to each: int64 tensors that together hold 0 … d − 1 once each.
         starts: what each remembers of earlier steps; None: nothing.
-        title: how to write it.
-        joint: are all of one class, whose f and P act weight by weight, with as many steps behind them?  Then
+        title: the text that ``repr`` gives.
+        joint: True if all are of one class whose f and P act weight by weight, and have made equally many steps.  Then
             hyperparameters in which they differ become vectors [d].
     """
 
@@ -58,7 +58,8 @@ class Grouped(Method):
     starts: tuple[Start | None, ...]
     title: str = ""
     joint: bool = False
-    #: Where the weights of all methods, one after the other, stand in w; and the inverse of that.  None: as they are.
+    #: The entries of w that belong to the weights of all methods, one after the other; and the inverse permutation.
+    #: None: in order.
     order: Tensor | None = dataclasses.field(init=False, default=None)
     inverse: Tensor | None = dataclasses.field(init=False, default=None)
 
@@ -80,7 +81,7 @@ class Grouped(Method):
     # ---- hyperparameters ------------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Those of all methods, that of method i as ``name[i]``; the name alone where there is one method."""
+        """The hyperparameters of all methods: ``name[i]`` for method i, or the name alone if there is one method."""
         given = {
             self._written(name, i): value
             for i, method in enumerate(self.methods)
@@ -104,7 +105,7 @@ class Grouped(Method):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def check_range(self, name: str, value: float, at: float | None = None) -> None:
-        """Raise SpecError unless a hyperparameter's value is in the range that its method gives."""
+        """Raise SpecError unless a hyperparameter's value lies in the range that its method declares."""
         i, field = self._read(name)
         self.methods[i].check_range(field, value, at)
 
@@ -113,7 +114,7 @@ class Grouped(Method):
         return self.methods[i]._called(field) + (f" of group {i}" if len(self.methods) > 1 else "")
 
     def _now(self) -> Sequence[Method]:
-        """The methods with the values that were put in place of schedules."""
+        """The methods, with values in place of schedules."""
         put: dict[int, dict[str, Any]] = {}
         own = {field.name for field in dataclasses.fields(self)}
         for name in self.__dict__.keys() - own:
@@ -146,7 +147,7 @@ class Grouped(Method):
         )
 
     def P(self, nu: Nu) -> Preconditioner:
-        """The P of every method, on its own weights; as one diagonal where all are."""
+        """The P of every method, on its own weights; one diagonal if all are diagonal."""
         if self.joint:
             return self._whole(max(pytree.tree_leaves(nu), key=Tensor.numel)).P(nu)
         nus = (nu,) if len(self.methods) == 1 else nu
@@ -184,7 +185,7 @@ class Grouped(Method):
         return memory
 
     def _whole(self, like: Tensor) -> Method:
-        """One method for all weights, of joint methods; where hyperparameters differ they are vectors like ``like``."""
+        """One method for all weights, made of joint methods; differing hyperparameters become vectors like ``like``."""
         now = self._now()
         values = {}
         for name in now[0].hyperparameters():
@@ -200,7 +201,7 @@ class Grouped(Method):
     # ---- inside -----------------------------------------------------------------------------------------
 
     def _in_place(self, values: Tensor) -> Tensor:
-        """One number for each weight of all methods, one method after the other, where the weights stand in w."""
+        """One number for each weight, in the order of w; given are those of all methods, one method after the other."""
         return values if self.inverse is None else values[self.inverse.to(values.device)]
 
     def _check(self, w: Tensor) -> None:
@@ -209,7 +210,7 @@ class Grouped(Method):
             raise SpecError(f"{self}: the groups have {known} weights, the problem {len(w)}.")
 
     def _one(self, filters: Sequence[Filter]) -> Filter:
-        """The filter, once it is known that there is only one.
+        """The filter, after a check that all methods have the same.
 
         Raises:
             SpecError: if groups have different momentum.
@@ -225,7 +226,7 @@ class Grouped(Method):
 
 
 def _coefficients(Q: Filter) -> tuple[tuple[float | None, ...], ...]:
-    """Its numbers; None for a tensor, which holds a derivative in the clock and is a number elsewhere."""
+    """Its numbers; None for tensors, which appear only in derivatives with respect to time."""
     return tuple(
         tuple(None if isinstance(x, Tensor) else float(x) for x in part) for part in (Q.numerator, Q.denominator)
     )
@@ -236,7 +237,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _expanded(value: Any, n: int) -> Tensor:
-    """What decay() of one method gives, for each of its n weights."""
+    """The decay() of one method, for each of its n weights."""
     if isinstance(value, (list, tuple)):
         return torch.cat([_expanded(x, k) for x, k in value])
     return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64).expand(n)

@@ -1,4 +1,4 @@
-"""One group of a ``torch.optim`` optimizer as a method, and what it remembers as that method's ν and momentum."""
+"""Read one group of a ``torch.optim`` optimizer as a method, and its state as that method's ν and momentum."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Group:
     """Parameters of one group that have taken the same number of steps.
 
     Attributes:
-        number: of the group in the optimizer.
-        options: of the group.
-        reading: of the schedulers, if there are any.
-        steps: how many steps were made.
+        number: index of the group in the optimizer.
+        options: the group's options.
+        reading: the reading of the schedulers, if there are any.
+        steps: number of steps made.
         state: the tensors of the state by name, flat [n], numbers as numbers; {} before the first step.
-        n: how many weights.
+        n: number of weights.
     """
 
     number: int
@@ -50,7 +50,7 @@ class Group:
         """The learning rate, a number or a schedule, times a factor.
 
         Raises:
-            SpecError: if it is zero and stays so.
+            SpecError: if it is zero and no scheduler changes it.
         """
         value = float(self.options["lr"])
         if self.reading is not None:
@@ -65,7 +65,7 @@ class Group:
 
     @property
     def cycles(self) -> bool:
-        """Is the momentum scheduled?"""
+        """True if the momentum is scheduled."""
         return self.reading is not None and self.reading.cycles
 
     def momentum(self, delay: int = 0) -> Hyperparameter:
@@ -95,9 +95,9 @@ class Reader:
     """How an optimizer of torch is read.
 
     Attributes:
-        options: the options that it has.
+        options: the names of its options.
         state: the names in the state of a parameter, given the options.
-        read: the method and what it remembers.
+        read: makes the method and its start from a group.
     """
 
     options: frozenset[str]
@@ -117,7 +117,8 @@ def _sgd(group: Group) -> tuple[Method, Start | None]:
         if scheduled:
             method = ScheduledNesterov(group.lr(), group.momentum(), group.momentum(delay=1))
         return method, Start({}, memory)
-    # with dampening d the buffer is 1 − d times that of a heavy ball, but for the first step, which torch does not damp
+    # with dampening d the buffer is 1 − d times that of a heavy ball, except for the first step, which torch does not
+    # damp
     d = float(o["dampening"])
     if not d < 1:
         raise SpecError(f"SGD(dampening={d:g}): the gradient has no part in the step; dampening must be below 1.")
@@ -154,7 +155,7 @@ class Slowing:
     steps: int
 
     def __call__(self, t: Any) -> Any:
-        """Its value at t; from step to step where lr is scheduled."""
+        """Its value at t; constant within a step if lr is scheduled."""
         lr, t = (self.lr(t), int(t)) if callable(self.lr) else (self.lr, t)
         return lr / (1 + (self.steps + t) * self.decay)
 
@@ -185,7 +186,7 @@ def _averages(group: Group, memory: tuple[tuple[float, Any], ...] | None) -> Sta
 
 
 def _decoupled(group: Group) -> float:
-    """λ of a weight decay that is no penalty in the loss."""
+    """λ of a weight decay that is decoupled from the loss."""
     return group.number_of("weight_decay") if group.options.get("decoupled_weight_decay") else 0.0
 
 
@@ -196,8 +197,7 @@ class Momenta:
     Args:
         beta1, decay: β₁ and momentum_decay.
         steps: how many steps were made before time 0.
-        products: that of the μ of these steps, and those of later ones as they are asked for, in the precision in
-            which torch keeps it.
+        products: the product of the μ of these steps, then of later ones as they are needed, in torch's precision.
     """
 
     beta1: Hyperparameter
@@ -206,7 +206,7 @@ class Momenta:
     products: list[np.floating[Any]]
 
     def mu(self, t: int, ahead: int = 0) -> float:
-        """Μ of the step from t to t + 1 (t ≥ −1), or of the one after it with the present β₁, as torch takes it."""
+        """The μ of the step from t to t + 1 (t ≥ −1), or of the next one with the present β₁, as in torch."""
         beta1 = float(self.beta1(max(t, 0)) if callable(self.beta1) else self.beta1)
         return beta1 * (1.0 - 0.5 * float(0.96 ** ((self.steps + t + 1 + ahead) * self.decay)))
 
@@ -220,13 +220,13 @@ class Momenta:
 
 @dataclass(frozen=True)
 class Rise:
-    """A or b of :class:`RisingNAdam`, by the step that t lies in.
+    """The schedule a or b of :class:`RisingNAdam`, constant within a step.
 
     Args:
         momenta: the μ.
-        direct: a; else b.
-        delay: how many steps earlier to read it; before the very first step, where nothing is remembered and any value
-            serves, that of the first.
+        direct: True for a, False for b.
+        delay: how many steps earlier to read it.  Before the very first step nothing is remembered and any value
+            serves; the first step's is used.
     """
 
     momenta: Momenta
@@ -275,12 +275,12 @@ def _nadam(group: Group) -> tuple[Method, Start | None]:
 
 @dataclass(frozen=True)
 class Rectification:
-    """RAdam's r, or whether there is one, by the step that t lies in.
+    """RAdam's r, or whether the step is rectified; constant within a step.
 
     Args:
         beta2: β₂.
         steps: how many steps were made before time 0.
-        size: r; else 1 where the step is rectified, and 0 in the first steps.
+        size: True for r; False for 1 if the step is rectified and 0 in the first steps.
     """
 
     beta2: float
@@ -291,7 +291,7 @@ class Rectification:
         return "r(t)" if self.size else "0, then 1"
 
     def __call__(self, t: Any) -> float:
-        """Its value; r before the first rectified step is 1, which nothing uses."""
+        """Its value; before the first rectified step r is 1 and not used."""
         n = self.steps + int(t) + 1
         longest = 2 / (1 - self.beta2) - 1
         length = longest - 2 * n * self.beta2**n / (1 - self.beta2**n)

@@ -12,27 +12,27 @@ from dvi.methods.errors import SpecError
 
 #: Optimizers that do not fit: the reason, and the nearest thing that does.
 REASONS: Mapping[str, str] = {
-    "Adadelta": "P holds the average of updates as it was before the step, a delayed copy without memory. The nearest "
-    "that fits: RMSprop.",
+    "Adadelta": "P contains the average of updates before the step, a delayed copy without memory. The nearest that "
+    "fits: RMSprop.",
     "Adafactor": "torch's Adafactor clips the update and takes steps relative to ‖w‖, and P may depend on ν and t "
     "only. The nearest that fits: dvi.methods.Adafactor, without both.",
     "Adamax": "ν is a maximum of the present gradient and the past, which has a kink where iterates oscillate. The "
     "nearest that fits: Adam.",
-    "ASGD": "it is gradient descent beside which an average of w is kept, and eta falls with the number of steps. Hand "
-    "over SGD with a scheduler; a central flow is itself an average over the oscillation.",
-    "LBFGS": "the step comes from differences of gradients and a line search, no P(ν) makes it. The nearest that fits: "
+    "ASGD": "it is gradient descent with an additional average of w, and eta falls with the number of steps. Pass SGD "
+    "with a scheduler; a central flow is itself an average over the oscillation.",
+    "LBFGS": "the step comes from differences of gradients and a line search, not from a P(ν). The nearest that fits: "
     "dvi.methods.Preconditioned with a fixed matrix.",
     "Muon": "the orthogonalised gradient depends on the present buffer only: P has no memory. The nearest that fits: "
     "dvi.methods.Shampoo(one_sided=True, beta2=…), which is Muon as beta2 tends to 0.",
-    "Rprop": "the step is the sign of the gradient, and sizes jump when the sign changes, as it does at every step of "
-    "an oscillation. The nearest that fits: RMSprop with a small alpha.",
+    "Rprop": "the step is the sign of the gradient, and its size jumps when the sign changes. In an oscillation this "
+    "happens at every step. The nearest that fits: RMSprop with a small alpha.",
     "SparseAdam": "it moves only weights whose gradient is stored in this step. Use dense gradients (sparse=False) and "
     "Adam.",
 }
 
 AMSGRAD = (
-    "amsgrad=True keeps the largest v there ever was: a maximum has a kink where iterates oscillate, and forgets "
-    "nothing. Use amsgrad=False."
+    "amsgrad=True keeps the largest v of all steps: a maximum never forgets, and has a kink where iterates oscillate. "
+    "Use amsgrad=False."
 )
 RMSPROP_MOMENTUM = (
     "RMSprop(momentum={momentum:g}) averages steps P⁻¹g, each with the P of its own time, while a filter averages "
@@ -42,8 +42,10 @@ RMSPROP_MOMENTUM = (
 
 #: Options of groups that change nothing but rounding and speed.
 HARMLESS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-#: What belongs to a group and is no option of the optimizer.
-BESIDE = frozenset({"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"})
+#: Entries of groups that schedulers write for their own use.
+BOOKKEEPING = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
+#: Entries of a group that are not options of the optimizer.
+BESIDE = BOOKKEEPING | {"params", "param_names", "name"}
 
 
 def refuse_class(optimizer: Any, readable: Mapping[str, Any]) -> None:
@@ -75,7 +77,7 @@ def refuse_options(kind: str, i: int, group: Mapping[str, Any], known: frozenset
     if unknown:
         raise SpecError(
             f"torch.optim.{kind}, group {i}: the option {', '.join(unknown)} is not known to this version of dvi "
-            f"(torch {torch.__version__}). What it does cannot be left out in silence; take it out of the group."
+            f"(torch {torch.__version__}). Its effect must not be ignored silently: remove it from the group."
         )
     missing = sorted(known - set(group) - {"decoupled_weight_decay", "maximize"})  # of older versions of torch
     if missing:

@@ -1,4 +1,4 @@
-"""What ``torch.optim.NAdam`` and ``torch.optim.RAdam`` do in their first steps, as methods with schedules."""
+"""The first steps of ``torch.optim.NAdam`` and ``torch.optim.RAdam``, as methods with schedules."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 
 
 class ScheduledNesterov(Method):
-    """Nesterov's method with a momentum β that changes from step to step, as ``torch.optim.SGD`` takes it.
+    """Nesterov's method with a momentum β that changes from step to step, as in ``torch.optim.SGD``.
 
-    The buffer is b_t = β_t b_{t−1} + g_t and the step η(g_t + β_t b_t), so that the filter on past steps is
+    The buffer is b_t = β_t b_{t−1} + g_t and the step is η(g_t + β_t b_t).  So the filter on past steps is
     Q = (1 + β_t − qx)/(1 − qx), q = β_t²/β_{t−1}.
 
     Args:
         lr: η > 0, or a schedule.
         momentum: the schedule of β.
-        before: that of β one step earlier.
+        before: the schedule of β one step earlier.
     """
 
     lr: Hyperparameter
@@ -41,12 +41,13 @@ class ScheduledNesterov(Method):
 class RisingNAdam(Method):
     """NAdam with bias correction and with its slow rise of the momentum (Dozat 2016), as in ``torch.optim.NAdam``.
 
-    The step is P⁻¹(aₜgₜ + bₜmₜ), m an average of g, P = diag(√v̂ + ε)/η, with aₜ = (1−μₜ)/(1−Πμ) and
-    bₜ = μₜ₊₁/(1−μₜ₊₁Πμ), where Πμ = μ₁⋯μₜ.  Both depend on the number of the step alone: they are schedules.
+    The step is P⁻¹(aₜgₜ + bₜmₜ), where m is an average of g and P = diag(√v̂ + ε)/η.  The coefficients are
+    aₜ = (1−μₜ)/(1−Πμ) and bₜ = μₜ₊₁/(1−μₜ₊₁Πμ), where Πμ = μ₁⋯μₜ.  Both depend only on the number of the step, so they
+    are schedules.
 
     Args:
         lr, beta1, beta2, eps: as in :class:`~dvi.methods.NAdam`.
-        direct, average: a and b.
+        direct, average: the schedules a and b.
         direct_before, average_before: the same, one step earlier.
         weight_decay: λ of the decoupled weight decay ηλ.
     """
@@ -62,7 +63,7 @@ class RisingNAdam(Method):
     weight_decay: Hyperparameter = 0.0
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0, t = 0."""
+        """Zero v [d], and t = 0."""
         return _counted(w)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
@@ -75,7 +76,7 @@ class RisingNAdam(Method):
         return Diagonal((v**0.5 + self.eps) / self.lr)
 
     def Q(self) -> Filter:
-        """A + b(1−β₁)/(1−β₁x), with the output of the step before in place of the average."""
+        """Q = a + b(1−β₁)/(1−β₁x), with the output of the step before in place of the average."""
         if isinstance(self.average, float) and self.average == 0:
             return Filter()
         kept = self.beta1 * self.average / self.average_before
@@ -93,7 +94,7 @@ class RectifiedAdam(Method):
     Args:
         lr, beta1, beta2, eps: as in :class:`~dvi.methods.Adam`.
         rectified: 0 in the first steps, which are w − ηm̂, and 1 afterwards: a schedule that jumps, or 1.
-        rectification: r in (0, 1], which tends to 1, a schedule.
+        rectification: r in (0, 1], a schedule that tends to 1.
         weight_decay: λ of the decoupled weight decay ηλ.
     """
 
@@ -106,7 +107,7 @@ class RectifiedAdam(Method):
     weight_decay: Hyperparameter = 0.0
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0, t = 0."""
+        """Zero v [d], and t = 0."""
         return _counted(w)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
@@ -130,7 +131,7 @@ class RectifiedAdam(Method):
 
 
 def _counted(w: Tensor) -> Nu:
-    """The average of squares, and the number of steps that bias corrections ask for."""
+    """Zero v [d], and t = 0, the number of steps that the bias corrections need."""
     return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
 
 

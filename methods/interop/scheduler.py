@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dvi.methods.errors import SpecError
+from dvi.methods.interop.refusals import BOOKKEEPING
 
 #: A learning rate of zero is taken as this part of the first one: then P is finite, and the step is below rounding.
 ZERO = 1e-16
@@ -81,7 +82,7 @@ class Reading:
     def _refuse_others(self, now: list[dict[str, Any]]) -> None:
         before = self._seen[0]
         if len(now) != len(before):
-            raise SpecError("The scheduler adds a parameter group: hand over the optimizer as it is afterwards.")
+            raise SpecError("The scheduler adds a parameter group: pass the optimizer after this has happened.")
         for i, (one, other) in enumerate(zip(before, now, strict=True)):
             for name in one.keys() & other.keys():
                 fixed = name not in self._moving and name not in BOOKKEEPING
@@ -90,10 +91,6 @@ class Reading:
                         f"The scheduler changes {name} of group {i} from {one[name]} to {other[name]}. Learning rates "
                         "may be scheduled, and momentum or betas[0] by a scheduler with cycle_momentum=True."
                     )
-
-
-#: What schedulers write into groups for themselves.
-BOOKKEEPING = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
 
 
 @dataclass(frozen=True)
@@ -154,9 +151,9 @@ def _refuse(scheduler: Any, optimizer: Optimizer) -> None:
         kind = type(part).__name__
         if isinstance(part, ReduceLROnPlateau):
             raise SpecError(
-                f"{kind} sets the learning rate by a measured quantity, which is known only along the run: it is no "
-                "schedule in t. Give what it did as a scheduler of the step (MultiStepLR), or hold the present rate: "
-                "scheduler=False."
+                f"{kind} sets the learning rate by a measured quantity, which is known only during the run, so it is "
+                "not a schedule in t. Give its learning rates as a scheduler of the step (MultiStepLR), or keep the "
+                "present rate with scheduler=False."
             )
         if not isinstance(part, LRScheduler):
             raise SpecError(f"scheduler is a torch.optim.lr_scheduler.LRScheduler, or a list of them, not a {kind}.")

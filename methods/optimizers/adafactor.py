@@ -13,16 +13,16 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class Adafactor(Method):
     """Adafactor (Shazeer and Stern, ICML 2018, Algorithm 4) without update clipping and relative step sizes.
 
-    For a matrix, EMAs r and c of the row and column means of g⊙² + ε₁ stand for the second moment
-    V = r cᵀ/mean(r); a tensor of more dimensions is a stack of matrices in its last two, one of fewer has all of V.
-    P = diag(√V)/η.  Clipping by the size of the present gradient has no place in P(ν), and step sizes relative to ‖w‖
-    would make P depend on w.
+    For a matrix, the EMAs r and c of the row and column means of g⊙² + ε₁ give the second moment V = r cᵀ/mean(r).  A
+    tensor of more dimensions is a stack of matrices in its last two.  For a vector or a number V is kept in full.
+    P = diag(√V)/η.  Clipping depends on the present gradient, and relative step sizes depend on ‖w‖; P(ν) can depend on
+    neither.
 
     Args:
         lr: η > 0, or a schedule.
         shapes: of the parameter tensors: ``problem.shapes``.
-        beta2: β₂ in (0, 1), or a schedule; the paper's is 1 − (t+1)^−0.8, which is 0 at t = 0: for a flow start it
-            later, 1 − (t+2)^−0.8.
+        beta2: β₂ in (0, 1), or a schedule.  The source uses 1 − (t+1)^−0.8, which is 0 at t = 0; for a flow start
+            it later, 1 − (t+2)^−0.8.
         eps: ε₁ ≥ 0, added to g⊙².
     """
 
@@ -32,7 +32,7 @@ class Adafactor(Method):
     eps: Hyperparameter = 1e-30
 
     def init(self, w: Tensor) -> Nu:
-        """Zeros: row and column means for each matrix, all of V for a vector."""
+        """Zeros: row and column means for each matrix, V in full for a vector."""
         parts = tensors(w, self.shapes)
         return [[torch.zeros_like(mean) for mean in _means(part)] for part in parts]
 

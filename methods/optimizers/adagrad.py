@@ -1,4 +1,4 @@
-"""AdaGrad: step sizes η/√s coordinate by coordinate, s the sum of all ∇L⊙² (Duchi, Hazan and Singer, 2011)."""
+"""AdaGrad: step sizes η/√s for each coordinate, where s is the sum of all ∇L⊙² (Duchi, Hazan and Singer, 2011)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class AdaGrad(Method):
     """AdaGrad with a diagonal matrix (Duchi, Hazan and Singer, JMLR 12, 2011, Fig. 1): f = g⊙², P = diag(√s + ε)/η.
 
-    The step sizes only ever shrink, so an oscillating direction is left behind sooner or later.
+    The step sizes only shrink, so every oscillating direction leaves the edge of stability sooner or later.
 
     Args:
         lr: η > 0, or a schedule.
@@ -23,7 +23,7 @@ class AdaGrad(Method):
     eps: Hyperparameter = 1e-10
 
     def init(self, w: Tensor) -> Nu:
-        """S = 0."""
+        """Zero s [d]."""
         return {"s": torch.zeros_like(w)}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:

@@ -1,4 +1,4 @@
-"""AdaGrad-Norm: one global step size η/b, b² the sum of all ‖∇L‖² (Ward, Wu and Bottou, 2019)."""
+"""AdaGrad-Norm: one global step size η/b, where b² is the sum of all ‖∇L‖² (Ward, Wu and Bottou, 2019)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdaGradNorm(Method):
     b0: float = 0.0
 
     def init(self, w: Tensor) -> Nu:
-        """S = b₀²."""
+        """The sum s [] = b₀²."""
         return {"s": w.new_full((), self.b0**2)}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:

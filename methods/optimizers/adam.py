@@ -13,15 +13,15 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class Adam(Method):
     """Adam: Q = (1−β₁)/(1−β₁x), P = diag(√v̂ + ε)/η with v an EMA of g⊙²; c = 2(1+β₁)/(1−β₁), 38 at β₁ = 0.9.
 
-    Bias correction divides v by 1 − β₂ᵗ and the average of gradients by 1 − β₁ᵗ, t the number of updates made; the
-    latter is a factor of P here, which is the same.
+    Bias correction divides v by 1 − β₂ᵗ and the average of gradients by 1 − β₁ᵗ, where t is the number of updates made.
+    Here 1 − β₁ᵗ is a factor of P, which gives the same steps.
 
     Args:
         lr: η > 0, or a schedule.
         beta1: β₁ in [0, 1) (a number, with bias correction).
         beta2: β₂ in [0, 1) (a number, with bias correction).
         eps: ε ≥ 0, added to √v̂.
-        bias_correction: as published.
+        bias_correction: divide as above, as published.
     """
 
     lr: Hyperparameter
@@ -31,7 +31,7 @@ class Adam(Method):
     bias_correction: bool = True
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0 and, with bias correction, t = 0."""
+        """Zero v [d] and, with bias correction, t = 0."""
         v = torch.zeros_like(w)
         return {"v": v, "t": w.new_zeros(())} if self.bias_correction else {"v": v}
 

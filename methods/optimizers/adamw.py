@@ -10,23 +10,23 @@ from dvi.methods.spec import Hyperparameter
 
 
 class AdamW(Adam):
-    """AdamW: Adam, and w_{t+1} = (1 − ηλ)w_t − …; c = (2 − ηλ)(1+β₁)/(1−β₁).  It is ``torch.optim.AdamW``.
+    """AdamW: Adam with w_{t+1} = (1 − ηλ)w_t − …; c = (2 − ηλ)(1+β₁)/(1−β₁).  It is ``torch.optim.AdamW``.
 
-    The decay acts on w itself, not through the gradient: v does not see it.  L2 regularisation, which
-    ``weight_decay`` of ``torch.optim.Adam`` is, belongs into the loss: ``problem.penalised(λ)``.
+    The decay acts on w directly, not through the gradient, so it does not enter v.  L2 regularisation, as by
+    ``weight_decay`` of ``torch.optim.Adam``, belongs in the loss: ``problem.penalised(λ)``.
 
     Args:
         lr, beta1, beta2, eps, bias_correction: as for :class:`Adam`.
         weight_decay: λ ≥ 0, or a schedule.
-        shapes: of the parameter tensors, ``problem.shapes``: then those of fewer than two dimensions (biases, gains of
-            norms) do not decay, as is usual.  None: all weights decay.
+        shapes: of the parameter tensors, ``problem.shapes``.  Then tensors of fewer than two dimensions (biases, gains
+            of norms) do not decay, as is usual.  None: all weights decay.
     """
 
     weight_decay: Hyperparameter = 1e-2
     shapes: Shapes | None = None
 
     def decay(self) -> Any:
-        """ηλ, and 0 for biases where there are shapes."""
+        """ηλ; if ``shapes`` are given, 0 for biases."""
         gamma = self.lr * self.weight_decay
         if self.shapes is None:
             return gamma

@@ -13,8 +13,8 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class NAdam(Method):
     """NAdam: Q = (1−β₁)(1+β₁−β₁x)/(1−β₁x), P = diag(√v + ε)/η; c = 2(1+β₁)/((1−β₁)(1+2β₁)), 13.57 at β₁ = 0.9.
 
-    Without bias correction and without the slow warm-up of β₁, which differ from factor to factor in NAdam: what
-    ``torch.optim.NAdam`` does once these have faded.
+    It has neither bias correction nor the slow warm-up of β₁.  ``torch.optim.NAdam`` behaves like this once these have
+    faded.
 
     Args:
         lr: η > 0, or a schedule.
@@ -29,7 +29,7 @@ class NAdam(Method):
     eps: Hyperparameter = 1e-8
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0."""
+        """Zero v [d]."""
         return {"v": torch.zeros_like(w)}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:

@@ -10,7 +10,7 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class Nesterov(Method):
     """m_t = β m_{t−1} + g_t,  w_{t+1} = w_t − η (g_t + β m_t):  Q = (1+β−βx)/(1−βx), c = 2(1+β)/(1+2β).
 
-    In torch's variables: the gradient is taken at the point from which the next step starts.
+    The variables are torch's: the gradient is taken at the point from which the next step starts.
 
     Args:
         lr: η > 0, or a schedule.

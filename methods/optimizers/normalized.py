@@ -14,14 +14,14 @@ from dvi.methods.spec import RANGES, Hyperparameter, Method, Nu
 class NormalizedGD(Method):
     """Normalised gradient descent: f = ‖g‖² − v, P = (√v + ε)/η · I.
 
-    v has no memory: v_t is ‖∇L(w_t)‖² itself, and in the central flow ‖∇L‖² + ⟨H², Σ⟩ at once.  Such a v has no
-    differential equation; the flows let it relax within ``memory`` unit times instead, which is RMSProp-Norm with a
-    small β₂ (its flow converges as β₂ → 0; eq. 10 stays finite).  The optimizer itself is exact.
+    v has no memory: v_t is ‖∇L(w_t)‖² itself, and in the central flow it is ‖∇L‖² + ⟨H², Σ⟩.  Such a v has no
+    differential equation.  In the flows it therefore relaxes towards its value within ``memory`` unit times, as in
+    RMSProp-Norm with a small β₂ (whose flow converges as β₂ → 0; eq. 10 stays finite).  The optimizer itself is exact.
 
     Args:
         lr: η > 0, or a schedule: the length of a step.
         eps: ε ≥ 0, added to ‖g‖.
-        memory: of v in the flows, unit times, in (0, 1); smaller is closer and stiffer.
+        memory: relaxation time of v in the flows, unit times, in (0, 1); smaller is more accurate and stiffer.
     """
 
     ranges: ClassVar[Mapping[str, tuple[Callable[[float], bool], str]]] = {
@@ -34,7 +34,7 @@ class NormalizedGD(Method):
     memory: float = 1 / 32
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0."""
+        """Zero v []."""
         return {"v": w.new_zeros(())}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:

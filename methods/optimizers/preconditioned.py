@@ -7,10 +7,10 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 
 
 class Preconditioned(Method):
-    """Preconditioned gradient descent with a matrix that stays as it is: P(ν) = P/η, no state.
+    """Preconditioned gradient descent with a constant matrix: P(ν) = P/η, no state.
 
-    For a natural gradient or K-FAC with a frozen Fisher matrix, a Gauss–Newton matrix at the start, or the P that
-    another optimizer had arrived at.
+    Use it for a natural gradient or K-FAC with a frozen Fisher matrix, a Gauss–Newton matrix at the start, or the P
+    that another optimizer has reached.
 
     Args:
         preconditioner: P: a :class:`~dvi.Kronecker`, :class:`~dvi.Dense`, :class:`~dvi.Diagonal`, :class:`~dvi.Blocks`.

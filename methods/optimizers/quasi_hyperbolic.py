@@ -1,4 +1,4 @@
-"""Quasi-hyperbolic momentum (Ma & Yarats 2019): part plain gradient, part its average."""
+"""Quasi-hyperbolic momentum (Ma & Yarats 2019): a mixture of the plain gradient and its average."""
 
 from __future__ import annotations
 

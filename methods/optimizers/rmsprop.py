@@ -1,4 +1,4 @@
-"""RMSProp: step sizes η/√ν coordinate by coordinate, ν an EMA of ∇L⊙² (paper, §5)."""
+"""RMSProp: step sizes η/√ν for each coordinate, where ν is an EMA of ∇L⊙² (paper, §5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RMSProp(Method):
         lr: η > 0, or a schedule.
         beta2: β₂ in [0, 1), or a schedule (with bias correction: a number).
         eps: ε ≥ 0, added to √v̂.
-        bias_correction: divide v by 1 − β₂ᵗ, t the number of updates made; t is then part of ν.
+        bias_correction: divide v by 1 − β₂ᵗ, where t is the number of updates made; t is then part of ν.
     """
 
     lr: Hyperparameter
@@ -25,7 +25,7 @@ class RMSProp(Method):
     bias_correction: bool = False
 
     def init(self, w: Tensor) -> Nu:
-        """V = 0 and, with bias correction, t = 0."""
+        """Zero v [d] and, with bias correction, t = 0."""
         v = torch.zeros_like(w)
         return {"v": v, "t": w.new_zeros(())} if self.bias_correction else {"v": v}
 

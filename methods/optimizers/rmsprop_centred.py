@@ -1,4 +1,4 @@
-"""Centred RMSProp: step sizes η/√(v − m²), the gradient's running variance in place of its square (Graves, 2013)."""
+"""Centred RMSProp: step sizes η/√(v − m²), with the running variance of the gradient for its square (Graves, 2013)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from dvi.methods.spec import Hyperparameter, Method, Nu
 class CentredRMSProp(Method):
     """Centred RMSProp (Graves 2013, eqs. 38–41, without momentum): EMAs v of g⊙² and m of g, P = diag(√(v − m²) + ε)/η.
 
-    v − m² is how the gradient varies about its mean: its oscillation at the edge of stability, elsewhere its drift.
-    The flow takes m² as the square of the mean; that m oscillates, too, (1−β₂)²/(1+β₂)² of HΣH, is left out.
+    v − m² is the variance of the gradient about its mean.  At the edge of stability it measures oscillation, elsewhere
+    drift.  The flow takes m² as the square of the mean.  It neglects the oscillation of m itself, which is
+    (1−β₂)²/(1+β₂)² of HΣH.
 
     Args:
         lr: η > 0, or a schedule.
@@ -26,7 +27,7 @@ class CentredRMSProp(Method):
     eps: Hyperparameter = 1e-8
 
     def init(self, w: Tensor) -> Nu:
-        """V = m = 0."""
+        """Zero v [d] and m [d]."""
         return {"v": torch.zeros_like(w), "m": torch.zeros_like(w)}
 
     def f(self, nu: Nu, g: Tensor) -> Nu:

@@ -18,16 +18,16 @@ from dvi.methods.spec import RANGES, Hyperparameter, Method, Nu
 class Shampoo(Method):
     """Shampoo (Gupta, Koren and Singer, ICML 2018, Algorithms 1 and 2), and its one-sided variant.
 
-    For a matrix G = ∇L [m, n]: L = Σ GGᵀ, R = Σ GᵀG, and the step −η (L+εI)^{−1/4} G (R+εI)^{−1/4}.  A tensor with k
-    dimensions has a matrix for each, to the power −1/(2k); a vector has the full matrix to the power −½.
+    For a matrix G = ∇L [m, n]: L = Σ GGᵀ, R = Σ GᵀG, and the step is −η (L+εI)^{−1/4} G (R+εI)^{−1/4}.  A tensor with k
+    dimensions has one matrix for each, with the power −1/(2k).  A vector has the full matrix with the power −½.
 
     Args:
         lr: η > 0, or a schedule.
         shapes: of the parameter tensors: ``problem.shapes``.
-        beta2: 1 for sums, as published; β₂ in (0, 1), or a schedule, for the averages β₂L + (1−β₂)GGᵀ of later versions
-            (Anil et al. 2020; Shi et al. 2023, whose convention this is).
-        eps: ε > 0; the published state starts at εI, which is the same for sums.
-        one_sided: keep L only, to the power −½ (ASGO, An et al. 2025; one-sided Shampoo, Xie et al. 2025).
+        beta2: 1 for sums, as published.  β₂ in (0, 1), or a schedule, for the averages β₂L + (1−β₂)GGᵀ of later
+            versions (Anil et al. 2020; the convention is that of Shi et al. 2023).
+        eps: ε > 0.  The published state starts at εI instead, which is the same for sums.
+        one_sided: keep only L, with the power −½ (ASGO, An et al. 2025; one-sided Shampoo, Xie et al. 2025).
     """
 
     ranges: ClassVar[Mapping[str, tuple[Callable[[float], bool], str]]] = {
@@ -42,7 +42,7 @@ class Shampoo(Method):
     one_sided: bool = False
 
     def _matrices(self, g: Tensor) -> list[list[Tensor]]:
-        """GGᵀ and its likes, for each tensor and each of its dimensions that has a factor."""
+        """The matrix GGᵀ for each tensor and each of its dimensions that has a factor."""
         return [[_gram(G, i) for i in range(1 if self.one_sided else G.ndim)] for G in tensors(g, self.shapes)]
 
     def init(self, w: Tensor) -> Nu:
@@ -71,6 +71,6 @@ class Shampoo(Method):
 
 
 def _gram(G: Tensor, i: int) -> Tensor:
-    """G's i-th dimension against itself, all others summed over."""
+    """The product of G with itself, summed over all dimensions but the i-th: [nᵢ, nᵢ]."""
     flat = G.movedim(i, 0).reshape(G.shape[i], -1)
     return flat @ flat.mT

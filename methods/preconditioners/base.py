@@ -1,6 +1,6 @@
-"""What P(ν) may be: a symmetric positive definite matrix known by what it does to vectors.
+"""The interface of P(ν): a symmetric positive definite matrix, given by its action on vectors.
 
-All operations take V [d] or [d, k] and give the same shape, column by column.  They are made of torch operations,
+All operations take V [d] or [d, k] and return the same shape, column by column.  They are made of torch operations,
 so that the compiler can differentiate ``P(nu).apply(U)`` in ν.
 """
 
@@ -15,7 +15,7 @@ from dvi.methods.per_weight import PerWeight
 
 
 class Preconditioner(ABC):
-    """A symmetric positive definite matrix P [d, d], the learning rate folded in (P = I/η for gradient descent)."""
+    """A symmetric positive definite matrix P [d, d] that includes the learning rate (P = I/η for gradient descent)."""
 
     @abstractmethod
     def apply(self, V: Tensor) -> Tensor:
@@ -42,14 +42,14 @@ class Preconditioner(ABC):
         """Raise unless P is finite and positive definite (on the coordinates that move, see :class:`Diagonal`).
 
         Args:
-            g: the gradient [d], if at hand: then a zero of P where the gradient is not zero is found, too.
+            g: the gradient [d], if known.  Then a zero of P at a coordinate with a gradient is also an error.
 
         Raises:
-            NotPositiveDefiniteError: naming the coordinates or the value.
+            NotPositiveDefiniteError: if it is not; the message names the coordinates or the value.
         """
 
     def sound(self, g: Tensor | None = None) -> Tensor | None:
-        """What :meth:`check` finds, as a bool [] on the device, for callers that move it to the host with other things.
+        """The result of :meth:`check` as a bool [] on the device, so that callers can transfer it with other data.
 
         None if only ``check`` itself can tell.
         """
@@ -60,16 +60,16 @@ class Preconditioner(ABC):
         return Scaled(self, factor)
 
     def weighted(self, share: PerWeight) -> Preconditioner:
-        """The product P·diag(share), which is symmetric only where both commute.
+        """The product P·diag(share), which is symmetric only if both commute.
 
         Raises:
-            SpecError: if they do not, as far as this class knows.
+            SpecError: if this class cannot tell that they commute.
         """
         if share.uniform:
             return self.scaled(share.number)
         raise SpecError(
-            f"decay() differs between weights that {self!r} mixes, so that no threshold H ⪯ cP exists. Let it be one "
-            "number for each part of Blocks that is no Scalar or Diagonal: a list of pairs (γ, how many weights)."
+            f"decay() differs between weights that {self!r} mixes, so that no threshold H ⪯ cP exists. Make it one "
+            "number for each part of Blocks that is neither Scalar nor Diagonal: a list of pairs (γ, how many weights)."
         )
 
     def dead(self) -> Tensor | None:
@@ -77,7 +77,7 @@ class Preconditioner(ABC):
         return None
 
     def __truediv__(self, lr: Tensor | float) -> Scaled:
-        """P/η: the learning rate folded in."""
+        """P/η, which includes the learning rate η."""
         return Scaled(self, 1 / lr)
 
 

@@ -17,12 +17,12 @@ class Blocks(Preconditioner):
 
     Args:
         parts: the preconditioners.
-        sizes: how many weights each acts on.
-        order: where the weights of the parts, one part after the other, stand in w: a permutation [d] of 0 … d − 1.
-            None: as they are.
+        sizes: the number of weights of each part.
+        order: the entries of w that belong to the parts, one part after the other: a permutation [d] of 0 … d − 1.
+            None: in order.
 
     Raises:
-        NotPositiveDefiniteError: if there are not as many sizes as parts, or none.
+        NotPositiveDefiniteError: if there are no parts, or not as many sizes as parts.
     """
 
     def __init__(self, parts: Sequence[Preconditioner], sizes: Sequence[int], order: Tensor | None = None) -> None:
@@ -81,7 +81,7 @@ class Blocks(Preconditioner):
         return [(n, P.dead()) for P, n in zip(self.parts, self.sizes, strict=True)]
 
     def dead(self) -> Tensor | None:
-        """Those of all parts."""
+        """The mask [d] of dead coordinates of all parts, or None."""
         found = self._dead()
         known = [mask for _, mask in found if mask is not None]
         if not known:
@@ -89,9 +89,9 @@ class Blocks(Preconditioner):
         return self._joined([known[0].new_zeros(n) if mask is None else mask for n, mask in found])
 
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless every part is positive definite, naming the part.
+        """Raise NotPositiveDefiniteError, with the number of the part, unless every part is positive definite.
 
-        A diagonal part may be zero throughout where its gradient is (a layer that nothing reaches).
+        A diagonal part may be zero throughout if its gradient is zero (a layer without any input).
         """
         if g is not None and sum(self.sizes) != len(g):
             raise NotPositiveDefiniteError(

@@ -1,4 +1,4 @@
-"""A full matrix as a preconditioner: full-matrix AdaGrad, natural gradient, the last resort of a small problem."""
+"""A full matrix as a preconditioner: full-matrix AdaGrad, natural gradient, or any other P of a small problem."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dvi.methods.preconditioners.kronecker import Kronecker
 class Dense(Kronecker):
     """P = A^p with a symmetric positive definite A [d, d].
 
-    Costs d² numbers and a decomposition, d³ operations, for every A: for up to some thousand weights, or for one small
-    parameter tensor among the :class:`Blocks`.
+    Every A costs d² numbers of memory and a decomposition of d³ operations.  Use it for up to a few thousand weights,
+    or for one small parameter tensor in :class:`Blocks`.
 
     Args:
         A: the matrix [d, d].

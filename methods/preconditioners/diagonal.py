@@ -50,7 +50,7 @@ class Scalar(Preconditioner):
         return torch.tensor(1.0 / self.p, dtype=torch.float64, device="cpu")
 
     def sound(self, g: Tensor | None = None) -> Tensor | None:
-        """Is p finite and positive?  Of a number there is nothing to move."""
+        """True if p is finite and positive; None for a number, which needs no transfer."""
         if not isinstance(self.p, Tensor) or self.p.ndim:
             return None
         return (self.p > 0) & (self.p < float("inf"))
@@ -73,14 +73,14 @@ class Scalar(Preconditioner):
 class Diagonal(Preconditioner):
     """P = diag(p), p [d].
 
-    A zero of p marks a *dead* coordinate: weights that no example reaches have zero gradient, so with ε = 0 a second
-    moment stays zero there.  Such weights do not move: P⁻¹ is taken as zero on them, so they drop out of the
-    P-metric, of the critical subspace and of the flow, and nothing is divided by zero.  :meth:`check` tells a dead
-    coordinate from a P that is wrong.
+    A zero of p marks a *dead* coordinate.  Weights on which no example depends have zero gradient, so with ε = 0 their
+    second moment stays zero.  Such weights do not move: P⁻¹ is defined as zero on them.  So they drop out of the
+    P-metric, of the critical subspace and of the flow, and nothing is divided by zero.  :meth:`check` distinguishes a
+    dead coordinate from a wrong P.
     """
 
     def __init__(self, p: Tensor) -> None:
-        if not hasattr(p, "__torch_function__") or p.ndim != 1:  # a tensor, or what stands in for one (dvi.derive)
+        if not hasattr(p, "__torch_function__") or p.ndim != 1:  # a tensor, or its substitute in dvi.derive
             what = f"shape {list(p.shape)}" if isinstance(p, Tensor) else f"a {type(p).__name__}"
             raise NotPositiveDefiniteError(
                 f"Diagonal(p) takes a tensor p of shape [d], not {what}; for p·I write Scalar(p)."
@@ -128,7 +128,7 @@ class Diagonal(Preconditioner):
         return self.p == 0
 
     def sound(self, g: Tensor | None = None) -> Tensor | None:
-        """Is p finite and positive, or zero only where the gradient g [d] is?"""
+        """True if p is finite and positive, or zero only at coordinates where the gradient g [d] is zero."""
         if g is not None and len(self.p) != len(g):
             return None
         low, high = torch.aminmax(self.p)
@@ -136,7 +136,7 @@ class Diagonal(Preconditioner):
         return positive if g is None else positive & ~((self.p == 0) & (g != 0)).any()
 
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless p is finite and positive, or zero only where the gradient is."""
+        """Raise NotPositiveDefiniteError unless p is finite and positive, or zero only where the gradient is zero."""
         if g is not None and len(self.p) != len(g):
             raise NotPositiveDefiniteError(
                 f"Diagonal(p) with {len(self.p)} entries cannot act on vectors of {len(g)} weights."

@@ -17,12 +17,12 @@ from dvi.methods.preconditioners.powers import Factor
 class Kronecker(Preconditioner):
     """P = F₁^{p₁} ⊗ F₂^{p₂} ⊗ …, acting on tensors of shape [n₁, n₂, …] flattened row by row.
 
-    For a weight matrix W [m, n] and ``Kronecker([L, R], 1/4)``, P W = L^{1/4} W R^{1/4}; with the learning rate,
-    ``Kronecker([L, R], 1/4) / lr`` is Shampoo's P.  Each factor is decomposed once; its powers have the right
-    derivatives where eigenvalues repeat, too.
+    For a weight matrix W [m, n] and ``Kronecker([L, R], 1/4)``, P W = L^{1/4} W R^{1/4}.  With the learning rate,
+    ``Kronecker([L, R], 1/4) / lr`` is Shampoo's P.  Each factor is decomposed once; the derivatives of its powers are
+    right also for repeated eigenvalues.
 
-    Rows of zeros in a factor (inputs that are always zero, a layer that nothing reaches) mark *dead* coordinates, as a
-    zero of :class:`Diagonal` does: P and P⁻¹ are zero there.
+    Rows of zeros in a factor (inputs that are always zero, a layer without any input) mark *dead* coordinates, like a
+    zero of :class:`Diagonal`: P and P⁻¹ are zero there.
 
     Args:
         factors: one for each dimension of the tensor: a symmetric positive definite matrix [nᵢ, nᵢ], or the number
@@ -80,7 +80,9 @@ class Kronecker(Preconditioner):
         return self._times(V, 0.5)
 
     def effective_lr(self) -> Tensor:
-        """1/mean of the diagonal of P over the coordinates that move; that of a product is the product of the means."""
+        """1/mean of the diagonal of P over the coordinates that move; the mean of a product is the product of the
+        means.
+        """
         means = [factor.power(p).diagonal().double().sum() / factor.live.sum() for _, factor, p in self._factors]
         lr = 1 / torch.stack(means).prod() if means else torch.ones((), dtype=torch.float64, device="cpu")
         return lr.to(self._factors[0][1].A) if self._factors else lr
@@ -95,7 +97,7 @@ class Kronecker(Preconditioner):
         return ~live.reshape(-1)
 
     def check(self, g: Tensor | None = None) -> None:
-        """Raise unless all factors, but for rows of zeros, are finite, symmetric and clearly positive definite."""
+        """Raise unless all factors are finite, symmetric and clearly positive definite, apart from rows of zeros."""
         d = prod(self.shape)
         if g is not None and d != len(g):
             raise NotPositiveDefiniteError(

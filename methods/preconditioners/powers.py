@@ -1,11 +1,11 @@
-"""Powers of a symmetric positive definite matrix, with derivatives that repeated eigenvalues do not break.
+"""Powers of a symmetric positive definite matrix, with derivatives that are right also for repeated eigenvalues.
 
 With A = Q diag(λ) Qᵀ, the derivative of A^p along a symmetric E is (Daleckii and Krein)
 
     d A^p[E] = Q (F ∘ QᵀEQ) Qᵀ,        F_ij = (λᵢ^p − λⱼ^p)/(λᵢ − λⱼ),   F_ii = p λᵢ^(p−1).
 
-Differentiating through the eigenvectors instead would divide by λᵢ − λⱼ and give NaN where eigenvalues repeat, which
-they do: ε I plus a few gradients is how Shampoo's state begins.
+Differentiation through the eigenvectors would divide by λᵢ − λⱼ and give NaN for repeated eigenvalues.  Those do occur:
+Shampoo's state begins as ε I plus a few gradients.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 
 class Factor:
-    """A symmetric positive definite matrix A [n, n] that is decomposed once and asked for its powers.
+    """A symmetric positive definite matrix A [n, n] that is decomposed once and gives its powers.
 
-    The decomposition is made in float64 whatever A's dtype is, because small eigenvalues beside large ones are what a
-    negative power looks at; the powers have A's dtype.  They can be differentiated once in A, forwards and backwards,
-    under ``vmap``, too.  Only the symmetric part of A is seen.
+    The decomposition is in float64 for every dtype of A, because negative powers depend on small eigenvalues beside
+    large ones.  The powers have A's dtype.  They can be differentiated once in A, forwards and backwards, also under
+    ``vmap``.  Only the symmetric part of A is used.
 
-    A row and column of zeros (an input that is always zero, whose gradients are) stays one in every power: there A has
-    no part, and its powers are those of the rest.
+    A row and column of zeros (an input that is always zero has zero gradients) stays zero in every power; the powers
+    are those of the remaining matrix.
 
     Args:
         A: the matrix [n, n].
@@ -42,15 +42,15 @@ class Factor:
 
     @cached_property
     def live(self) -> Tensor:
-        """Which rows of A are not zero throughout [n]."""
+        """The mask [n] of the rows of A that are not zero throughout."""
         return (self.A.detach() != 0).any(dim=-1)
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [n], ascending, and eigenvectors [n, n], float64; constants for differentiation.
 
-        Rows of zeros count with the largest entry of A (1 if all are zero) on the diagonal, which lies between the
-        other eigenvalues.
+        Rows of zeros get the largest entry of A (1 if all are zero) on the diagonal, which lies between the other
+        eigenvalues.
         """
         A = _symmetric(self.A.detach().double())
         largest = A.abs().max()
@@ -59,7 +59,7 @@ class Factor:
         return values, vectors
 
     def power(self, p: float) -> Tensor:
-        """A^p [n, n]; NaN where A has a negative eigenvalue and p is not an integer."""
+        """A^p [n, n]; NaN if A has a negative eigenvalue and p is not an integer."""
         if p not in self._powers:
             self._powers[p] = _symmetric(self.A) if p == 1 else self._power(p)
         return self._powers[p]
@@ -70,9 +70,9 @@ class Factor:
 
 
 def divided_difference(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """(x^p − y^p)/(x − y) for positive x and y, p x^(p−1) where they are equal, to a few roundings everywhere.
+    """(x^p − y^p)/(x − y) for positive x and y, or p x^(p−1) if they are equal; accurate to a few roundings.
 
-    Written as y^(p−1) · expm1(p log(1+r))/r with r = (x − y)/y: x − y is exact where x and y are close, and neither
+    It is computed as y^(p−1) · expm1(p log(1+r))/r with r = (x − y)/y: x − y is exact if x and y are close, and neither
     expm1 nor log1p cancels.
     """
     r = (x - y) / y
@@ -111,7 +111,7 @@ class _Power(torch.autograd.Function):
 
 
 class _Derivative(torch.autograd.Function):
-    """E ↦ d A^p[E]: linear in E, and not to be differentiated in A."""
+    """E ↦ d A^p[E]: linear in E; it cannot be differentiated in A."""
 
     generate_vmap_rule = True
 
@@ -134,7 +134,7 @@ class _Derivative(torch.autograd.Function):
         raise NotImplementedError(_ONCE)
 
 
-_ONCE = "a matrix power is differentiated once, as a flow asks for; its second derivative is not there."
+_ONCE = "the second derivative of a matrix power is not implemented; flows need only the first."
 
 
 __all__ = ["Factor", "divided_difference"]

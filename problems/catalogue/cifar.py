@@ -14,7 +14,7 @@ from dvi.problems.errors import ProblemError
 ARCHIVE = "cifar-10-binary.tar.gz"
 UNPACKED = "cifar-10-batches-bin"
 
-#: MD5 of each file of the official archive, which itself has c32a1d4ab5d03f1284b67883e8d87530.
+#: MD5 of each file of the official archive; that of the archive is c32a1d4ab5d03f1284b67883e8d87530.
 SUMS = {
     "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
     "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
@@ -46,16 +46,16 @@ def load_cifar10(
     """Pictures [n, 3, 32, 32] with labels, chosen and scaled as in the paper.
 
     Args:
-        folder: with the official ``cifar-10-binary.tar.gz``, or with its six .bin files.
-        n: how many to train on: the first n/classes of each class.
+        folder: the folder with the official ``cifar-10-binary.tar.gz``, or with its six .bin files.
+        n: number of training pictures: the first n/classes of each class.
         classes: the classes below this, 2 to 10: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
         pixels: a side is averaged down to this many: 16, 8, 4, 2 or 1; None leaves 32.
-        seed: of the order.
+        seed: of the order of the pictures.
         dtype: of the pictures.
-        device: of everything.
+        device: of the pictures and labels.
 
     Raises:
-        ProblemError: if files are missing, cut short or altered; if there are not so many pictures.
+        ProblemError: if files are missing, truncated or altered, or if there are fewer pictures than asked for.
 
     """
     contents = _contents(Path(folder).expanduser())
@@ -65,7 +65,7 @@ def load_cifar10(
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """What is in the six files, which lie in the folder, in the archive's folder there, or in the archive."""
+    """The contents of the six files, from the folder itself, the unpacked archive's folder in it, or the archive."""
     for place in (folder, folder / UNPACKED):
         present = [name for name in SUMS if (place / name).is_file()]
         if present:
@@ -92,12 +92,12 @@ def read_batch(content: bytes, name: str, md5: str | None = None) -> tuple[Tenso
     """Pictures [10000, 3, 32, 32] and labels [10000], both uint8, of one binary file of CIFAR-10.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
-        md5: its checksum, where it is known.
+        content: the bytes of the file.
+        name: its name, for messages.
+        md5: its checksum, if known.
 
     Raises:
-        ProblemError: if the contents are cut short, altered or of another form.
+        ProblemError: if the contents are truncated, altered or of another form.
 
     """
     if len(content) != RECORD * RECORDS:

@@ -9,10 +9,10 @@ from dvi.problems.errors import ProblemError
 
 
 def usable(device: torch.device | str) -> torch.device:
-    """Return the device of that name, once it was seen to work.
+    """Return the device of that name after a test that it works.
 
     Raises:
-        ProblemError: if there is no such device on this machine.
+        ProblemError: if this machine has no such device.
 
     """
     try:
@@ -34,12 +34,12 @@ def load_digits(
 ) -> tuple[Tensor, Tensor]:
     """Images [n, 1, 8, 8] and labels [n] (int64) of ``n`` handwritten digits below ``classes``.
 
-    Pixels are shifted and scaled to mean 0 and variance 1 over all pixels of the subset together (one by one would
-    divide by zero: some never change).  The subset depends on the seed only.
+    Pixels are shifted and scaled to mean 0 and variance 1 over all pixels of the subset together.  Scaling each pixel
+    by itself would divide by zero, since some never change.  The subset depends only on the seed.
 
     Raises:
         ImportError: if scikit-learn, which ships the images, is missing.
-        ProblemError: if there are not so many, or no such device.
+        ProblemError: if there are fewer digits than asked for, or no such device.
 
     """
     device = usable(device)
@@ -65,10 +65,10 @@ def make_sorting(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [n, 2·length − 1] and what is to be predicted [n, length], both int64.
+    """Tokens [n, 2·length − 1] and targets [n, length], both int64.
 
-    As in minGPT's demonstration: a random sequence followed by itself sorted, without the last token.  From the
-    sequence's own last position on, the next token is the next of the sorted sequence: those are the targets.
+    As in minGPT's demonstration, the tokens are a random sequence followed by the sorted sequence, without the last
+    token.  The targets are the sorted sequence: the next tokens from the last position of the random sequence on.
 
     Raises:
         ProblemError: if a size is not positive, or there is no such device.

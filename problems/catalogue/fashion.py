@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 28×28 grey pictures of clothes, from IDX files; a subset of them lies beside this file."""
+"""Fashion-MNIST: 28×28 grey pictures of clothes, from IDX files; a subset is shipped next to this file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dvi.problems.catalogue.pictures import Pictures, check_sum, choose
 from dvi.problems.errors import ProblemError
 
-#: The shipped subset: the first 100 pictures of each class to train on and the first 20 to test with.
+#: The shipped subset: the first 100 training pictures and the first 20 test pictures of each class.
 SHIPPED = Path(__file__).with_name("fashion-mnist")
 
 NAMES = (
@@ -50,17 +50,18 @@ def load_fashion(
     """Pictures of clothes [n, 1, 28, 28] with labels, chosen and scaled as in the paper's experiments on CIFAR-10.
 
     Args:
-        n: how many to train on: the first n/classes of each class.  1,000 (100 of each) ship with the library.
+        n: number of training pictures: the first n/classes of each class.  1,000 (100 of each) ship with the library.
         classes: the classes below this, 2 to 10: T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag,
             boot.
         pixels: a side is averaged down to this many: 14, 7, 4, 2 or 1; None leaves 28.
-        folder: with the four original IDX files, packed (.gz) or not; None takes the 1,000 + 200 that are shipped.
-        seed: of the order.
+        folder: the folder with the four original IDX files, packed (.gz) or not; None takes the 1,000 + 200 pictures
+            that are shipped.
+        seed: of the order of the pictures.
         dtype: of the pictures.
-        device: of everything.
+        device: of the pictures and labels.
 
     Raises:
-        ProblemError: if files are missing, cut short or altered; if there are not so many pictures.
+        ProblemError: if files are missing, truncated or altered, or if there are fewer pictures than asked for.
 
     """
     where = SHIPPED if folder is None else Path(folder).expanduser()
@@ -84,17 +85,17 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, sha256: str | None = None) -> Tensor:
-    """Return the bytes of an IDX file, packed (.gz) or not, in their shape.
+    """Return the bytes of an IDX file, packed (.gz) or not, as an array in the file's shape.
 
-    An IDX file of bytes begins with the bytes 0, 0, 8 and the number of dimensions; the sizes follow, each as four
+    An IDX file of bytes begins with the bytes 0, 0, 8 and the number of dimensions.  Then come the sizes, each as four
     bytes, the highest first.
 
     Args:
         path: of the file.
-        sha256: the checksum of the unpacked file, where it is known.
+        sha256: the checksum of the unpacked file, if known.
 
     Raises:
-        ProblemError: if the file is cut short, altered or of another form.
+        ProblemError: if the file is truncated, altered or of another form.
 
     """
     content = path.read_bytes()

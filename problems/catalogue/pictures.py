@@ -1,4 +1,4 @@
-"""Pictures with labels: which of them are taken, and how they are scaled."""
+"""Pictures with labels: the choice of a subset, and its scaling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvi.problems.errors import ProblemError
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures [n, channels, pixels, pixels] with labels [n] (int64): some to train on, others to test with."""
+    """Pictures [n, channels, pixels, pixels] with labels [n] (int64), for training and for tests."""
 
     inputs: Tensor
     labels: Tensor
@@ -35,20 +35,21 @@ def choose(
 ) -> Pictures:
     """Take the paper's subset of pictures, scaled as in the paper.
 
-    Of each class below ``classes`` come the first n/classes pictures; where that is no whole number, one more of the
-    first classes.  Their order is drawn from the seed.  Tests are all pictures of those classes, in their order.  Each
-    channel is shifted and scaled to mean 0 and variance 1 over the chosen training pictures; tests alike.
+    The training pictures are the first n/classes pictures of each class below ``classes``; if that is not a whole
+    number, the first classes have one more.  The seed determines their order.  The test pictures are all pictures of
+    those classes, in the original order.  Each channel is shifted and scaled to mean 0 and variance 1 over the chosen
+    training pictures.  The test pictures are scaled in the same way.
 
     Args:
         train, test: pictures [m, channels, s, s] and labels [m], both uint8.
-        n: how many to train on.
-        classes: how many classes, 2 or more.
+        n: number of training pictures.
+        classes: number of classes, 2 or more.
         pixels: a side is averaged down to this many, a divisor of s; None leaves it.
         seed: of the order.
         dtype, device: of the result.
 
     Raises:
-        ProblemError: if there are not so many, the sides do not divide, or there is no such device.
+        ProblemError: if there are too few pictures, if ``pixels`` does not divide s, or if there is no such device.
 
     """
     device = usable(device)
@@ -92,10 +93,10 @@ def _shrunk(x: Tensor, pixels: int | None) -> Tensor:
 
 
 def check_sum(content: bytes, algorithm: str, expected: str, what: str) -> None:
-    """Refuse contents with another checksum than the known one.
+    """Refuse contents whose checksum is not the known one.
 
     Raises:
-        ProblemError: that says so.
+        ProblemError: if it is not.
 
     """
     found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()

@@ -20,21 +20,21 @@ M = TypeVar("M", bound=nn.Module)
 def smoothed(model: M, beta: float = 20.0) -> M:
     """Return a copy of the model whose ReLUs are β-GELUs x Φ(βx): smooth, and ReLU as β → ∞.
 
-    A flow follows smooth losses: at a kink the gradient jumps and the Hessian is not defined.  The paper compares flow
-    and optimizer for several β (Figure 38): the larger β is, the sharper is the bend, and the less exact the flow.
+    A flow needs a smooth loss: at a kink the gradient jumps and the Hessian is not defined.  The paper compares flow
+    and optimizer for several β (Figure 38).  The larger β is, the sharper is the bend, and the less accurate the flow.
 
-    ReLU, ReLU6, LeakyReLU, Hardtanh and ``clamp(min=0)`` are replaced where the model's forward pass calls them, as
-    modules or as functions: ``nn.ReLU``, ``F.relu``, ``x.relu()``, ``nn.TransformerEncoderLayer(activation="relu")``.
-    Parameters and buffers keep their names and values, so ``state_dict`` and ``load_into`` fit.  The given model is
-    not changed.  Other kinks (max-pooling, abs) stay.
+    All calls of ReLU, ReLU6, LeakyReLU, Hardtanh and ``clamp(min=0)`` in the model's forward pass are replaced, whether
+    they are modules or functions: ``nn.ReLU``, ``F.relu``, ``x.relu()``,
+    ``nn.TransformerEncoderLayer(activation="relu")``.  Parameters and buffers keep their names and values, so
+    ``state_dict`` and ``load_into`` fit.  The given model is not changed.  Other kinks (max-pooling, abs) stay.
 
     Args:
         model: any module.
-        beta: how sharp the bend is.  It differs from ReLU by at most 0.17 / β, at |x| = 0.75 / β.
+        beta: sharpness β of the bend.  The function differs from ReLU by at most 0.17 / β, at |x| = 0.75 / β.
 
     Raises:
-        ProblemError: if β is not positive, or ReLUs are inside a kernel where they cannot be replaced (``nn.RNN``,
-            compiled or scripted models); when the copy is first called, if no ReLU was met.
+        ProblemError: if β is not positive, or if ReLUs are inside a kernel where they cannot be replaced (``nn.RNN``,
+            compiled or scripted models).  Also when the copy is first called, if its forward pass contains no ReLU.
 
     """
     if not beta > 0:
@@ -73,7 +73,7 @@ class _Forward:
         if not mode.replaced:
             raise ProblemError(
                 f"{type(self.module).__name__} calls no ReLU in its forward pass, so there is nothing to smooth: "
-                "take the model as it is; other kinks (max-pooling, abs) are yours to replace"
+                "take the model as it is. Other kinks (max-pooling, abs) must be replaced by hand"
             )
         return out
 
@@ -155,5 +155,5 @@ _RELUS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys(_CLAMPS, _relu),
 }
 
-# Functions that take ``inplace`` by position, too: after how many arguments besides x.
+# Functions that also take ``inplace`` by position: the number of arguments before it, besides x.
 _WITH_INPLACE_LAST: dict[Callable[..., Any], int] = {F.relu: 1, F.relu6: 1, F.leaky_relu: 2, F.hardtanh: 3}

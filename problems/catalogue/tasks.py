@@ -29,7 +29,7 @@ from dvi.problems.problem import Backend
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared distance ½‖outputs − targets‖² over the last dimension, mean over the others (the examples)."""
+    """Half the squared distance ½‖outputs − targets‖² over the last dimension; mean over the others (the examples)."""
     return 0.5 * (outputs - targets).square().sum(-1).mean()
 
 

@@ -1,1 +1,1 @@
-"""Derivatives of a loss: backends, layers that are made safe, and the check."""
+"""Derivatives of a loss: backends, safe replacements of layers, and the check."""

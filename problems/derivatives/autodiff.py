@@ -1,7 +1,8 @@
 """Exact second and third derivatives, by reverse passes over reverse passes.
 
-Every way of nesting forward and reverse mode was timed.  Cost in gradients per product, peak memory in MB, float64,
-one CPU thread (one run on a shared machine: good to a third or so), for k = 1 and k = 3 directions at once:
+Every way of nesting forward and reverse mode was timed.  The table gives the cost in gradients per product and the peak
+memory in MB, for k = 1 and k = 3 directions at once.  It is for float64 on one CPU thread, from one run on a shared
+machine, so the times are accurate to about a third.
 
     ========================================  ===============  ===============  ===============  ===============
     H v (per column), T[u, v] (per pair)      MLP, 3.5k, k=1   MLP, k=3         GPT, 26k, k=1    GPT, k=3
@@ -16,10 +17,10 @@ one CPU thread (one run on a shared machine: good to a third or so), for k = 1 a
     T: forward over reverse over forward      9.8  11 MB       8.7  57 MB       6.9  321 MB      5.2  1655 MB
     ========================================  ===============  ===============  ===============  ===============
 
-Reverse mode wins because its graphs are shared: that of the gradient by all directions, that of H uᵢ by all pairs
-(i, j).  It asks least of the loss, too: no forward-mode formula, no batching rule, and data-dependent control flow is
-welcome.  Directions go one at a time unless ``max_directions`` says otherwise, so memory does not grow with their
-number.
+Reverse mode is fastest because its graphs are shared: all directions share that of the gradient, and all pairs (i, j)
+share that of H uᵢ.  It also demands least of the loss: it needs neither forward-mode formulas nor batching rules, and
+allows data-dependent control flow.  Directions are processed one at a time unless ``max_directions`` says otherwise, so
+memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from dvi.problems.ledger import DEFAULT_WEIGHTS, Ledger
 class Autodiff:
     """Exact derivatives of a sum of parts.
 
-    A loss of one part keeps the graph of its gradient for as long as w stays the same, which makes further
-    products up to twice as cheap: an eigensolver asks for many.  Chunked losses keep nothing, for the sake of memory.
+    A loss of one part keeps the graph of its gradient for as long as w stays the same.  This makes further products up
+    to twice as cheap, and an eigensolver asks for many.  Chunked losses keep nothing, to save memory.
     """
 
     def __init__(self, parts: Sequence[Part], ledger: Ledger, max_directions: int = 1) -> None:
@@ -52,19 +53,19 @@ class Autodiff:
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graph that is kept, which no pickle can hold and no copy needs."""
+        """The state without the stored graph, which cannot be pickled and which no copy needs."""
         return {**self.__dict__, "_kept": None}
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Conservative costs, those of the worst nesting on small networks; measure for the problem at hand."""
+        """Conservative costs: the highest ones measured on small networks.  Measure them for a given problem."""
         return DEFAULT_WEIGHTS
 
     def remember(self, w: Tensor, gradient: Tensor) -> None:
-        """Of no use: what is kept here is the graph of the gradient."""
+        """Does nothing: this backend keeps the graph of the gradient instead."""
 
     def uncertainty(self, w: Tensor) -> dict[str, float]:
-        """Nothing: all is exact but for rounding."""
+        """Empty: all derivatives are exact up to rounding."""
         return {}
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
@@ -152,10 +153,10 @@ class Autodiff:
 
 @contextmanager
 def explained(order: str) -> Iterator[None]:
-    """Turn autograd's refusals into an error that names the cause and the way out.
+    """Turn autograd's refusals into an error that names the cause and a remedy.
 
-    Activation checkpointing runs a part of the loss again in the backward pass.  Inside, unsafe layers are composed
-    there as they were in the forward pass.
+    Activation checkpointing runs a part of the loss again in the backward pass.  In this context, unsafe layers are
+    composed there as they were in the forward pass.
     """
     try:
         with differentiable_layers():

@@ -1,15 +1,15 @@
-"""Are the derivatives right?  They are compared with differences of what lies one order below.
+"""Compares derivatives with differences of the derivatives one order lower.
 
-Along a direction u the loss is known at w ± hu, with its gradient.  Those two points check all three orders:
+Along a direction u, the loss and its gradient are computed at w ± hu.  These two points check all three orders:
 
     ⟨∇L, u⟩    against   (L₊ − L₋) / 2h
     H u        against   (g₊ − g₋) / 2h
     T[u, u]    against   (g₊ − 2g + g₋) / h²
 
-At each step h the differences have an uncertainty: what they changed by since the last step (truncation), and rounding.
-A derivative is judged at the step where that is the smallest part of it, and is wrong if it is off by more.
+At each step h, the differences have an uncertainty: their change since the last step (truncation), plus rounding.  A
+derivative is judged at the step with the smallest relative uncertainty.  It is wrong if its error exceeds that.
 
-All of this is done at w and at a second point nearby, where a gradient that was right at w by accident (an old copy of
+The check is made at w and at a second point nearby.  There, a gradient that was right at w by accident (an old copy of
 the weights, a cached value) is wrong.  A loss with kinks is compared piece by piece (``kinks.py``).
 """
 
@@ -30,14 +30,14 @@ from dvi.problems.derivatives.safe import differentiable_layers
 STEPS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 # Rounding of an evaluation, in units of the machine epsilon: sums over examples and layers.
 ROUNDING = 10
-# By order.  A slope needs one division by h: in single precision it is known better than what is divided twice.
+# By order.  A slope needs one division by h, so in single precision it is more accurate than a value divided twice.
 TOLERANCE = {torch.float64: (1e-3, 1e-3, 1e-3), torch.float32: (5e-3, 3e-2, 3e-2)}
 
-# From w to the second point, in units of max(1, |w|): about as far as an optimizer goes.  Shorter ones are for losses
-# that are not defined so far away.
+# Distances from w to the second point, in units of max(1, |w|): about as far as an optimizer moves.  The shorter ones
+# are for losses that are not defined so far away.
 DISTANCES = (0.1, 0.01, 0.001)
-# A loss with kinks changes by the integral of its gradient.  With as many points on the way the kinks leave an error of
-# about a hundredth; a loss that jumps, or another gradient, is off by much more.
+# A loss with kinks changes by the integral of its gradient.  With this many points on the way, the kinks leave an error
+# of about one per cent.  A loss that jumps, or a wrong gradient, has a much larger error.
 INTEGRAL_POINTS = 8
 INTEGRAL_TOLERANCE = 0.1
 
@@ -48,14 +48,14 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """A derivative that is not what differences say.
+    """A derivative that disagrees with differences.
 
     Attributes:
-        order: of which order (1, 2, 3).
-        relative: by how much it is off, relative to itself.
-        derivative: its value; of a vector, the entry that is off the most.
-        difference: what differences give there.
-        entry: which entry of w that is, None for the slope along a direction.
+        order: its order (1, 2, 3).
+        relative: its error, relative to itself.
+        derivative: its value; for a vector, the entry with the largest error.
+        difference: the value from differences there.
+        entry: the index of that entry in w; None for the slope along a direction.
 
     """
 
@@ -79,11 +79,11 @@ class NotFinite:
     """A loss or a derivative that is NaN or infinite.
 
     Attributes:
-        order: of which order (0: the loss itself).
-        nan: how many entries are NaN.
-        infinite: how many are infinite.
-        of: how many there are.
-        entries: which ones.
+        order: its order (0: the loss itself).
+        nan: number of entries that are NaN.
+        infinite: number of entries that are infinite.
+        of: number of all entries.
+        entries: the indices of those that are not finite.
 
     """
 
@@ -105,11 +105,11 @@ class NotFinite:
 
 @dataclass(frozen=True)
 class Jump:
-    """A loss that does not change by the integral of its gradient: it jumps, or the gradient is another one's.
+    """A loss whose change is not the integral of its gradient: it jumps, or the gradient is not that of the loss.
 
     Attributes:
-        change: of the loss, from one point to another.
-        integral: of the gradient between them.
+        change: the change of the loss from one point to another.
+        integral: the integral of the gradient between them.
     """
 
     change: float
@@ -125,12 +125,12 @@ class Jump:
 
 @dataclass(frozen=True)
 class Nested:
-    """A loss that takes derivatives of its own, of a layer that torch differentiates wrongly in that nesting.
+    """A loss that itself takes derivatives of a layer which torch differentiates wrongly in that nesting.
 
     Attributes:
-        order: 0 if the loss itself is another one, 1 if only its gradient is.
-        value: of the loss, or of the entry of the gradient that is off the most.
-        right: the same with such layers composed of elementary operations.
+        order: 0 if the loss itself is wrong, 1 if only its gradient is.
+        value: of the loss, or of the entry of the gradient with the largest error.
+        right: the same value with such layers composed of elementary operations.
     """
 
     order: int
@@ -151,12 +151,12 @@ Finding = Discrepancy | NotFinite | Jump | Nested
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an examination has found.
+    """The result of an examination.
 
     Attributes:
         finding: the lowest order that is wrong, None if all are right.
-        at: where that was [d].
-        kinks: whether the loss has kinks between the two points looked at.
+        at: the weights [d] where that was.
+        kinks: True if the loss has kinks between the two points.
 
     """
 
@@ -170,8 +170,8 @@ def examine(parts: Sequence[Part], derivatives: Derivatives, w: Tensor) -> Verdi
 
     Args:
         parts: the loss, as a sum.
-        derivatives: its second and third derivatives, which are under test.
-        w: where to look [d].
+        derivatives: its second and third derivatives, which are tested.
+        w: the weights [d] at which they are tested.
 
     """
 
@@ -208,10 +208,10 @@ def examine_gradient(parts: Sequence[Part], w: Tensor) -> NotFinite | Jump | Non
 def compare(
     parts: Sequence[Part], derivatives: Derivatives, w: Tensor, directions: int = 2
 ) -> tuple[Finding | None, Piece | None]:
-    """Compare all derivatives at w with differences: of the loss or, if it is made of pieces, of the one w is on.
+    """Compare all derivatives at w with differences: of the loss or, if it has pieces, of the piece that contains w.
 
     Returns:
-        what is wrong, and the piece, None where there is but one.
+        the error, if any, and the piece; None for the piece if there is only one.
 
     """
 
@@ -235,8 +235,8 @@ def find_discrepancy(
     Args:
         evaluate: loss [] and gradient [d] at weights [d].
         derivatives: the second and third derivatives under test.
-        w: where to look [d].
-        directions: 2 for a random one and the gradient's, 1 for the random one alone.
+        w: the weights [d] at which they are tested.
+        directions: 2 for a random direction and the gradient's, 1 for the random one alone.
 
     """
     value, gradient = evaluate(w)
@@ -249,8 +249,8 @@ def find_discrepancy(
     squares = derivatives.squares(w, torch.stack(probes))
     if found := _not_finite(3, *squares):
         return found
-    # w itself is rounded, by ε|w| in directions at random: that moves the loss by its slope, and the gradient by about
-    # as much as the same length of another random direction.
+    # w itself is rounded, by ε|w| in random directions.  That changes the loss by its slope, and the gradient by about
+    # as much as a displacement of the same length in another random direction.
     eps = ROUNDING * torch.finfo(w.dtype).eps
     moved = _norm(w) * _norm(products[0])
     rounding = (eps * (abs(value.item()) + _norm(w) * _norm(gradient)), eps * (_norm(gradient) + moved))
@@ -280,7 +280,7 @@ def _certain_errors(
     u: Tensor,
     rounding: tuple[float, float],
 ) -> list[Discrepancy]:
-    """Return by how much, for each order, the derivative along u is certainly off, relative to itself.
+    """Return, for each order, the error of the derivative along u that exceeds its uncertainty, relative to itself.
 
     Args:
         evaluate: as in :func:`find_discrepancy`.
@@ -327,7 +327,7 @@ def _described(order: int, relative: float, exact: Tensor, differences: Tensor) 
 
 
 def _not_finite(order: int, *derivatives: Tensor) -> NotFinite | None:
-    """What is not finite in any of these tensors [] or [d]."""
+    """The first of these tensors, [] or [d], that is not finite."""
     nan = torch.stack([x.isnan() for x in derivatives]).any(0).reshape(-1)
     bad = ~torch.stack([x.isfinite() for x in derivatives]).all(0).reshape(-1)
     if not bool(bad.any()):
@@ -353,7 +353,7 @@ def _integrate(evaluate: Evaluate, a: Tensor, b: Tensor) -> Jump | None:
     slopes = [float(torch.dot(g_start, way)), float(torch.dot(g_end, way))]
     inside = [float(torch.dot(evaluate(a + way * (i / INTEGRAL_POINTS))[1], way)) for i in range(1, INTEGRAL_POINTS)]
     integral = (sum(slopes) / 2 + sum(inside)) / INTEGRAL_POINTS
-    # By half as many points, to know how exact that is.
+    # Again with half as many points, to estimate the error.
     coarse = (sum(slopes) / 2 + sum(inside[1::2])) / (INTEGRAL_POINTS // 2)
     change = float(end - start)
     size = max(abs(slope) for slope in [*slopes, *inside])
@@ -367,7 +367,7 @@ def _integrate(evaluate: Evaluate, a: Tensor, b: Tensor) -> Jump | None:
 
 
 def _directions(w: Tensor, gradient: Tensor, count: int) -> list[Tensor]:
-    """Return unit vectors: a random one, which no coordinate escapes, and the gradient's, where much happens."""
+    """Return unit vectors: a random one, which has a part in every coordinate, and that of the gradient."""
     units = [_random_direction(w, seed=0)]
     if _norm(gradient) > 0:
         units.append(gradient / torch.linalg.vector_norm(gradient))

@@ -1,16 +1,17 @@
 """Second and third derivatives from differences of gradients.
 
-A Hessian-vector product is the difference of a gradient and the one at w, which is at hand; T[u, u] a second difference
-of two gradients and the one at w; T[u, v] follows by polarisation along (u + v)/√2.  The loss needs first derivatives
-only.
+A Hessian-vector product is the difference of a gradient and the one at w, which is known.  T[u, u] is a second
+difference of two gradients and the one at w.  T[u, v] follows by polarisation along (u + v)/√2.  The loss needs only
+first derivatives.
 
-Step sizes.  A gradient carries rounding noise of about ε_m |g|, ε_m the machine epsilon, and differences carry a
-truncation error: h |L‴| on one side, h² |L⁗| (or |L⁵|) where central.  ε_m/h + h is least at h ∝ ε_m^½, ε_m/h + h² at
-h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 one side gives a product to 1e-8 … 3e-7, far below what
-eigenvectors are asked for; in float32 it would be 3e-4, so there products are central, at two gradients each, and good
-to 2e-5.  h is the length of the displacement, not a multiple of the direction: directions may be of any length.
-On small networks (MLP, CNN, transformer; along eigenvectors, the gradient and at random; either precision) the best
-constant lies between 0.3 and 3, whatever ‖w‖: it is ½ here, times the root mean square of w where that exceeds 1.
+Step sizes.  A gradient has rounding noise of about ε_m |g|, where ε_m is the machine epsilon.  Differences have a
+truncation error: h |L‴| if one-sided, h² |L⁗| (or |L⁵|) if central.  ε_m/h + h is least at h ∝ ε_m^½, ε_m/h + h² at
+h ∝ ε_m^⅓, and ε_m/h² + h² at h ∝ ε_m^¼.  In float64 a one-sided difference gives a product to 1e-8 … 3e-7, far more
+accurate than eigenvectors require.  In float32 that would be 3e-4, so there products use central differences, which
+cost two gradients each and are accurate to 2e-5.  h is the length of the displacement, not a multiple of the direction:
+directions may have any length.  The best constant was measured on small networks (MLP, CNN, transformer) in both
+precisions, along eigenvectors, the gradient and random directions.  It lies between 0.3 and 3 for every ‖w‖.  Here it
+is ½, times the root mean square of w if that exceeds 1.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from dvi.problems.ledger import Ledger
 class FiniteDifference:
     """Derivatives of a sum of parts from its gradients.
 
-    A Hessian-vector product costs one gradient (``central``: two), a contraction T[uᵢ, uⱼ] two; the gradient at w is
-    remembered from one call to the next, and counted where it has to be computed.
+    A Hessian-vector product costs one gradient (``central``: two), a contraction T[uᵢ, uⱼ] costs two.  The gradient at
+    w is kept between calls, and counted when it is computed.
 
     Args:
         parts, ledger: see :class:`~dvi.problems.problem.Problem`.
-        central: whether products are central differences.
+        central: True if products are central differences.
     """
 
     def __init__(self, parts: Sequence[Part], ledger: Ledger, central: bool) -> None:
@@ -44,15 +45,15 @@ class FiniteDifference:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """One gradient a product (two where central) and two a contraction, exactly."""
+        """Exactly one gradient per product (two if central) and two per contraction."""
         return {"hvps": 2.0 if self._central else 1.0, "third_derivatives": 2.0}
 
     def remember(self, w: Tensor, gradient: Tensor) -> None:
-        """The gradient at w, if it is known already."""
+        """Store the gradient at w, which is known already."""
         self._kept = (w.detach().clone(), gradient.clone())
 
     def uncertainty(self, w: Tensor) -> dict[str, float]:
-        """By how much H g and T[g, g], g the gradient, change relative to themselves when their steps are doubled."""
+        """The relative change of H g and T[g, g], where g is the gradient, when their steps are doubled."""
         here = self._gradient_here(w)
         if self._central:
             products = [self._central_difference(w, here, scale) for scale in (1.0, 2.0)]
@@ -61,7 +62,7 @@ class FiniteDifference:
         return {"hvps": _change(*products), "third_derivatives": self.third_uncertainty(w)}
 
     def third_uncertainty(self, w: Tensor) -> float:
-        """That of T[g, g] alone."""
+        """The relative change of T[g, g] alone."""
         here = self._gradient_here(w)
         return _change(self._second_difference(w, here), self._second_difference(w, here, 2.0))
 
@@ -77,7 +78,7 @@ class FiniteDifference:
         """Rows T[uᵢ, uⱼ] [k(k+1)/2, d] for i ≤ j."""
         k = len(U)
         self._ledger.third_derivatives += k * (k + 1) // 2
-        # Columns of very different length would leave nothing of the shorter one in their sum.
+        # If columns had very different lengths, the shorter one would be lost in their sum.
         norms = _norms(U)
         unit = U / norms[:, None]
         squares = [self._second_difference(w, u) for u in unit]
@@ -128,7 +129,7 @@ class FiniteDifference:
 
 
 def unit(w: Tensor) -> Tensor:
-    """Return the length [] that steps of differences at w are measured in."""
+    """Return the unit of length [] for steps of differences at w."""
     size: Tensor = torch.linalg.vector_norm(w) / math.sqrt(w.numel())
     return 0.5 * torch.clamp(size, min=1.0)
 
@@ -139,6 +140,6 @@ def _change(one: Tensor, other: Tensor) -> float:
 
 
 def _norms(u: Tensor) -> Tensor:
-    """Lengths of the rows of u; 1 for a zero row, whose products vanish whatever the step."""
+    """Lengths of the rows of u; 1 for a zero row, whose products are zero for every step."""
     norms: Tensor = torch.linalg.vector_norm(u, dim=-1)
     return torch.where(norms > 0, norms, torch.ones_like(norms))

@@ -1,12 +1,12 @@
-"""Kinks (ReLU, max-pool, abs, clamp, hinge …): a loss made of smooth pieces, seen one piece at a time.
+"""Kinks (ReLU, max-pool, abs, clamp, hinge …): a loss made of smooth pieces is examined one piece at a time.
 
-Which piece the weights are on is a matter of decisions: which entries are positive, which of them is the largest.
-They are recorded at w and held wherever else the loss is evaluated.  So the piece at w is continued smoothly past its
-border, and is there a function whose differences tell right derivatives from wrong ones.  Differences of the loss
-itself cannot: a network of a few hundred examples has a kink every thousandth of a step.
+Decisions determine the piece on which the weights lie: which entries are positive, which of them is the largest.  The
+decisions at w are recorded, and applied again wherever else the loss is evaluated.  So the piece at w continues
+smoothly past its border, and differences of it distinguish right derivatives from wrong ones.  Differences of the loss
+itself cannot do that: the loss of a network on a few hundred examples has a kink every thousandth of a step.
 
-Decisions are seen below autograd, in the forward and in the backward pass: comparisons, signs, roundings, and indices
-of largest entries.  Piecewise functions that are one kernel are first decomposed into these.
+Decisions are recorded below autograd, in the forward and in the backward pass.  They are comparisons, signs, roundings,
+and indices of largest entries.  A piecewise function that is one kernel is first decomposed into these.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from dvi.problems.derivatives.protocol import Part, value_and_gradient
 
 aten = torch.ops.aten
 
-# By how much two ways of computing the same may differ, relative to it.  Some kernels of torch have constants of single
-# precision, whatever the dtype (hardsigmoid: 1/6), which is 3e-8.
+# The relative difference allowed between two ways to compute the same value.  Some kernels of torch have constants in
+# single precision for every dtype (hardsigmoid: 1/6), which gives 3e-8.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 KINKS = (
     "the loss has kinks (ReLU, max, abs, …), where its gradient or its Hessian jumps. Its derivatives are right "
-    "between them, and know nothing of the jumps: a flow may be off where many kinks are crossed, and may stall "
+    "between kinks, but do not contain the jumps: a flow may be inaccurate where it crosses many kinks, and may stall "
     "at one. If they are ReLUs, dvi.problems.smoothed(model, beta=20) gives a copy of the model without them."
 )
 
 
 class Undecided(RuntimeError):
-    """The loss cannot be continued past its kinks: it does not ask the same questions everywhere."""
+    """The loss cannot be continued past its kinks: it does not make the same decisions everywhere."""
 
 
 class Piece:
-    """The smooth piece of a sum of parts on which w lies, continued past its border.
+    """The smooth piece of a sum of parts that contains w, continued past its border.
 
     Args:
         parts: the loss, as in :class:`~dvi.problems.problem.Problem`.
         w: weights [d] on the piece.
 
     Attributes:
-        only: whether the loss makes no decisions, and so has this one piece.
+        only: True if the loss makes no decisions, and so has only this piece.
 
     Raises:
-        Undecided: if the loss under observation is not what it is otherwise.
+        Undecided: if recording the decisions changes the loss.
 
     """
 
@@ -67,22 +67,22 @@ class Piece:
             there = value_and_gradient(parts, w)
             for seen in (recorded, self(w)):
                 if not all(_near(x, y) for x, y in zip(seen, there, strict=True)):
-                    raise Undecided("the loss is another one under observation")
+                    raise Undecided("the loss has another value when its operations are recorded")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and gradient [d] of the piece at x [d].
 
         Raises:
-            Undecided: if the loss asks other questions at x than at w.
+            Undecided: if the loss makes other decisions at x than at w.
 
         """
         return self._evaluate(x, replay=True)
 
     def ends_before(self, x: Tensor) -> bool:
-        """Whether there is a kink between w and x: the piece has another gradient at x than the loss.
+        """True if there is a kink between w and x: the gradients of the piece and of the loss differ at x.
 
         Raises:
-            Undecided: as for a call.
+            Undecided: see :meth:`__call__`.
 
         """
         return not _near(self(x)[1], value_and_gradient(self._parts, x)[1])
@@ -94,15 +94,15 @@ class Piece:
                 result = value_and_gradient(self._parts, x)
         except Undecided:
             raise
-        except Exception as error:  # the user's loss, in circumstances that it was not made for
-            raise Undecided(f"under observation the loss fails: {error}") from error
+        except Exception as error:  # the user's loss, which was not written to be recorded
+            raise Undecided(f"the loss fails when its operations are recorded: {error}") from error
         if replay and mode.asked != len(self._answers):
-            raise Undecided("the loss asks fewer questions at other weights")
+            raise Undecided("the loss makes fewer decisions at other weights")
         return result
 
 
 def kinks_between(parts: Sequence[Part], w: Tensor, x: Tensor) -> bool:
-    """Whether the loss has a kink between w and x [d], as far as can be seen: not if it was crossed there and back."""
+    """True if the loss has a kink between w and x [d].  A kink that is crossed there and back is not found."""
     try:
         piece = Piece(parts, w)
         return not piece.only and piece.ends_before(x)
@@ -111,12 +111,12 @@ def kinks_between(parts: Sequence[Part], w: Tensor, x: Tensor) -> bool:
 
 
 def tell_of_kinks(name: str) -> None:
-    """Warn the user, through the logger "dvi", that the loss of this name has kinks."""
+    """Warn through the logger "dvi" that the loss of this name has kinks."""
     logging.getLogger("dvi").warning("%s: %s", name, KINKS)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same up to rounding; what is not finite is the same as anything."""
+    """True if both are the same up to rounding; a value that is not finite equals anything."""
     if not bool(torch.isfinite(b).all()):
         return True
     size = float(torch.linalg.vector_norm(b))
@@ -124,11 +124,11 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record the answers to all decisions, in the order in which they are asked for, or give them again."""
+    """Records the results of all decisions in their order, or replays them."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing to compile, and to say so would import the compiler: three seconds
+        return False  # nothing is compiled; torch's own answer would import the compiler, which takes three seconds
 
     def __init__(self, answers: list[Tensor], replay: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -144,7 +144,7 @@ class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = dict(kwargs or {})
         if not any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)  # no question of weights
+            return func(*args, **kwargs)  # not a decision about weights
         name = func._schema.name.removeprefix("aten::")
         if name in _QUESTIONS:
             return self._decide(lambda: func(*args, **kwargs))
@@ -153,7 +153,7 @@ class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _pick(func, indices, *args, **kwargs), indices
         if name in _COMPOSITIONS:
             return _COMPOSITIONS[name](self._decide, *args, **kwargs)
-        with self:  # what a kernel is made of asks in its turn
+        with self:  # the operations inside a kernel make decisions, too
             if name in _DECOMPOSED and func in decomposition_table:
                 return decomposition_table[func](*args, **kwargs)
             if name.endswith("_") and (name[:-1] in _DECOMPOSED or name[:-1] in _COMPOSITIONS):
@@ -164,7 +164,7 @@ class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._replay:
             self._answers.append(ask())
         elif self.asked == len(self._answers):
-            raise Undecided("the loss asks more questions at other weights")
+            raise Undecided("the loss makes more decisions at other weights")
         answer = self._answers[self.asked]
         self.asked += 1
         return answer.clone()
@@ -194,7 +194,7 @@ _QUESTIONS = frozenset(
     ]
 )
 
-# Where a kernel looks for the largest entry of a window, and over how many dimensions.
+# Kernels that take the largest entry of a window, with the number of dimensions.
 _WINDOWS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,
@@ -259,7 +259,7 @@ def _pick(func: OpOverload, indices: Tensor, input: Tensor, *args: Any, **kwargs
 
 Decide = Callable[[Callable[[], Tensor]], Tensor]
 
-# Each has the arguments of the kernel it stands for.
+# Each has the arguments of the kernel that it replaces.
 
 
 def _abs(decide: Decide, input: Tensor) -> Tensor:

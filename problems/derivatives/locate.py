@@ -1,8 +1,9 @@
-"""Which module's derivatives are wrong: each is tried alone, on the inputs that reach it."""
+"""Finds the module whose derivatives are wrong: each is tried alone, on its own inputs in the forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ def name_culprit(
 
     Args:
         model: the network.
-        tensors: its parameters and buffers by name, to be used in place of its own.
-        criterion: what is applied to its outputs.
-        samples: inputs with their targets; the first ones that the model and the criterion take are used.
+        tensors: its parameters and buffers by name, used in place of its own.
+        criterion: the function applied to its outputs.
+        samples: inputs with their targets; the first ones that the model and the criterion accept are used.
 
     Raises:
-        Exception: whatever the model or the criterion raise, if they take none of the samples.
+        Exception: whatever the model or the criterion raise, if they accept none of the samples.
 
     """
     calls, outputs, targets = _first_accepted(model, tensors, criterion, samples)
@@ -46,7 +47,7 @@ def name_culprit(
         name = f"module {path or '(the model itself)'} ({type(module).__name__})"
         try:
             fault = _fault(_module_part(module, own, *calls[path]))
-        except Exception:  # a module may need what only the whole forward pass gives it
+        except Exception:  # a module may need something that only the whole forward pass provides
             alone.append(name)
             continue
         if fault:
@@ -71,7 +72,7 @@ def _first_accepted(
     criterion: Callable[[Any, Any], Tensor],
     samples: Sequence[tuple[Examples, Examples]],
 ) -> tuple[dict[str, Call], Any, Examples]:
-    """Return the calls of modules, the outputs and the targets of the first sample that all is well with."""
+    """Return the calls of modules, the outputs and the targets of the first sample that raises no error."""
     for i, (inputs, targets) in enumerate(samples):
         try:
             calls, outputs = _record_calls(model, tensors, inputs)
@@ -88,20 +89,15 @@ def _first_accepted(
 def _record_calls(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Examples) -> tuple[dict[str, Call], Any]:
     """Return the arguments of the first call of each module in a forward pass, and its outputs."""
     calls: dict[str, Call] = {}
-    hooks = []
-    for path, module in model.named_modules():
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if path not in calls:  # copied, since a module may write to its input (inplace=True)
-                calls[path] = tree_map(_copied, (args, kwargs))
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                if path not in calls:  # copied, because a module may write to its input (inplace=True)
+                    calls[path] = tree_map(_copied, (args, kwargs))
 
-        hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            outputs = functional_call(model, dict(tensors), *arguments(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+        outputs = functional_call(model, dict(tensors), *arguments(inputs))
     return calls, outputs
 
 
@@ -125,9 +121,9 @@ def _module_part(
 
 
 def _flat_part(call: Callable[..., Any], arguments: list[Any]) -> tuple[Part, Tensor] | None:
-    """Return a scalar function of all floating-point tensors in ``arguments``, flat, and their values, if any.
+    """Return a scalar function of all floating-point tensors in ``arguments``, flattened, and their values, if any.
 
-    The outputs are weighed at random, so that none of them can cancel another.
+    The outputs are summed with random weights, so that none of them can cancel another.
     """
     leaves, structure = tree_flatten(arguments)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

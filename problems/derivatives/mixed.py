@@ -1,4 +1,4 @@
-"""Exact second derivatives, third ones from differences of gradients."""
+"""Exact second derivatives, and third derivatives from differences of gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dvi.problems.ledger import Ledger
 class Mixed:
     """Derivatives of a sum of parts: H by automatic differentiation, T by differences.
 
-    Where several directions are critical, third derivatives are most of a central flow's cost.  By differences a
-    contraction is two gradients, and needs no third backward pass; eigenvectors keep products without noise.
+    If several directions are critical, third derivatives dominate the cost of a central flow.  By differences, a
+    contraction costs two gradients and needs no third backward pass.  The products for eigenvectors stay free of noise.
     """
 
     def __init__(self, parts: Sequence[Part], ledger: Ledger, max_directions: int = 1) -> None:
@@ -30,9 +30,9 @@ class Mixed:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Of a product as by automatic differentiation; two gradients a contraction."""
+        """A product costs as much as by automatic differentiation, a contraction two gradients."""
         return {**self._second.weights, "third_derivatives": self._third.weights["third_derivatives"]}
 
     def uncertainty(self, w: Tensor) -> dict[str, float]:
-        """Of the third derivatives alone: products with H are exact."""
+        """The uncertainty of third derivatives alone: products with H are exact."""
         return {"third_derivatives": self._third.third_uncertainty(w)}

@@ -1,8 +1,8 @@
-"""What a backend of derivatives answers, and the first derivative, which all of them share.
+"""The interface of a backend of derivatives, and the first derivative, which all backends share.
 
-A loss is a sequence of *parts*, scalar functions of the flat weights whose sum it is.  Parts are differentiated one
-after the other and their derivatives added, so memory is that of the largest part and the sums are exact.
-Directions are rows here; the public interface of :class:`~dvi.problems.problem.Problem` has them as columns.
+A loss is the sum of a sequence of *parts*, which are scalar functions of the flat weights.  Parts are differentiated
+one after the other and their derivatives are added.  So the memory is that of the largest part, and the sums are exact.
+Directions are rows here; in the public interface of :class:`~dvi.problems.problem.Problem` they are columns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Derivatives(Protocol):
         """Typical cost of one of each kind of derivative, in gradients (keys as in the ledger)."""
 
     def remember(self, w: Tensor, gradient: Tensor) -> None:
-        """Be told the gradient [d] at w [d]: a backend that needs it there need not compute it."""
+        """Receive the gradient [d] at w [d], so that a backend that needs it there need not compute it."""
 
     def uncertainty(self, w: Tensor) -> dict[str, float]:
-        """Relative errors along the gradient of what is not exact, estimated (keys as in the ledger)."""
+        """Estimated relative errors, along the gradient, of the inexact derivatives (keys as in the ledger)."""
 
     def hvp(self, w: Tensor, V: Tensor) -> Tensor:
         """Rows H(w) vᵢ [k, d] for the rows vᵢ of V [k, d]."""
@@ -44,10 +44,10 @@ class Derivatives(Protocol):
 
 
 def reinstate(part: Part, x: Tensor) -> None:
-    """Put the weights x back where a part keeps them, before a graph of it is differentiated that was made earlier.
+    """Put the weights x back into a part before differentiating a graph of it that was made earlier.
 
-    A part made from a module leaves its weights in the module, where a recomputation in the backward pass (activation
-    checkpointing) reads them.
+    A part made from a module leaves its weights in the module.  A recomputation in the backward pass (activation
+    checkpointing) reads them there.
     """
     install = getattr(part, "install", None)
     if install is not None:
@@ -71,17 +71,17 @@ def pull(y: Tensor, x: Tensor, v: Tensor | None = None, *, again: bool = False, 
     """Return the product vᵀ ∂y/∂x, zero where y does not depend on x.
 
     Args:
-        y: what is differentiated.
-        x: the leaf it is differentiated with respect to.
+        y: the tensor that is differentiated.
+        x: the leaf with respect to which it is differentiated.
         v: the cotangent; None for a scalar y.
-        again: whether the result is to be differentiated once more.
-        keep: whether y will be differentiated once more, with another v.
+        again: True if the result will be differentiated once more.
+        keep: True if y will be differentiated once more, with another v.
 
     """
     if not y.requires_grad:
         return torch.zeros_like(x)
-    # By edges, since torch.autograd.grad of tensors leaves an active TorchFunctionMode: a recomputation in the backward
-    # pass (activation checkpointing) has to find the composed layers that the forward pass found.
+    # By edges, since torch.autograd.grad of tensors disables an active TorchFunctionMode: a recomputation in the
+    # backward pass (activation checkpointing) has to find the composed layers that the forward pass found.
     (product,) = torch.autograd.grad(
         get_gradient_edge(y),
         get_gradient_edge(x),

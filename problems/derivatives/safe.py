@@ -1,11 +1,12 @@
-"""Layers whose built-in kernels autograd differentiates wrongly, or not at all, replaced while differentiating.
+"""Replaces, during differentiation, layers whose built-in kernels autograd differentiates wrongly or not at all.
 
-With torch 2.13, without a word: ``layer_norm``, and ``batch_norm`` and ``instance_norm`` of the batch's own statistics,
-have third derivatives that are wrong by 10-200 %, and wrong second ones where forward mode is differentiated once more
-(``jvp`` of ``jvp``, ``grad`` of ``jvp``); ``_weight_norm`` (behind ``weight_norm``) has second derivatives that are
-wrong by 60 %.  Fused attention and ``hardsigmoid`` have no second derivative at all.  Under
-:func:`differentiable_layers` the same functions are computed from elementary operations, whose derivatives are right to
-every order and in every nesting.  The user's module is not touched: functions are intercepted where they are called.
+In torch 2.13 some derivatives are silently wrong.  ``layer_norm``, and ``batch_norm`` and ``instance_norm`` with the
+batch's own statistics, have third derivatives that are wrong by 10-200 %.  Their second derivatives are wrong if
+forward mode is differentiated once more (``jvp`` of ``jvp``, ``grad`` of ``jvp``).  The second derivatives of
+``_weight_norm`` (used by ``weight_norm``) are wrong by 60 %.  Fused attention and ``hardsigmoid`` have no second
+derivative at all. Under :func:`differentiable_layers` the same functions are computed from elementary operations, whose
+derivatives are right to every order and in every nesting.  The user's module is not changed: calls of the functions are
+intercepted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def differentiable_layers() -> Iterator[None]:
-    """Inside, functions with unsafe kernels are composed of elementary operations.
+    """In this context, functions with unsafe kernels are composed of elementary operations.
 
-    The library's own derivatives are taken inside.  A loss that takes derivatives itself (of the outputs of a network
-    with ``layer_norm`` in its inputs, say) is to be written inside, too, where ``check()`` says so.
+    The library takes its own derivatives in it.  A loss may take derivatives itself, for example of a network with
+    ``layer_norm`` with respect to its inputs.  If ``check()`` says so, such a loss must use this context, too.
     """
-    # An active mode also keeps nn.MultiheadAttention and nn.TransformerEncoderLayer off their inference kernels.
+    # An active mode also prevents the inference kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer.
     with sdpa_kernel(SDPBackend.MATH), _Composed():
         yield
 
@@ -44,7 +45,7 @@ class _Composed(TorchFunctionMode):
         return _COMPOSITIONS.get(func, func)(*args, **(kwargs or {}))
 
 
-# The signatures below are those of the functions replaced, `torch.x` where `torch.nn.functional.x` has another.
+# The signatures below are those of the replaced functions; that of `torch.x` if `torch.nn.functional.x` differs.
 
 
 def _layer_norm(
@@ -137,7 +138,7 @@ def _channel_norm(
     pooled: list[int],
     eps: float,
 ) -> Tensor:
-    """Standardise each channel by the statistics given, or by its own over space and the dimensions ``pooled``."""
+    """Standardise each channel by the given statistics, or by its own over space and the dimensions ``pooled``."""
 
     def per_channel(x: Tensor) -> Tensor:
         return x.view(-1, *[1] * (input.ndim - 2))

@@ -1,8 +1,8 @@
-"""Who computes a loss: one process, or several that each have some of its examples.
+"""The processes that compute a loss: one, or several that each have some of its examples.
 
-Derivatives are linear in the loss.  Each rank differentiates its own examples, and what it found is summed by one
-``all_reduce`` outside autograd.  All that follows is computed by every rank from the same sums, so that all take the
-same steps; whether they do is looked at along the way.
+Derivatives are linear in the loss.  Each rank differentiates its own examples, and one ``all_reduce`` outside autograd
+sums the results.  Every rank computes the rest from the same sums, so all ranks take the same steps.  This is checked
+along the way.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dvi.problems.ledger import Ledger
 
 T = TypeVar("T")
 
-#: Errors that every rank raises as what they are.  Of others the rank where they happened knows more.
+#: Errors that every rank raises in their own class.  Other errors are explained by the rank where they happened.
 _COMMON = {kind.__name__: kind for kind in (ProblemError, DerivativeError, NotFiniteError, LossChangedError)}
 
 
 class Ranks:
-    """One process that has the whole loss: nothing is to be summed or compared.
+    """One process that has the whole loss: there is nothing to sum or compare.
 
     Attributes:
-        rank: which process this is, from 0.
-        size: how many there are.
+        rank: the number of this process, from 0.
+        size: the number of processes.
 
     """
 
@@ -39,11 +39,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks and writes files."""
+        """True for the process that prints and writes files."""
         return self.rank == 0
 
     def total(self, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, *same: Tensor) -> Tensor:
-        """Return the sum over ranks of what ``compute`` gives on each, a new tensor; one collective.
+        """Return the sum over ranks of the results of ``compute``, as a new tensor, with one collective.
 
         An error of one rank is raised on all.
 
@@ -51,10 +51,10 @@ class Ranks:
             compute: this rank's term, a new tensor.
             shape: its shape.
             like: a tensor of its dtype and device.
-            same: tensors that are to be the same on all ranks, bit for bit; a mark of them goes along.
+            same: tensors that must be the same on all ranks, bit for bit; their checksum is sent along.
 
         Raises:
-            RanksError: if they are not, or if another rank has ended.
+            RanksError: if these tensors differ, or if another rank has ended.
 
         """
         return compute()
@@ -64,32 +64,32 @@ class Ranks:
         return compute()
 
     def gather(self, what: T) -> list[T]:
-        """Return what every rank hands over, on every rank; small things, as Python objects."""
+        """Return the objects of all ranks, on every rank; for small Python objects."""
         return [what]
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return on every rank what the first makes; an error of its is raised on all."""
+        """Return on every rank the result of the first rank; all ranks raise its error, if any."""
         return make()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside nothing is exchanged; what one rank raises there, all raise at the end."""
+        """In this context nothing is exchanged; an error of one rank is raised on all ranks at its end."""
         yield
 
     def agree(self, state: Any, where: str) -> None:
-        """See that all ranks have the same state (a pytree of tensors and plain data), bit for bit.
+        """Check that all ranks have the same state (a pytree of tensors and plain data), bit for bit.
 
         Raises:
-            RanksError: if they do not, on all ranks.
+            RanksError: on all ranks, if they do not.
 
         """
 
     def in_turn(self, update: Callable[[bytes], None], mine: Tensor) -> None:
-        """Hand the bytes [n] of all ranks to ``update`` on every rank, in the order of ranks."""
+        """Pass the bytes [n] of all ranks to ``update`` on every rank, in the order of ranks."""
         update(mine.cpu().numpy().tobytes())
 
     def __deepcopy__(self, memo: Any) -> Ranks:
-        """A group of processes is one thing: copies of a problem share it."""
+        """Itself: copies of a problem share the group of processes."""
         return self
 
 
@@ -103,7 +103,7 @@ class Group(Ranks):
 
     Args:
         group: the process group; None for all processes.
-        ledger: where collectives and their bytes are counted.
+        ledger: counts collectives and their bytes.
 
     """
 
@@ -112,7 +112,7 @@ class Group(Ranks):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def total(self, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, *same: Tensor) -> Tensor:
-        """See :meth:`Ranks.total`.  A rank that fails adds NaN, which tells the others without another message."""
+        """See :meth:`Ranks.total`.  A rank that fails adds NaN, which informs the others without another message."""
         error: Exception | None = None
         try:
             mine = compute().contiguous()
@@ -199,7 +199,7 @@ class Group(Ranks):
             dist.all_reduce(x, group=self._group)
 
     def _raise_common(self, error: Exception | None) -> None:
-        """Raise on every rank what one of them has met."""
+        """Raise the error of one rank on every rank."""
         mine = None if error is None else (type(error).__name__, type(error) in _COMMON.values(), str(error))
         for rank, found in enumerate(self.gather(mine)):
             if found is None:
@@ -209,13 +209,13 @@ class Group(Ranks):
                 raise error
             if common:
                 raise _COMMON[name](f"{words}\n(on rank {rank} of {self.size})")
-            raise RanksError(f"rank {rank} of {self.size} cannot go on: {name}: {words}")
+            raise RanksError(f"rank {rank} of {self.size} cannot continue: {name}: {words}")
 
     def _differ(self, where: str) -> RanksError:
         return RanksError(
             f"rank {self.rank} of {self.size} found {where} that the ranks do not have the same weights, so they are "
-            "no longer one run. Processors, libraries or numbers of threads that differ round differently: start all "
-            "ranks on machines of one kind, with the same torch and OMP_NUM_THREADS"
+            "no longer one run. Rounding depends on processors, libraries and numbers of threads: start all ranks on "
+            "machines of one kind, with the same torch and OMP_NUM_THREADS"
         )
 
     @contextmanager
@@ -223,23 +223,25 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().split(". This ")[0].splitlines()  # what follows there is advice
+            reason = str(error).strip().split(". This ")[0].splitlines()  # the text after it is advice
             raise RanksError(
                 f"rank {self.rank} of {self.size} cannot reach the others: one has ended, or has not answered within "
-                "the timeout of the process group. What it said last stands above or in its own log; a run that keeps "
-                f"a file goes on from it with resume=True, on any number of ranks ({reason[-1] if reason else error})"
+                "the timeout of the process group. Its last output is above or in its own log. A run with a file can "
+                f"continue with resume=True, on any number of ranks ({reason[-1] if reason else error})"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to travel: another process is in other groups."""
+        """Refuse to be pickled: another process belongs to other groups."""
         raise TypeError(
-            "a problem that is distributed over ranks cannot be pickled: send the problem it was made of, and call "
+            "a problem that is distributed over ranks cannot be pickled: send the original problem, and call "
             "dvi.distribute there"
         )
 
 
 def _mark(tensors: Iterable[Tensor]) -> Tensor:
-    """A number [1] made of the bits of tensors, read as whole numbers and added: the same in any order of addition."""
+    """A checksum [1]: the sum of the tensors' bits read as whole numbers, which does not depend on the order of
+    addition.
+    """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     mark = torch.zeros(1, dtype=torch.int64)
     for x in tensors:

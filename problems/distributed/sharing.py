@@ -18,26 +18,26 @@ P = TypeVar("P", bound=Problem)
 
 
 def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -> P:
-    """Return the problem over all ranks of a process group: each computes with its own examples.
+    """Return the problem over all ranks of a process group: each rank computes with its own examples.
 
-    Every rank calls this, and then whatever it calls of the library, with the same arguments.  Loss, gradient,
-    Hessian-vector products and third derivatives are summed over ranks: one ``all_reduce`` for each gradient, block of
-    products or batch of third derivatives.  The weights w [d] and all that follows are the same on every rank.
+    Every rank must call this function, and all later functions of the library, with the same arguments.  Loss,
+    gradient, Hessian-vector products and third derivatives are summed over ranks, with one ``all_reduce`` for each
+    gradient, block of products or batch of third derivatives.  The weights w [d] and all results are the same on every
+    rank.
 
-    A problem made from a module is split by its examples, in order.  If its loss is a mean, the shares weigh
-    n_r / n, whatever their sizes; a penalty and weight decay count once.  Another problem is split by its parts, which
-    are losses whose sum it is.
+    A problem made from a module is split by its examples, in order.  If its loss is a mean, rank r has the weight
+    n_r / n.  A penalty and weight decay count once.  Any other problem is split by the parts of its sum.
 
     Args:
-        problem: made on every rank.  It is left as it is.
+        problem: made on every rank.  It is not changed.
         process_group: of ``torch.distributed``; by default all processes.
-        shards: whether ``problem`` has this rank's examples (or its term of a sum) alone, those of rank 0 first.  By
+        shards: True if ``problem`` has only this rank's examples (or its term of a sum), those of rank 0 first.  By
             default it has all of them, the same on every rank, and each rank keeps a part.
 
     Raises:
-        RanksError: if ``torch.distributed`` has not been started, or another rank fails.
-        ProblemError: if the ranks do not have the same weights, if their data do not fit together, or if the loss is
-            no sum or mean over examples; on all ranks.
+        RanksError: if ``torch.distributed`` has not been started, or if another rank fails.
+        ProblemError: on all ranks, if they do not have the same weights, if their data do not fit together, or if the
+            loss is neither a sum nor a mean over examples.
 
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -49,7 +49,7 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
         raise ProblemError(f"{problem.name} is distributed over {problem.ranks.size} ranks already")
     if problem.changes:
         raise ProblemError(
-            f"{problem.name} was penalised or negated before it is distributed, which would count once for every rank: "
+            f"{problem.name} was penalised or negated before it was distributed, so each rank would count that once: "
             "distribute the problem first, then call penalised() or negated() of the result"
         )
     twin = copy.copy(problem)
@@ -68,8 +68,8 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
                     raise ProblemError(_different(name, other, found.get(name), every[0].get(name)))
         if shards and data and ranks.size > 1 and all(found == every[0] for found in every):
             raise ProblemError(
-                "with shards=True each rank hands over its own examples, but all have handed over the same. Leave "
-                "shards out, and each rank will keep a part of them"
+                "with shards=True each rank must pass its own examples, but all have passed the same. Leave shards "
+                "out, and each rank will keep a part of them"
             )
     twin._parts, twin._ranks = tuple(twin._shard(ranks, whole=not shards)), ranks
     twin._begin()
@@ -83,13 +83,13 @@ def distribute(problem: P, process_group: Any = None, *, shards: bool = False) -
 
 
 def _different(name: str, rank: int, there: str | None, here: str | None) -> str:
-    """In words, what two ranks do not have in common, and what to do."""
+    """The difference between two ranks in words, and the remedy."""
     if name == "settings":
         return f"rank {rank} has another problem ({there}) than rank 0 ({here}): make the same one on every rank"
     if name in ("inputs", "targets"):
         return (
-            f"rank {rank} has other {name} than rank 0. If each rank has handed over its own examples, say "
-            "shards=True; otherwise let every rank read the same data in the same order"
+            f"rank {rank} has other {name} than rank 0. If each rank has passed its own examples, set shards=True; "
+            "otherwise let every rank read the same data in the same order"
         )
     return (
         f"rank {rank} has another {name} than rank 0. Call torch.manual_seed with the same number on every rank before "

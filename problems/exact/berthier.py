@@ -1,4 +1,4 @@
-"""Berthier's two scales on a curved edge: a central flow known in closed form whose eigenvector turns."""
+"""Berthier's two scales on a curved edge: a central flow in closed form whose eigenvector turns."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TwoScales:
 
         y = s − 3ζx − x²/s
 
-    On this edge Σ = q (s, x)(s, x)ᵀ.  With A = ∂L/∂x = xy + (3/2)ζx² − 1, B = ∂L/∂y = ½x² − 1 and m = 2x + 3ζs, so
-    that the edge has the normal (m, s), gradient descent's central flow of learning rate η is
+    On this edge Σ = q (s, x)(s, x)ᵀ.  Let A = ∂L/∂x = xy + (3/2)ζx² − 1, B = ∂L/∂y = ½x² − 1 and m = 2x + 3ζs, so that
+    (m, s) is normal to the edge.  The central flow of gradient descent with learning rate η is
 
         dx/dt = −η (A + ½ q s m),    dy/dt = −η (B + ½ q s²)
 
-    It stays on the edge where m dx/dt + s dy/dt = 0, so ½ q s = −(mA + sB)/(s² + m²), and what is left is
+    It stays on the edge if m dx/dt + s dy/dt = 0, so ½ q s = −(mA + sB)/(s² + m²).  This leaves
 
         dx/dt = −η s N(x) / (s² + (2x + 3ζs)²),    N(x) = sA − mB = −2x³ − 3ζs x² + (s² + 2) x + (3ζ − 1) s
 
@@ -39,14 +39,14 @@ class TwoScales:
     which is solved for x.  For small η, x relaxes to a root near 1/s at a rate of about 2 per unit time.
 
     Args:
-        lr: η; the paper it comes from takes 0.3.
+        lr: η; Berthier's paper takes 0.3.
         zeta: ζ.
         x: x₀.
-        dtype, device: of everything.
+        dtype, device: of all tensors.
 
     Raises:
-        ProblemError: if lr is not positive, or if the flow from x₀ does not come to rest on the edge: it leaves the
-            edge where q would become negative.
+        ProblemError: if lr is not positive, or if the flow from x₀ does not come to rest on the edge.  It leaves the
+            edge when q would become negative.
 
     """
 
@@ -79,7 +79,7 @@ class TwoScales:
         self.problem = two_scales(zeta, self._point(x), dtype, device)
 
     def _resting_place(self, N: Polynomial) -> float:
-        """The root of N that x moves to: the nearest one on the side that dx/dt points to."""
+        """The root of N to which x moves: the nearest one in the direction of dx/dt."""
         towards = -math.copysign(1.0, N(self.x0))
         ahead = [r for r in _real(self._roots) if (r - self.x0) * towards > 0]
         if not ahead:
@@ -99,7 +99,9 @@ class TwoScales:
         return rest + (first - rest) * math.exp(v)
 
     def _time(self, x: float, v: float) -> float:
-        """When x is reached; v = log((x − rest)/(x₀ − rest)) is passed on because it would cancel."""
+        """The time at which x is reached; v = log((x − rest)/(x₀ − rest)) is an argument because computing it would
+        cancel.
+        """
         total = 0j
         for root, part in zip(self._roots, self._parts, strict=True):
             total += part * (v if root == self._rest else cmath.log((x - root) / (self.x0 - root)))
@@ -125,5 +127,5 @@ class TwoScales:
 
 
 def _real(roots: Iterable[complex]) -> list[float]:
-    """Return those without an imaginary part."""
+    """Return the real ones of the roots."""
     return [complex(r).real for r in roots if complex(r).imag == 0]

@@ -1,4 +1,4 @@
-"""Toy problems whose central flow under gradient descent is known exactly, at the edge of stability and through it."""
+"""Toy problems with an exact central flow of gradient descent, before, at and after the edge of stability."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from dvi.problems.problem import Problem
 
 
 class MatrixSweep:
-    """k eigenvalues that rise to the edge and are held there, each on its own, in a rotated basis.
+    """k eigenvalues that rise to the edge and are held there independently, in a rotated basis.
 
     The weights are w = (x, svec Y) with x [k] and Y symmetric [k, k]:
 
         L(w) = ½ xᵀ(S₀ + Y)x − ⟨C, Y⟩
 
-    At x = 0 the only curvature is S₀ + Y, in x.  With gradient descent of learning rate η the central flow keeps x = 0
+    At x = 0 the only curvature is S₀ + Y, in x.  The central flow of gradient descent with learning rate η keeps x = 0
     and has
 
         dY/dt = η (C − ½Σ),    Z = (2/η) I − S₀ − Y ⪰ 0,    Σ ⪰ 0,    ⟨Z, Σ⟩ = 0
 
-    C = Q diag(c) Qᵀ and Z(0) = Q diag(z) Qᵀ commute, so that all of it does, for ever.  For constant η eigenvalue i
-    moves as zᵢ(t) = max(zᵢ − η cᵢ t, 0), and σᵢ² = 2cᵢ once it is at the edge.  For a learning rate that decays as
-    1/η(t) = 1/η + rt the edge recedes at speed 2r, σᵢ² = 2cᵢ − 4r/η(t), and an eigenvalue leaves the edge when this
-    reaches 0.
+    C = Q diag(c) Qᵀ and Z(0) = Q diag(z) Qᵀ commute, so all these matrices commute at all times.  For constant η,
+    eigenvalue i moves as zᵢ(t) = max(zᵢ − η cᵢ t, 0), and σᵢ² = 2cᵢ once it is at the edge.  Let the learning rate
+    decay as 1/η(t) = 1/η + rt.  Then the edge recedes at speed 2r and σᵢ² = 2cᵢ − 4r/η(t).  An eigenvalue leaves the
+    edge when this reaches 0.
 
     Args:
-        rates: c [k], at which eigenvalues rise (positive).
-        gaps: z [k], how far below the edge they start (positive).
+        rates: c [k], the rates at which eigenvalues rise (positive).
+        gaps: z [k], their initial distances below the edge (positive).
         lr: η, learning rate at time 0.
-        decay: r, by which 1/η grows per unit time.
+        decay: r, the growth of 1/η per unit time.
         seed: of the rotation Q; None for Q = I.
-        dtype, device: of everything.
+        dtype, device: of all tensors.
 
     Raises:
         ProblemError: if a number is out of range.
@@ -55,7 +55,7 @@ class MatrixSweep:
         device: torch.device | str = "cpu",
     ) -> None:
         if len(rates) != len(gaps) or min(*rates, *gaps, lr) <= 0 or decay < 0:
-            raise ProblemError("rates and gaps are as many, and positive, as is lr; decay is not negative")
+            raise ProblemError("rates and gaps are equally many; they and lr are positive, and decay is not negative")
         self.rates, self.gaps0, self.lr, self.decay = list(rates), list(gaps), lr, decay
         k = len(self.rates)
         eye = torch.eye(k, dtype=dtype, device=device)
@@ -66,9 +66,10 @@ class MatrixSweep:
         self._scale = torch.where(self._i == self._j, torch.ones_like(self.C[0, 0]), math.sqrt(2))
         self._entries = [self._entry(c, z) for c, z in zip(self.rates, self.gaps0, strict=True)]
         w0 = torch.zeros(k + len(self._i), dtype=dtype, device=device)
-        self.problem = Problem(self._loss, w0, name="matrix sweep")
+        self.problem = Problem(self.loss, w0, name="matrix sweep")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         k = len(self.rates)
         x, y = w[:k], w[k:] / self._scale
         Y = w.new_zeros(k, k).index_put((self._i, self._j), y)
@@ -81,16 +82,18 @@ class MatrixSweep:
 
     @property
     def entry_times(self) -> list[float]:
-        """When each eigenvalue reaches the edge; infinity if it never does."""
+        """The times [k] at which the eigenvalues reach the edge; infinity for those that never do."""
         return list(self._entries)
 
     @property
     def exit_times(self) -> list[float]:
-        """When each eigenvalue leaves the edge for good; infinity if it never does, or never reached it."""
+        """The times [k] at which the eigenvalues finally leave the edge; infinity for those that never reach or leave
+        it.
+        """
         return [self._turn(c) if math.isfinite(t) else math.inf for c, t in zip(self.rates, self._entries, strict=True)]
 
     def gaps(self, t: float) -> Tensor:
-        """How far below the edge 2/η(t) each eigenvalue is [k]."""
+        """The distances [k] of the eigenvalues below the edge 2/η(t)."""
         values = []
         for c, z, entry, leave in zip(self.rates, self.gaps0, self._entries, self.exit_times, strict=True):
             if t <= entry:
@@ -100,7 +103,7 @@ class MatrixSweep:
         return self.S0.new_tensor(values)
 
     def sharpness(self, t: float) -> Tensor:
-        """Return the eigenvalues of S₀ + Y(t), in the order of ``rates`` [k]; times η(t), the effective ones."""
+        """Return the eigenvalues of S₀ + Y(t) [k] in the order of ``rates``; effective are η(t) times these."""
         return 2 / self.learning_rate(t) - self.gaps(t)
 
     def variances(self, t: float) -> Tensor:
@@ -128,7 +131,7 @@ class MatrixSweep:
         return z + 2 * self.decay * t - c / self.decay * math.log1p(self.decay * self.lr * t)
 
     def _turn(self, c: float) -> float:
-        """When the edge recedes as fast as an eigenvalue of rate c rises by itself: 2r = c η(t)."""
+        """The time at which the edge recedes as fast as an eigenvalue of rate c rises without Σ: 2r = c η(t)."""
         if self.decay == 0:
             return math.inf
         return max(0.0, (c / (2 * self.decay) - 1 / self.lr) / self.decay)
@@ -149,17 +152,17 @@ class Circle:
 
         L(w) = ½ x²(y₁² + y₂²) − a y₁
 
-    At x = 0 the only curvature is |y|², so with gradient descent of learning rate η the edge is the circle of radius
+    At x = 0 the only curvature is |y|².  So for gradient descent with learning rate η the edge is the circle of radius
     R = √(2/η).  Inside, y₁ moves at speed ηa.  On the circle y = R (cos θ, sin θ) the central flow has
 
         tan(θ/2) = tan(θ₀/2) exp(−ηat/R),    σ² = a cos θ / R
 
     Args:
         lr: η.
-        a: the pull along y₁ (positive).
-        angle: θ₀ in (−π/2, π/2), where the circle is reached.
-        entry: when it is reached.
-        dtype, device: of everything.
+        a: the force along y₁ (positive).
+        angle: θ₀ in (−π/2, π/2), the angle at which the circle is reached.
+        entry: the time at which it is reached.
+        dtype, device: of all tensors.
 
     Raises:
         ProblemError: if a number is out of range.
@@ -181,14 +184,15 @@ class Circle:
         self.radius = math.sqrt(2 / lr)
         if lr * a * entry > 2 * self.radius * math.cos(angle):
             raise ProblemError("the flow would have to start outside the circle to enter it so late")
-        self.problem = Problem(self._loss, self._at(0.0, dtype, device), name="circle")
+        self.problem = Problem(self.loss, self._at(0.0, dtype, device), name="circle")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         x, y = w[0], w[1:]
         return 0.5 * x.square() * y.square().sum() - self.a * y[0]
 
     def theta(self, t: float) -> float:
-        """Return the angle θ(t) on the circle, for t from the entry on."""
+        """Return the angle θ(t) on the circle, for t ≥ entry."""
         decay = math.exp(-self.lr * self.a * max(t - self.entry, 0.0) / self.radius)
         return 2 * math.atan(math.tan(self.angle / 2) * decay)
 

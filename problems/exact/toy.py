@@ -1,4 +1,4 @@
-"""Toy problems whose derivatives are known in full."""
+"""Toy problems with all derivatives in closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvi.problems.problem import Problem
 
 
 def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Return standard normal numbers that depend on the seed only, whatever the device."""
+    """Return standard normal numbers that depend only on the seed, not on the device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
@@ -25,10 +25,10 @@ def random_rotation(k: int, seed: int, dtype: torch.dtype, device: torch.device 
 
 
 class Quadratic:
-    """L(w) = ½ (w − c)ᵀ H (w − c), H with given eigenvalues in a random basis, c and w0 random.
+    """L(w) = ½ (w − c)ᵀ H (w − c), where H has given eigenvalues in a random basis, and c and w0 are random.
 
-    There is no third derivative: nothing can hold an eigenvalue of H at the edge, and above it the central flow is
-    infeasible.
+    The third derivative is zero, so no oscillation can hold an eigenvalue of H at the edge.  Above the edge there is no
+    central flow.
 
     Args:
         eigenvalues: of H, of any sign [d].
@@ -49,9 +49,10 @@ class Quadratic:
         self.basis = random_rotation(d, seed, dtype, device)
         self.H = (self.basis * self.eigenvalues) @ self.basis.T
         self.minimum, w0 = draw((2, d), seed + 1, dtype, device)
-        self.problem = Problem(self._loss, w0, name="quadratic")
+        self.problem = Problem(self.loss, w0, name="quadratic")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         x = w - self.minimum
         return torch.dot(x, self.H @ x).mul(0.5)
 
@@ -60,7 +61,9 @@ class Quadratic:
         return self._scale_modes(torch.exp(-lr * t * self.eigenvalues))
 
     def gradient_descent(self, steps: int, lr: float) -> Tensor:
-        """Weights [d] after so many steps of gradient descent from w0: each decays as (1 − lr λ)^steps."""
+        """Weights [d] after ``steps`` steps of gradient descent from w0: each eigendirection decays as (1 − lr
+        λ)^steps.
+        """
         return self._scale_modes(torch.pow(1 - lr * self.eigenvalues, steps))
 
     def _scale_modes(self, factors: Tensor) -> Tensor:
@@ -97,9 +100,10 @@ class Cubic:
         self.H = (H + H.T) / 2
         T = draw((d, d, d), seed + 2, dtype, device)
         self.T = scale * sum((T.permute(order) for order in permutations(range(3))), torch.zeros_like(T)) / 6
-        self.problem = Problem(self._loss, w0, name="cubic")
+        self.problem = Problem(self.loss, w0, name="cubic")
 
-    def _loss(self, w: Tensor) -> Tensor:
+    def loss(self, w: Tensor) -> Tensor:
+        """L(w) [], which autograd can differentiate."""
         return torch.dot(w, self.g + (self.H / 2 + self.T @ w / 6) @ w)
 
     def gradient(self, w: Tensor) -> Tensor:
@@ -119,9 +123,9 @@ def two_scales(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """Berthier's L(x, y) = ½ (y + ζx) x² − x − y: x relaxes fast, y drifts slowly into the edge of stability.
+    """Berthier's L(x, y) = ½ (y + ζx) x² − x − y: x relaxes fast, y drifts slowly to the edge of stability.
 
-    The paper it comes from takes a learning rate of 0.3.
+    Berthier's paper takes a learning rate of 0.3.
     """
 
     def loss(w: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Problems made of a torch module and its data."""
+"""Problems made from a torch module and its data."""

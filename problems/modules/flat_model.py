@@ -1,7 +1,7 @@
 """A module that computes with the weights of a flat vector: a copy of the user's, which is never written to.
 
-The copy's parameters are views of the vector that was installed last, and they stay in place after the forward pass:
-activation checkpointing and other saved-tensor hooks call the module again during the backward pass, and must then find
+The copy's parameters are views of the vector that was installed last.  They stay in place after the forward pass,
+because activation checkpointing and other saved-tensor hooks call the module again during the backward pass and need
 the same weights.
 """
 
@@ -23,22 +23,22 @@ from dvi.problems.errors import ProblemError
 class FlatModel:
     """A private copy of a module, as a function of its trainable parameters, flat.
 
-    A parameter shared by several modules counts once.  A complex parameter lies in w as pairs (real, imaginary).  The
-    padding row of an embedding (``padding_idx``), which torch never moves, is held at its initial value: nothing
-    depends on its entries of w.
+    A parameter shared by several modules counts once.  A complex parameter is stored in w as pairs (real, imaginary).
+    The padding row of an embedding (``padding_idx``), which torch never moves, keeps its initial value: nothing depends
+    on its entries of w.
 
     Args:
-        model: the user's module.  It is copied, and never read again.
+        model: the user's module.  It is copied, and not read afterwards.
 
     Attributes:
         module: the copy.
         w0: the parameters [d], in the order of ``model.named_parameters()``.
-        shapes: the shape of each parameter by name, a trailing 2 where it is complex.
-        slices: where it lies in w.
+        shapes: the shape of each parameter by name, with a trailing 2 if it is complex.
+        slices: the slice of w for each parameter by name.
 
     Raises:
         ProblemError: if there is nothing to train, if the module cannot be copied, or if it has parameters that no
-            flow can move; the message says which and what to do.
+            flow can move; the message says which, and gives a remedy.
 
     """
 
@@ -49,7 +49,7 @@ class FlatModel:
         _refuse_wrappers(model)
         for path, p in model.named_parameters():
             _refuse_parameter(path, p)
-        #: tensors of the copy that were made of weights before it was made, by identity: (the tensor, in words)
+        #: tensors of the copy that were computed from weights before it was made, by identity: (the tensor, in words)
         self.stale: dict[int, tuple[Tensor, str]] = {}
         self.module = _private_copy(model, self.stale)
         trained = {path: p for path, p in self.module.named_parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ class FlatModel:
         for path, x in real.items():
             self.slices[path] = slice(end, end := end + x.numel())
         self.w0 = torch.cat([p.reshape(-1) for p in real.values()])
-        #: the dictionaries, and keys in them, where modules keep each parameter
+        #: the dictionaries, and their keys, in which modules store each parameter
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {path: [] for path in trained}
         names = {id(p): path for path, p in trained.items()}
         for module in self.module.modules():
@@ -72,7 +72,7 @@ class FlatModel:
                 if held is not None and id(held) in names:
                     self._places[names[id(held)]].append((module._parameters, key))
         self._buffers = {path: buffer.clone() for path, buffer in self.module.named_buffers()}
-        #: parameters of which some rows are held: (those rows, all values)
+        #: parameters with constant rows: (those rows, all values)
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         #: embeddings whose padding row is shared with another module: (path, padding_idx)
         self._shared_padding: dict[str, int] = {}
@@ -113,16 +113,16 @@ class FlatModel:
         return {path: tensor for path, tensor in tensors if path not in self.slices}
 
     def changed_buffers(self) -> list[str]:
-        """The buffers that are no longer what they were when the copy was made."""
+        """The buffers that have changed since the copy was made."""
         now = dict(self.module.named_buffers())
         return [path for path, old in self._buffers.items() if path not in now or not _same(now[path], old)]
 
     @contextmanager
     def padding_looked_at(self) -> Iterator[None]:
-        """Inside, an embedding that shares its padding row with another module refuses to look that row up.
+        """In this context, an embedding that shares its padding row with another module refuses to look that row up.
 
-        torch leaves the row out of the embedding's gradient but not out of the other module's: what it gives back is
-        then the gradient of no loss.
+        torch leaves the row out of the embedding's gradient but not out of the other module's.  The result would not be
+        the gradient of any loss.
         """
         with ExitStack() as hooks:
             for path, padding in self._shared_padding.items():
@@ -142,7 +142,7 @@ class FlatModel:
             yield
 
     def attribute_of(self, leaf: Tensor) -> str | None:
-        """Where a module keeps this tensor without having registered it, in words."""
+        """The place, in words, where a module stores this tensor without registering it."""
         for path, name, x in _unregistered(self.module):
             if x is leaf:
                 kind = type(self.module.get_submodule(path)).__name__
@@ -154,7 +154,9 @@ class FlatModel:
 
     @contextmanager
     def traced(self, stack: list[str]) -> Iterator[None]:
-        """Inside, ``stack`` holds the modules whose forward passes are under way, outermost first, in words."""
+        """In this context, ``stack`` holds descriptions of the modules whose forward passes are running, outermost
+        first.
+        """
 
         def leave(*_: Any) -> None:
             stack.pop()
@@ -172,10 +174,10 @@ class FlatModel:
             yield
 
     def find_random_module(self, run: Callable[[], object]) -> str | None:
-        """The innermost module that gives two answers to one question, in words; None if there is none.
+        """The innermost module that gives two results for the same input, in words; None if there is none.
 
         Args:
-            run: a forward pass, which is made twice.
+            run: a forward pass, which is called twice.
 
         """
         passes: list[list[tuple[str, Any, Any]]] = []
@@ -200,7 +202,7 @@ class FlatModel:
         return None
 
     def load_into(self, model: nn.Module, w: Tensor) -> None:
-        """Write w [d] into the parameters of ``model``, which is the user's module or one like it."""
+        """Write w [d] into the parameters of ``model``: the user's module, or one of the same structure."""
         targets = dict(model.named_parameters())
         for path, shape in self.shapes.items():
             expected = shape[:-1] if path in self.complex else shape
@@ -212,22 +214,22 @@ class FlatModel:
                 targets[path].copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graph of whatever was computed last."""
+        """The state without the graph of the last computation."""
         self.install(self.w0)
         return self.__dict__
 
 
 def kept_tensors(model: nn.Module) -> dict[int, str]:
-    """Tensors that modules keep without having registered them, by identity, in words."""
+    """Tensors that modules store without registering them: {identity: description}."""
     return {id(x): f"the tensor {name} that {path or 'the model'} keeps" for path, name, x in _unregistered(model)}
 
 
-#: What every module has.
+#: The attributes that every module has.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
 def _unregistered(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """(path of the module, name of the attribute, tensor) of all tensors that are no parameters and no buffers."""
+    """(path of the module, name of the attribute, tensor) for all tensors that are neither parameters nor buffers."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _INTERNAL:
@@ -244,7 +246,7 @@ def _private_copy(model: nn.Module, stale: dict[int, tuple[Tensor, str]]) -> nn.
     own = {id(module) for module in model.modules()}
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if id(getattr(hook, "__self__", None)) not in own:  # what a recorder sees is for the user to read
+            if id(getattr(hook, "__self__", None)) not in own:  # the user may read the results of a recorder
                 memo[id(hook)] = hook
     try:
         return copy.deepcopy(model, memo)
@@ -301,7 +303,7 @@ def _as_real(x: Tensor) -> Tensor:
 
 def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return True  # of what is no tensor nothing is known
+        return True  # other objects cannot be compared
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

@@ -1,4 +1,4 @@
-"""A ``torch.utils.data.Dataset`` or ``DataLoader`` as tensors: read once, in order."""
+"""Reads a ``torch.utils.data.Dataset`` or ``DataLoader`` once, in order, into tensors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from dvi.problems.errors import ProblemError
 from dvi.problems.examples import own
 
-BATCH = 1024  # examples at a time; of no consequence for the result
+BATCH = 1024  # examples at a time; the result does not depend on it
 
 
 def is_source(data: object) -> bool:
-    """Return whether this is something to read data from."""
+    """Return True for a data set or a loader."""
     return isinstance(data, (Dataset, DataLoader))
 
 
 def read(source: Any) -> tuple[Any, Any]:
-    """Return the inputs and targets of all examples, in the order of the data set; targets are None where it has none.
+    """Return the inputs and targets of all examples, in the order of the data set; targets are None if it has none.
 
-    A batch is (inputs, targets), inputs alone, or a mapping: inputs by name.  Shuffling is left out, and the global
-    random generators are left as they were.
+    A batch is (inputs, targets), inputs alone, or a mapping: inputs by name.  The data are not shuffled, and the state
+    of the global random generators is restored.
 
     Raises:
-        ProblemError: if the batches have another form, or do not fit together in one tensor.
+        ProblemError: if the batches have another form, or cannot be joined to one tensor.
 
     """
     with torch.random.fork_rng(devices=[]):

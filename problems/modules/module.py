@@ -47,37 +47,37 @@ Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 class ModuleProblem(Problem):
     """The loss ``criterion(model(inputs), targets)`` as a function of the model's trainable parameters, flat.
 
-    The problem works on copies of the model and of the data: it never writes to yours, and what you do to them
-    afterwards does not change the loss.  Parameters with ``requires_grad=False`` keep their value; a parameter shared
-    by several modules counts once; a complex one lies in w as pairs of real numbers; the padding row of an embedding
-    stays as it is.
+    The problem works on copies of the model and of the data.  It never writes to yours, and later changes of yours do
+    not change the loss.  Parameters with ``requires_grad=False`` keep their value.  A parameter shared by several
+    modules counts once.  A complex parameter is stored in w as pairs of real numbers.  The padding row of an embedding
+    stays constant.
 
     Args:
         model: a deterministic module.  Its dtype and device are the problem's.
-        criterion: ``(outputs, targets) -> []``, or ``outputs -> []`` without targets; where the data are taken in
-            chunks, a mean or a sum over examples.  None for a model that computes its loss itself: its output, or the
-            output's ``loss``.
+        criterion: ``(outputs, targets) -> []``, or ``outputs -> []`` without targets.  If the data are taken in chunks,
+            it must be a mean or a sum over examples.  None for a model that computes its loss itself: the loss is its
+            output, or the output's ``loss``.
         inputs: a tensor [n, ...]; a tuple of them for a model of several arguments; a mapping for arguments by name;
-            any structure of tensors where nothing is chunked (a graph).  Or a ``torch.utils.data`` data set or loader
-            of (inputs, targets), which is read once, in order.
-        targets: handed to the criterion as they are: a tensor [n, ...], another structure of tensors, or None.
-        chunk_size: how many examples to take at a time; None for all at once.  The derivatives are the same up to
-            rounding, the memory that of one chunk.
-        output: which part of the model's output the criterion gets: a name ("logits"), an index, or a function of the
-            output.  None: the output as it is.
+            without chunks, any structure of tensors (a graph).  Or a ``torch.utils.data`` data set or loader of
+            (inputs, targets), which is read once, in order.
+        targets: passed to the criterion unchanged: a tensor [n, ...], another structure of tensors, or None.
+        chunk_size: number of examples to take at a time; None for all at once.  The derivatives are the same up to
+            rounding; the memory is that of one chunk.
+        output: the part of the model's output that the criterion gets: a name ("logits"), an index, or a function of
+            the output.  None: the whole output.
         penalty: a function of the parameters by name that is added to the loss, as in
             ``lambda p: 0.01 * p["0.weight"].abs().sum()``.
         weight_decay: λ ≥ 0: ½λ‖w‖² is added to the loss, which is ``weight_decay`` of ``torch.optim.SGD``.
         derivatives, max_directions, name: as in :class:`Problem`.
 
     Attributes:
-        parameter_slices: where each parameter lies in w, by name.
+        parameter_slices: the slice of w for each parameter, by name.
         parameter_shapes: its shape, by name.
 
     Raises:
-        ProblemError: if the model has nothing to train, mixes dtypes or devices, is stochastic, changes its buffers or
-            couples examples that are to be taken in chunks; if the loss depends on other things that train; if the
-            data do not fit; if the criterion is to be taken in chunks and is neither a mean nor a sum over examples.
+        ProblemError: if the model has nothing to train, mixes dtypes or devices, is stochastic, or changes its buffers;
+            if the loss depends on other trained tensors; if the data do not fit.  With ``chunk_size``, also if the
+            model couples examples, or if the criterion is neither a mean nor a sum over examples.
 
     """
 
@@ -117,7 +117,7 @@ class ModuleProblem(Problem):
         self._chunk_size = chunk_size
         self._loss = _Loss(self._model, criterion, output)
         self._added = _Added(self._model, penalty, float(weight_decay))
-        # The user's own parameters: a loss that reads them reads past w.
+        # The user's own parameters: a loss that reads them bypasses w.
         owners = {"the criterion": criterion, "the model": model}
         self._foreign = {
             id(p): f"{owner}'s parameter {path}"
@@ -139,20 +139,20 @@ class ModuleProblem(Problem):
                 f"a forward pass changes the buffer {path}: the loss is not a function of w alone. "
                 "Call model.eval() first (or, of batch norm: track_running_stats=False)"
             )
-        self._foreign, self._model.stale = {}, {}  # of no further use, and the user's model may go
+        self._foreign, self._model.stale = {}, {}  # not needed any more, and the user's model may be freed
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the model's trainable parameters, in the order in which they lie in w."""
+        """Shapes of the model's trainable parameters, in their order in w."""
         return tuple(tuple(shape) for shape in self.parameter_shapes.values())
 
     def name_of(self, parameter: Tensor) -> str | None:
-        """The name of a parameter of the model that this problem was made from, the same tensor; None of others."""
+        """The name of a parameter of the model that this problem was made from; None for any other tensor."""
         return self._originals.name_of(parameter)
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Names of the parameters of which some rows stay as they are (the padding row of an embedding)."""
+        """Names of the parameters with constant rows (the padding row of an embedding)."""
         return tuple(self._model._held)
 
     def _by_name(self, values: Mapping[str, float]) -> Tensor:
@@ -167,7 +167,7 @@ class ModuleProblem(Problem):
         return vector
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of the contents of the inputs, the targets, and of what is not trained (buffers, frozen weights)."""
+        """Hashes of the inputs, of the targets, and of all tensors that are not trained (buffers, frozen weights)."""
         contents = {"inputs": self._inputs, "targets": self._targets, "fixed tensors": self._model.fixed()}
         return {
             name: fingerprint(tensors, self._ranks if name != "fixed tensors" else ALONE)
@@ -175,7 +175,7 @@ class ModuleProblem(Problem):
         }
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
-        """Return what the model with weights ``w`` [d] makes of ``inputs``, which are of the form of the problem's.
+        """Return the outputs of the model with weights ``w`` [d] for ``inputs``, which have the form of the problem's.
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
@@ -191,14 +191,14 @@ class ModuleProblem(Problem):
     def output_curvature(self, w: Tensor, inputs: Examples, U: Tensor, X: Tensor) -> Tensor:
         """Half the second directional derivatives ½⟨∇²h, U X Uᵀ⟩ of every output h, in the outputs' shape.
 
-        Where the weights oscillate about w with covariance Σ = U X Uᵀ, the outputs are on average h(w) plus this.
-        The model's output (or the part of it that ``output`` picks) has to be one tensor.
+        If the weights oscillate about w with covariance Σ = U X Uᵀ, the average of the outputs is h(w) plus this.  The
+        model's output (or the part that ``output`` selects) must be one tensor.
 
         Args:
             w: weights [d].
-            inputs: of the form of the problem's; taken ``chunk_size`` at a time.
+            inputs: in the form of the problem's; taken ``chunk_size`` at a time.
             U: directions [d, k].
-            X: their symmetric weights [k, k], of any signature.
+            X: a symmetric matrix [k, k] of any signature.
 
         Raises:
             ProblemError: if an argument is not of the right shape, dtype and device.
@@ -221,7 +221,8 @@ class ModuleProblem(Problem):
         )
 
     def load_into(self, model: nn.Module, w: Tensor) -> None:
-        """Write flat weights ``w`` [d] into the parameters of ``model``, which is the problem's or one like it.
+        """Write flat weights ``w`` [d] into the parameters of ``model``: the problem's model, or one of the same
+        structure.
 
         Raises:
             ProblemError: if ``w`` or the model's parameters do not fit.
@@ -231,17 +232,17 @@ class ModuleProblem(Problem):
         self._model.load_into(model, w)
 
     def mini_batches(self, max_gib: float = 0.5) -> MiniBatches:
-        """The examples, one by one and in batches.  What is added to the loss is added to that of every batch.
+        """The examples, one by one and in batches.  The loss of every batch includes the penalty and weight decay.
 
         Args:
-            max_gib: memory for the gradients of a chunk of examples.
+            max_gib: memory for the gradients of a chunk of examples, in GiB.
 
         Raises:
-            ProblemError: if the loss is no mean over examples that count the same and do not see one another.
+            ProblemError: if the loss is not a mean over independent examples of equal weight.
 
         """
         if self._ranks is not ALONE:
-            raise ProblemError("mini-batches of a distributed problem are not there: make them in one process")
+            raise ProblemError("a distributed problem has no mini-batches: make them in one process")
         for path, module in self._model.module.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise ProblemError(
@@ -258,14 +259,14 @@ class ModuleProblem(Problem):
         )
 
     def _parts_of(self, w0: Tensor) -> list[Part]:
-        """Return the loss as a sum over chunks of examples, and what is added to it."""
+        """Return the loss as a sum over chunks of examples, and the terms that are added to it."""
         if self._chunk_size is None:
             return [_Chunk(self._loss, self._inputs, self._targets, 1.0, self._added)]
         n = self.examples
         if n is None:
             given = [count(self._inputs), None if self._targets is None else count(self._targets)]
             raise ProblemError(
-                "to be taken in chunks, inputs and targets are tensors that share a first dimension, the examples; "
+                "to be taken in chunks, inputs and targets must be tensors that share a first dimension, the examples; "
                 f"here {given[0] or 'no number of'} inputs and {given[1] or 'no number of'} targets. "
                 "Without chunk_size any structure will do"
             )
@@ -276,7 +277,7 @@ class ModuleProblem(Problem):
 
     @property
     def examples(self) -> int | None:
-        """The number of examples, None where the data are no list of examples."""
+        """The number of examples; None if the data are not a list of examples."""
         n = count(self._inputs)
         return n if self._targets is None or count(self._targets) == n else None
 
@@ -294,41 +295,43 @@ class ModuleProblem(Problem):
         return find_reduction(loss_of, self.examples or 0, words)
 
     def _chunks(self, of: int, reduction: int, size: int | None = None) -> list[_Chunk]:
-        """The loss of the examples, at most so many at a time, as a part of the loss of that many examples."""
+        """The loss of the examples, in chunks of a given size, as a part of the loss of all examples."""
         n = self.examples or 0
         size = min(n, size or n, self._chunk_size or n)
         slices = [slice(a, min(a + size, n)) for a in range(0, n, size)]
         return [self._part(chunk, ((chunk.stop - chunk.start) / of) ** reduction) for chunk in slices]
 
     def _refuse_unequal_examples(self, w0: Tensor, chunks: list[_Chunk], words: tuple[str, str] = CHUNKED) -> None:
-        """The reduction was found on a few examples; padding or class weights may show only on others."""
+        """Check the reduction on all examples: it was found on a few, and padding or class weights may occur only in
+        others.
+        """
         with torch.enable_grad():
             outputs = [self._loss.outputs(w0, chunk.inputs) for chunk in chunks]
             if all(isinstance(out, Tensor) and out.ndim for out in outputs):
                 whole = self._loss.of(torch.cat(outputs), self._targets)
-            else:  # outputs of another form are not put together: a forward pass over all examples
+            else:  # outputs of another form cannot be joined: a forward pass over all examples
                 whole = _Chunk(self._loss, self._inputs, self._targets, 1.0)(w0)
             refuse_different(sum(float(chunk(w0).detach()) for chunk in chunks), float(whole.detach()), words)
 
     def _shard(self, ranks: Ranks, whole: bool) -> list[Part]:
-        """Keep the examples of this rank alone, and return its part of the loss.
+        """Keep only the examples of this rank, and return its part of the loss.
 
         Args:
-            ranks: who shares the examples.
-            whole: whether the examples are those of all ranks, from which this one takes its own.
+            ranks: the processes that share the examples.
+            whole: True if the examples are those of all ranks, from which this one takes its own.
 
         """
         n, reduction = self.examples, None
         with ranks.together():
             if n is None:
                 raise ProblemError(
-                    "inputs and targets are no tensors that share a first dimension, so their examples cannot be "
+                    "inputs and targets are not tensors that share a first dimension, so their examples cannot be "
                     "shared among ranks. Let each rank make dvi.Problem(loss, w0) of its own term of the loss, and "
-                    "say dvi.distribute(problem, shards=True)"
+                    "call dvi.distribute(problem, shards=True)"
                 )
             if whole and n < ranks.size:
                 raise ProblemError(f"{n} examples cannot be shared among {ranks.size} ranks: start fewer of them")
-            if n > 1:  # one example alone says neither mean nor sum
+            if n > 1:  # a single example does not distinguish mean from sum
                 at = self._near()
                 reduction = self._reduction(at, SHARED)
                 if not whole:  # otherwise the loss of all examples is known, and compared later
@@ -345,7 +348,7 @@ class ModuleProblem(Problem):
                 raise ProblemError("on some ranks the loss is a mean over examples, on others a sum: use one criterion")
             if not kinds and ranks.size > 1:
                 raise ProblemError(
-                    "each rank has a single example, which does not tell a mean over examples from a sum: hand over "
+                    "each rank has a single example, which does not distinguish a mean over examples from a sum: pass "
                     "all examples on every rank (shards=False), or use fewer ranks"
                 )
         chunks = self._chunks(of, min(kinds, default=1))
@@ -354,10 +357,10 @@ class ModuleProblem(Problem):
 
     def _blame(self, w: Tensor) -> str:
         whole = (self._inputs, self._targets)
-        # A few examples are faster; all of them are right where data are not a list of examples.
+        # A few examples are faster; if the data are not a list of examples, all are needed.
         chunked = count(self._inputs) is not None and count(self._targets) == count(self._inputs)
         self._model.install(w)
-        module = copy.deepcopy(self._model.module)  # modules that are tried alone may be left in disorder
+        module = copy.deepcopy(self._model.module)  # modules that are tried alone may end in an invalid state
         return name_culprit(
             module,
             {**dict(module.named_buffers()), **self._model.parameters(w)},
@@ -407,7 +410,7 @@ class _Loss:
         self._output = output
 
     def outputs(self, w: Tensor, inputs: Examples) -> Any:
-        """What the model makes of the inputs, or the part of it that was asked for."""
+        """The model's output for the inputs, or the selected part of it."""
         self.model.install(w)
         args, kwargs = arguments(inputs)
         return self.pick(self.model.module(*args, **kwargs))
@@ -421,13 +424,13 @@ class _Loss:
             loss = outputs.get("loss")
         if not isinstance(loss, Tensor):
             raise ProblemError(
-                f"without a criterion the model gives its loss, or an output with a .loss; this one gives a "
-                f"{type(outputs).__name__} without: hand over a criterion, or the labels that the model asks for"
+                f"without a criterion the model must return its loss, or an output with a .loss; this one returns a "
+                f"{type(outputs).__name__} without it: pass a criterion, or the labels that the model needs"
             )
         return loss
 
     def pick(self, output: Any) -> Any:
-        """The part of the model's output that was asked for."""
+        """The selected part of the model's output."""
         if self._output is None:
             return output
         if callable(self._output):
@@ -443,7 +446,7 @@ class _Loss:
 
 @dataclass
 class _Added:
-    """What is added to the loss of the data: a penalty and ½λ‖w‖²."""
+    """The terms added to the loss of the data: a penalty and ½λ‖w‖²."""
 
     model: FlatModel
     penalty: Penalty | None
@@ -467,20 +470,20 @@ class _Added:
 
 @dataclass
 class _BatchLoss:
-    """The loss of some examples, and what is added to it."""
+    """The loss of some examples, plus the added terms."""
 
     loss: _Loss
     added: _Added
 
     def __call__(self, pieces: tuple[Tensor, ...], data: Examples) -> Tensor:
         inputs, targets = data
-        w = cast(Tensor, _Pieces(pieces))  # of which the model takes slices only
+        w = cast(Tensor, _Pieces(pieces))  # the model takes only slices of it
         value = self.loss.of(self.loss.outputs(w, inputs), targets)
         return value + self.added(torch.cat(pieces)) if self.added else value
 
 
 class _Pieces:
-    """Weights that are not one vector: its slices, by where they begin."""
+    """Weights in place of one vector: its slices, by their first index."""
 
     def __init__(self, pieces: tuple[Tensor, ...]) -> None:
         ends = accumulate(len(piece) for piece in pieces)

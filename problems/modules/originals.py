@@ -1,4 +1,4 @@
-"""Which parameters of the user's own module a problem was made of."""
+"""The parameters of the user's own module from which a problem was made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Originals:
-    """The user's parameters by name, as long as they live.  A pickle or a deep copy of it knows none.
+    """The user's parameters by name, as long as they exist.  A pickle or a deep copy of it holds none.
 
     Args:
         model: the user's module.
@@ -22,7 +22,7 @@ class Originals:
         )
 
     def name_of(self, parameter: Tensor) -> str | None:
-        """The name of a parameter that is one of them, the same object and not only an equal one."""
+        """The name of a parameter that is one of them: the same object, not an equal one."""
         return next((path for path, known in self._known.items() if known() is parameter), None)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Second directional derivatives of a vector-valued function: how a network's outputs average under oscillation."""
+"""Second directional derivatives of a vector-valued function: the mean change of outputs under oscillation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def curvature(f: Callable[[Tensor], Tensor], w: Tensor, V: Tensor, x: Tensor, de
 
     """
     if derivatives == "finite-difference":
-        with torch.enable_grad():  # of no use here, but a network may differentiate by its inputs
+        with torch.enable_grad():  # not needed here, but a network may differentiate with respect to its inputs
             return _second_differences(f, w.detach(), V, x)
     with explained("second"), torch.enable_grad():
         leaf = w.detach().clone().requires_grad_()

@@ -1,1 +1,1 @@
-"""The paper's networks: one architecture a file, each by a name and a size."""
+"""The paper's networks: one architecture a file, each available by name and size."""

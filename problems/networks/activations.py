@@ -1,4 +1,4 @@
-"""Activations by name, and β-GELU by its number β."""
+"""Activations by name, and the β-GELU by its number β."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dvi.problems.errors import ProblemError
 
 
 def beta_gelu(x: Tensor, beta: float) -> Tensor:
-    """Return x Φ(βx), Φ the normal distribution function, entry by entry."""
+    """Return x Φ(βx) for each entry, where Φ is the normal distribution function."""
     return x * (0.5 * (1 + torch.erf(x * (beta / math.sqrt(2)))))
 
 
 class BetaGELU(nn.Module):
-    """The activation x Φ(βx): GELU at β = 1, ReLU as β → ∞; how smooth it is, is a number (Dauphin et al., 2024)."""
+    """The activation x Φ(βx): GELU at β = 1, ReLU as β → ∞; β sets its smoothness (Dauphin et al., 2024)."""
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ ImageNetwork = Literal["mlp", "cnn", "cnn-pool", "resnet", "resnet-groupnorm", "
 SequenceNetwork = Literal["transformer", "rnn", "lstm", "mamba"]
 Size = Literal["small", "full"]
 
-#: What the sizes set.  "full" is the paper's; where the paper does not give a width, ours.
+#: The settings of each size.  "full" is the paper's; a width that the paper does not give is ours.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "mlp": {"small": {"hidden": 32}, "full": {"hidden": 256}},
     "cnn": {"small": {"width": 4}, "full": {"width": 32}},
@@ -101,7 +101,7 @@ def sequence_network(
 def built(
     makers: dict[str, Callable[..., nn.Module]], what: str, name: str, size: str, seed: int, **own: int | None
 ) -> nn.Module:
-    """Make the network of that name with its weights drawn.
+    """Make the network of that name and draw its weights.
 
     Raises:
         ProblemError: if a name is not known, or the network has no such size.
@@ -126,6 +126,6 @@ def built(
 
 @contextmanager
 def construction() -> Iterator[None]:
-    """Build layers on the CPU, whatever the default device, and without drawing from the global generator."""
+    """Build layers on the CPU for every default device, without drawing from the global generator."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         yield

@@ -9,7 +9,7 @@ from dvi.problems.networks.activations import make_activation
 
 
 class CNN(nn.Sequential):
-    """The paper's (App. B): four 3×3 convolutions with GELU, average pooling over the image, a linear readout.
+    """The paper's CNN (App. B): four 3×3 convolutions with GELU, average pooling over the image, a linear readout.
 
     The second and the fourth convolution halve the image; each doubles the channels.
     """
@@ -26,14 +26,15 @@ class CNN(nn.Sequential):
 
 
 class PoolingCNN(nn.Sequential):
-    """That of the paper's second version: two convolutions, each with average pooling by 2, and a hidden dense layer.
+    """The CNN of the paper's second version: two convolutions, each with average pooling by 2, and a hidden dense
+    layer.
 
     Only the last layer has biases.
 
     Args:
         channels: of the input images.
         pixels: along each side of the input images, at least 4.
-        outputs: how many.
+        outputs: number of outputs.
         width: channels after the first convolution; after the second, twice as many.
         hidden: width of the dense layer.
         activation: as in :func:`~dvi.problems.digits`.

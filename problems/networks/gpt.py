@@ -10,7 +10,7 @@ from dvi.problems.networks.activations import make_activation
 
 
 class _Block(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each behind a layer norm and beside the identity."""
+    """Causal self-attention and a two-layer perceptron, each after a layer norm and with a skip connection."""
 
     def __init__(self, width: int, heads: int, activation: str | float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Initial weights from a seed alone."""
+"""Initial weights that depend only on a seed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class DrawsItself(Protocol):
-    """A module that knows how its weights begin, where the rule of :func:`initialise` is not the one."""
+    """A module that draws its own initial weights instead of by the rule of :func:`initialise`."""
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw the weights, in place.  Without gradients, after the rule, a module before those in it."""
+        """Draw the weights in place.  It is called without gradients, after the rule, and on a module before its
+        children.
+        """
         ...
 
 
@@ -41,10 +43,10 @@ def as_torch_does(layer: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draw the parameters of ``model`` from a generator of their own; the global one is left alone.
+    """Draw the parameters of ``model`` from a separate generator; the global one is not used.
 
-    Matrices and kernels are uniform with PyTorch's variance 1/(3 fan-in); embeddings normal with minGPT's deviation
-    0.02; biases zero; norms stay as they are, the identity.  Networks with another rule say so and draw themselves.
+    Matrices and kernels are uniform with PyTorch's variance 1/(3 fan-in).  Embeddings are normal with minGPT's standard
+    deviation 0.02.  Biases are zero, and norms stay the identity.  Networks with another rule draw their own weights.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     for module in model.modules():

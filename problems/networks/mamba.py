@@ -12,7 +12,7 @@ from dvi.problems.networks.initial import normal
 
 
 def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Outputs y [n, t, m] of m scalar inputs, each through s states that decay at rates of their own.
+    """Outputs y [n, t, m] of m scalar inputs, each passed through s states with different decay rates.
 
     With h₀ = 0, for each time, channel and state: hₜ = exp(Δₜ A) hₜ₋₁ + Δₜ Bₜ xₜ, and yₜ = Σ Cₜ hₜ over the states.
 
@@ -20,8 +20,8 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
         x: inputs [n, t, m].
         delta: step lengths Δ [n, t, m], positive.
         A: rates [m, s], negative.
-        B: how inputs enter the states [n, t, s].
-        C: how outputs read the states [n, t, s].
+        B: input weights of the states [n, t, s].
+        C: output weights of the states [n, t, s].
 
     """
     state = torch.zeros_like(x[:, 0, :, None] * A)
@@ -36,15 +36,15 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
 class Mamba(nn.Module):
     """A Mamba language model, from tokens [n, context] to logits [n, outputs, alphabet]; the defaults are the paper's.
 
-    Embeddings and matrices begin normal with deviation 0.02, the readout with a tenth of that.
+    Initial embeddings and matrices are normal with standard deviation 0.02; the readout has a tenth of that.
 
     Args:
-        alphabet: how many tokens there are.
-        outputs: how many of the last positions are read.
+        alphabet: number of tokens.
+        outputs: number of last positions that are read.
         width: of the embedding.
-        depth: how many blocks.
-        states: of each channel.
-        expand: how many times wider than the embedding the channels are.
+        depth: number of blocks.
+        states: number of states of each channel.
+        expand: ratio of the number of channels to the width of the embedding.
         kernel: length of the causal convolution.
 
     """
@@ -73,13 +73,13 @@ class Mamba(nn.Module):
         return logits
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw what is outside of the blocks."""
+        """Draw the weights outside the blocks."""
         normal(self.tokens.weight, 0.02, generator)
         normal(self.readout.weight, 0.002, generator)
 
 
 class _Block(nn.Module):
-    """x + a gated scan of x, behind an RMS norm."""
+    """x plus a gated scan of x, after an RMS norm."""
 
     def __init__(self, width: int, states: int, inner: int, kernel: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class _Block(nn.Module):
         return out
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw the initial weights: rates 1, 2, …; step lengths log-uniform between 0.001 and 0.1, as Mamba's are."""
+        """Draw the initial weights: rates 1, 2, …; step lengths log-uniform between 0.001 and 0.1, as in Mamba."""
         for matrix in (self.enter.weight, self.kernel, self.select.weight, self.step.weight, self.leave.weight):
             normal(matrix, 0.02, generator)
         self.kernel_bias.zero_()
@@ -116,9 +116,10 @@ class _Block(nn.Module):
 
 
 def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each channel of x [n, t, m] in time with its own kernel [length, m], whose last row meets the present.
+    """Convolve each channel of x [n, t, m] in time with its own kernel [length, m]; its last row acts on the present.
 
-    As a sum of shifted products: depthwise convolutions are slow to differentiate three times.
+    The result is computed as a sum of shifted products, since depthwise convolutions are slow to differentiate three
+    times.
     """
     length = kernel.shape[0]
     padded = F.pad(x, (0, 0, length - 1, 0))

@@ -1,4 +1,4 @@
-"""Recurrent networks, written out: fused recurrent kernels have no second derivative on a GPU."""
+"""Recurrent networks in elementary operations: fused recurrent kernels have no second derivative on a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RNN(nn.Module):
 class LSTM(nn.Module):
     """Layers of long short-term memory, from tokens [n, context] to logits [n, outputs, alphabet].
 
-    Initial weights are PyTorch's default: embeddings are normal with variance 1, all else is uniform within ±1/√width.
+    Initial weights are PyTorch's default: embeddings are normal with variance 1, the rest is uniform within ±1/√width.
     The defaults are the paper's.
     """
 

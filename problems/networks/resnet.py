@@ -14,25 +14,26 @@ from dvi.problems.networks.initial import normal
 
 Norm = Literal["group", "none"]
 
-#: By what the residual branch is multiplied.
+#: The factor of the residual branch.
 BRANCH = 1 / 3
 
 
 class ResNet(nn.Module):
-    """A residual network for small images, [n, channels, s, s] -> [n, outputs]; with three blocks a stage, ResNet-20.
+    """A residual network for small images, [n, channels, s, s] -> [n, outputs]; with three blocks a stage it is
+    ResNet-20.
 
     A 3×3 convolution, three stages of blocks, and a linear readout of the image pooled to 2×2.  The second and the
     third stage halve the image and double the channels, with a 3×3 convolution as the shortcut.  A block is
     GELU(shortcut(x) + ⅓ branch(x)); its branch is convolution, norm, GELU, convolution, norm.
 
     Initial weights are normal with He's variance 2/fan-out; the readout is zero.  With group norm, γ of a branch's last
-    norm is zero; without, the branch's last convolution is zero.  So each block begins as its shortcut.
+    norm is zero; without it, the branch's last convolution is zero.  So each block begins as its shortcut.
 
     Args:
         channels: of the input images.
-        outputs: how many.
+        outputs: number of outputs.
         width: channels of the first stage.
-        blocks: how many in each of the three stages.
+        blocks: number of blocks in each of the three stages.
         norm: "group" (the paper's second version; ``width`` groups) or "none" (as in App. B: convolutions have biases).
         activation: as in :func:`~dvi.problems.digits`.
 

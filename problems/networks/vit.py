@@ -36,17 +36,17 @@ class ViT(nn.Module):
     Args:
         channels: of the input images.
         pixels: along each side of the input images.
-        outputs: how many.
-        patches: along each side; fewer where this many do not divide the pixels.
-        width: of what a patch is mapped to, a multiple of 4.
-        depth: how many blocks.
-        heads: of attention in each block.
+        outputs: number of outputs.
+        patches: number along each side; fewer if this does not divide the pixels.
+        width: of the embedding of a patch, a multiple of 4.
+        depth: number of blocks.
+        heads: number of attention heads in each block.
         head_width: of each head.
         hidden: width of each block's perceptron.
         activation: as in :func:`~dvi.problems.digits`.
 
     Raises:
-        ProblemError: if the width is no multiple of 4, or the activation is not known.
+        ProblemError: if the width is not a multiple of 4, or the activation is not known.
 
     """
 
@@ -88,7 +88,7 @@ class ViT(nn.Module):
         """Draw the initial weights."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # Biases, too: were they zero, patches of one colour would be mapped to zero, where σ has a kink.
+                # Biases, too: if they were zero, a patch of one colour would be mapped to zero, where σ has a kink.
                 as_torch_does(module, generator)
         self.readout.weight.zero_()
         self.readout.bias.zero_()
@@ -105,7 +105,7 @@ def sinusoids(side: int, width: int) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Self-attention and a two-layer perceptron, each behind a norm and beside the identity."""
+    """Self-attention and a two-layer perceptron, each after a norm and with a skip connection."""
 
     def __init__(self, width: int, heads: int, head_width: int, hidden: int, activation: str | float) -> None:
         super().__init__()

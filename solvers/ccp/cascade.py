@@ -1,21 +1,21 @@
 """The cone complementarity problem of a central flow: X ⪰ 0, S = β[X] − α ⪰ 0, ⟨X, S⟩ = 0 (Definition 8 of the paper).
 
-α holds the rates at which the critical eigenvalues would pass the edge of stability, β how strongly oscillation along
-the critical eigenvectors pushes them back, and X is the covariance of that oscillation in the critical basis. For
-symmetric β ⪰ 0 this is the optimality condition of min ½⟨X, β[X]⟩ − ⟨α, X⟩ over X ⪰ 0.
+α holds the rates at which the critical eigenvalues would rise past the edge of stability. β says how strongly
+oscillation along the critical eigenvectors pushes them back. X is the covariance of that oscillation in the critical
+basis. For symmetric β ⪰ 0 this is the optimality condition of min ½⟨X, β[X]⟩ − ⟨α, X⟩ over X ⪰ 0.
 
 Lemma 5: for β ≻ 0 there is exactly one solution; for a singular β ⪰ 0 solutions differ by matrices in ker β.
-(Existence, claimed there for every symmetric β ⪰ 0, needs that the minimum is attained: β = 0, α = 1 has no solution.
-Such a problem is refused, and the direction named along which X would grow.) β need only be monotone, ⟨D, β[D]⟩ ≥ 0
-for symmetric D: for some methods it is not symmetric.
+(The lemma claims existence for every symmetric β ⪰ 0, but the minimum must also be attained: β = 0, α = 1 has no
+solution. Such a problem is refused with an error that names the direction along which X would grow.) β need not be
+symmetric, and for some methods it is not. It must be monotone: ⟨D, β[D]⟩ ≥ 0 for symmetric D.
 
-The rungs of a cascade are tried from the cheapest up, and what one returns is verified in the caller's own units before
-it is believed:
+A cascade of solvers is tried, the cheapest first. Each result is verified in the caller's own units before it is
+accepted:
 
     empty, scalar, zero    closed forms: k = 0; k = 1; α ⪯ 0
-    interior               β[X] = α, which is the solution where X comes out positive: usual between breakpoints
+    interior               β[X] = α, the solution if X comes out positive: usual between breakpoints
     newton                 semismooth Newton from the projection of that X, or from a warm start ("newton, warm")
-    interior point         primal–dual interior point method, and Newton as soon as that converges
+    interior point         primal–dual interior point method, then Newton as soon as Newton converges
     newton, again          either of the two, polished by Newton in the caller's scaling
 """
 
@@ -48,9 +48,9 @@ __all__ = ["CCPError", "CCPResult", "solve"]
 
 _TOLERANCE = 1e-13  # asked of the solvers
 _POLISHED = 1e-15  # of Newton's method after the interior point method: X is as ill-conditioned as β
-_TRUSTED = 1e-12  # what they reach where nothing is wrong; above it the next rung may do better
-# defects, in |α|, at which the interior point method hands over to Newton's; at 0.03 that nearly always converges, and
-# where it does not, the interior point method goes on
+_TRUSTED = 1e-12  # the residual that they usually reach; above it the next rung may do better
+# defects, in |α|, at which the interior point method hands over to Newton's method. From 0.03 Newton's method nearly
+# always converges; if it does not, the interior point method goes on.
 _HANDOVERS = (3e-2, 1e-5, 0.0)
 _REGULARISATION = 1e-12  # of a β that is singular to working precision: 100 times below what is accepted
 
@@ -61,15 +61,15 @@ Matrix: TypeAlias = ArrayLike | torch.Tensor
 class CCPResult:
     """A verified solution, in the units of the caller.
 
-    The residual is backward relative, the largest of
+    The residual is a relative backward error, the largest of
 
         −λ_min(X)/|X|,    −λ_min(S)/(|α| + |β||X|),    |⟨X, S⟩|/(|X|(|α| + |β||X|)),
 
-    with Frobenius norms of X and α and, for β, a bound of its spectral norm.
+    with Frobenius norms of X and α, and a bound of the spectral norm of β.
     """
 
     X: Array  # [k,k]
-    S: Array  # [k,k], β[X] − α as it comes out, rounding included
+    S: Array  # [k,k], β[X] − α as computed, rounding included
     residual: float
     path: str  # the rung that solved it, as in the table above
     iterations: int  # of that rung
@@ -79,18 +79,19 @@ def solve(alpha: Matrix, beta: Matrix, warm: CCPResult | Matrix | None = None) -
     """Solve CCP(α, β), Definition 8 of the paper: X ⪰ 0, S = β[X] − α ⪰ 0, ⟨X, S⟩ = 0.
 
     alpha [k,k] is symmetric and beta [n,n], n = k(k+1)/2, acts on svec (`dvi.solvers.svec`): arrays, or tensors of
-    any device and dtype, copied once to float64 on the host. `warm`, a former result or its X, saves time where the
-    problem has changed little; it never changes the answer beyond rounding (for a singular β: beyond ker β). One of
-    another size, or with entries that are not finite, is not used, since k changes along a flow.
+    any device and dtype, copied once to float64 on the host. `warm`, an earlier result or its X, saves time if the
+    problem has changed little. It never changes the answer beyond rounding (for a singular β: beyond ker β). A warm
+    start of another size, or with entries that are not finite, is ignored, since k changes along a flow.
 
-    Raises CCPError for input that is not finite, of the wrong shape or (α) not symmetric, for a β that is not
-    monotone, and where there is no bounded solution.
+    Raises CCPError if the input is not finite or has the wrong shape, if α is not symmetric, if β is not monotone, or
+    if there is no bounded solution.
     """
     a, b = _validated(alpha, beta)
     k = len(a)
     if k == 0:
         return CCPResult(np.zeros((0, 0)), np.zeros((0, 0)), 0.0, "empty", 0)
-    # an overflow in a trial step leaves an iterate that is not finite, which every rung tests for: no warning is needed
+    # An overflow in a trial step makes an iterate that is not finite. Every rung tests for that, so no warning is
+    # needed.
     with np.errstate(all="ignore"):
         largest = a[0, 0] if k == 1 else eigh(a)[0][-1]
         if largest <= 0.0:
@@ -116,7 +117,7 @@ def _solve_positive(alpha: Array, beta: Array, warm: Array | None) -> CCPResult:
         even = Problem.scaled(alpha, beta, equilibrate=True)
         require_monotone(even)
         best = _attempt(even, plain, warm, "warm")
-        # the congruence helps where α and β are graded and hurts in a few cases: polish or solve those without it
+        # The congruence helps if α and β are graded, and hurts in a few cases: polish or solve those without it.
         if not best.verdict.residual <= _TRUSTED and (even.congruence != 1.0).any():
             again = _attempt(plain, plain, best.verdict.X if isfinite(best.verdict.residual) else None, "again")
             best = min(best, again, key=lambda attempt: attempt.verdict.residual)
@@ -144,7 +145,7 @@ def _cascade(problem: Problem, start: Array | None) -> tuple[Iterate, str]:
     if start is not None and np.isfinite(start).all():
         x = project(start, problem.k)
         s = project(problem.b @ x - problem.a, problem.k)
-        # where short steps are needed they seldom arrive: the next rung does it for less
+        # if short steps are needed, Newton's method seldom converges, and the next rung costs less
         found = newton(problem, x, s, max_iterations=12, tolerance=_TOLERANCE, halvings=4)
         if _good(problem, found, _TRUSTED):
             return found, "newton"
@@ -152,7 +153,7 @@ def _cascade(problem: Problem, start: Array | None) -> tuple[Iterate, str]:
 
 
 def _interior_point(problem: Problem) -> Iterate:
-    """Solve by the interior point method until Newton's converges from where it is, which saves half of the way."""
+    """Solve by the interior point method until Newton's method converges from its iterate: half the iterations."""
     at, iterations = centre(problem.k), 0
     for strict in _HANDOVERS:
         found, further = interior_point(problem, at, 60 - iterations, _TOLERANCE, strict)
@@ -171,7 +172,7 @@ def _interior_point(problem: Problem) -> Iterate:
 
 
 def _unconstrained(problem: Problem) -> Iterate | None:
-    """Solve β[X] = α, S = 0; None where β is singular."""
+    """Solve β[X] = α, S = 0; None if β is singular."""
     apply_inverse = factorise(problem.b, problem.symmetric)
     if apply_inverse is None:
         return None
@@ -181,12 +182,12 @@ def _unconstrained(problem: Problem) -> Iterate | None:
 
 
 def _good(problem: Problem, found: Iterate, residual: float) -> bool:
-    """Whether an iterate is solved to `residual`, and would pass the verification in the problem's own units."""
+    """Whether an iterate has a residual of at most `residual` and would pass the verification."""
     return found.residual <= residual and found.residual * problem.size_s(found.x) <= ACCEPTED_STRICT * problem.norm_a
 
 
 def _regularised(problem: Problem) -> Problem:
-    """Return the problem with β made invertible where it is singular to working precision."""
+    """Return the problem; if β is singular to working precision, it is made invertible."""
     factor = cholesky(problem.b if problem.symmetric else 0.5 * (problem.b + problem.b.T))
     if factor is not None and factor.diagonal().min() ** 2 >= ROUNDING * problem.norm_b:
         return problem
@@ -229,7 +230,7 @@ def _rounding(M: Matrix) -> float:
 
 
 def _warm_X(warm: CCPResult | Matrix | None, k: int) -> Array | None:
-    """Return the X [k,k] of a warm start, or None where it is of no use."""
+    """Return the X [k,k] of a warm start, or None if it cannot be used."""
     if warm is None:
         return None
     X = warm.X if isinstance(warm, CCPResult) else _host(warm, "the warm start")

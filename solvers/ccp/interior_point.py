@@ -1,12 +1,14 @@
-"""Primal–dual interior point method for a cone complementarity problem: slow, and the one that always arrives.
+"""Primal–dual interior point method for a cone complementarity problem: slow, but the most robust.
 
-Nesterov–Todd scaling and Mehrotra's predictor–corrector. With X = LLᵀ, S = RRᵀ and d the singular values of RᵀL, some
-G has X = G diag(d) Gᵀ and S = G⁻ᵀ diag(d) G⁻¹: in its coordinates X and S are one diagonal matrix, and a step solves
+It uses Nesterov–Todd scaling and Mehrotra's predictor–corrector. Let X = LLᵀ, S = RRᵀ and d the singular values of RᵀL.
+Then there is a G with X = G diag(d) Gᵀ and S = G⁻ᵀ diag(d) G⁻¹. In its coordinates X and S are the same diagonal
+matrix, and a step solves
 
     dx + ds = rhs,    ds = Gᵀ(β[G dx Gᵀ] + r)G,    r = β[X] − α − S,
 
-so (I + TᵀβT) dx = rhs − Tᵀr with T = skron(G), which is positive definite however close X and S are to the boundary.
-The change of S is computed as β[dX] + r, not as rhs − dx: r then falls to the level of rounding and stays there.
+so (I + TᵀβT) dx = rhs − Tᵀr with T = skron(G). This matrix is positive definite even if X and S are close to the
+boundary. The change of S is computed as β[dX] + r, not as rhs − dx. Then r falls to the level of rounding and stays
+there.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Inside:
 
 
 def centre(k: int) -> Inside:
-    """Return X = S = I, from where the method starts when nothing is known."""
+    """Return X = S = I, the start of the method if nothing is known."""
     one, unit = triu(k).identity, np.eye(k)
     return Inside(one, one, unit, unit)
 
@@ -46,9 +48,10 @@ def interior_point(
 ) -> tuple[Iterate, Inside | None]:
     """Solve the problem from a point inside the cone.
 
-    Returns the best iterate, whose residual says whether it is a solution, and the point to go on from, None where
-    there is nothing to be gained by that. The method stops at a residual of `tolerance`, and earlier where the defects
-    of the last iterate fall below `strict` times |α|, also where X is large: close enough for Newton's method.
+    Returns the best iterate and the point to continue from. The residual of the iterate says whether it is a solution.
+    The point is None if going on would gain nothing. The method stops at a residual of `tolerance`. It stops earlier if
+    the defects of the last iterate fall below `strict` times |α|, also for a large X: that is close enough for
+    Newton's method.
     """
     best = Iterate(at.x, at.s, inf, 0)
     least_gap = least_defect = inf
@@ -88,7 +91,7 @@ class _Direction:
 
 
 def _step(problem: Problem, at: Inside, defect: Array, gap: float) -> Inside | None:
-    """Return the next x, s [n], strictly inside the cone; None where the numbers no longer allow one."""
+    """Return the next x, s [n], strictly inside the cone; None if rounding no longer allows a step."""
     k, index = problem.k, triu(problem.k)
     _, d, Vt, info = lapack.dgesdd(at.of_s.T @ at.of_x)
     if info != 0 or not d[-1] > 0.0:
@@ -117,7 +120,7 @@ def _step(problem: Problem, at: Inside, defect: Array, gap: float) -> Inside | N
     length = min(1.0, 1.0 / predictor.inverse_length)
     mean_gap = gap / k
     predicted_gap = float((diagonal + length * predictor.dx) @ (diagonal + length * predictor.ds)) / k
-    # a predictor that leaves the cone at once has nothing to say: then mostly recentre
+    # a predictor that leaves the cone at once carries no information: then mostly recentre
     centering = min(1.0, max(predicted_gap / mean_gap, 0.0) ** 3) if length > 1e-2 else 0.8
     target = index.matrix(predictor.dx) @ index.matrix(predictor.ds)
     target = -target - target.T
@@ -128,7 +131,7 @@ def _step(problem: Problem, at: Inside, defect: Array, gap: float) -> Inside | N
 
 
 def _stay_inside(at: Inside, direction: _Direction, length: float, k: int) -> Inside | None:
-    """Shorten the step until rounding, too, leaves x and s positive definite."""
+    """Shorten the step until x and s are positive definite in spite of rounding."""
     index = triu(k)
     for _ in range(8):
         x, s = at.x + length * direction.of_x, at.s + length * direction.of_s

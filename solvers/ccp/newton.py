@@ -1,13 +1,14 @@
 """Semismooth Newton on the normal map of a cone complementarity problem.
 
-X and S are the positive and negative part of one symmetric matrix, Z = X − γS, so that X ⪰ 0, S ⪰ 0 and XS = 0 hold
-exactly whatever Z is, and what remains to be solved is one equation (Robinson's normal map)
+X and S are the positive and negative part of one symmetric matrix, Z = X − γS. So X ⪰ 0, S ⪰ 0 and XS = 0 hold exactly
+for every Z. One equation remains (Robinson's normal map):
 
     F(Z) = γ(β[Z₊] − α) − Z₋ = 0,        Z₊ = X, Z₋ = γS.
 
 In the eigenbasis of Z, with p and y its positive and negative parts, the derivative of Z₊ multiplies entry (i, j) of
-the change H of Z by ω_ij = (p_i + p_j)/(p_i + p_j + y_i + y_j). The Newton equation is solved for v = ω∘H: where ω > 0
-that leaves γβ + diag((1−ω)/ω), positive definite where β is; the other entries follow without a solve.
+the change H of Z by ω_ij = (p_i + p_j)/(p_i + p_j + y_i + y_j). The Newton equation is solved for v = ω∘H. On the
+entries with ω > 0 its matrix is γβ + diag((1−ω)/ω), which is positive definite if β is. The other entries follow
+without a solve.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class _Point:
 def newton(problem: Problem, x: Array, s: Array, max_iterations: int, tolerance: float, halvings: int = 12) -> Iterate:
     """Solve the problem from the guess x, s [n], both positive semidefinite, with an Armijo line search on |F|.
 
-    Quadratically convergent near a strictly complementary solution; it may stall elsewhere, which shows in the
-    residual. A step is halved less than `halvings` times before the method gives up.
+    It converges quadratically near a strictly complementary solution. Elsewhere it may stall, which shows in the
+    residual. A step is tried in `halvings` lengths, each half of the one before; then the method gives up.
     """
     gamma = _balance(problem, x, s)
     b, a = gamma * problem.b, gamma * problem.a
@@ -56,9 +57,9 @@ def newton(problem: Problem, x: Array, s: Array, max_iterations: int, tolerance:
 
 
 def _balance(problem: Problem, x: Array, s: Array) -> float:
-    """Return γ that makes X and γS alike in size: an ill-conditioned β makes X large.
+    """Return the γ that makes X and γS equal in size: an ill-conditioned β makes X large.
 
-    A slack below |α|, as where S is nearly zero, has no say: it would magnify rounding.
+    A slack below |α|, as when S is nearly zero, is ignored: it would magnify rounding.
     """
     return power_of_two(max(norm(x), problem.least_x) / max(norm(s), problem.norm_a))
 
@@ -72,7 +73,7 @@ def _evaluate(b: Array, a: Array, z: Array, k: int) -> _Point:
 
 
 def _newton_step(b: Array, point: _Point, symmetric: bool) -> Array | None:
-    """Return the step [n] of Z, or None where the Newton matrix is singular."""
+    """Return the step [n] of Z, or None if the Newton matrix is singular."""
     index = triu(len(point.eigenvalues))
     p, y = np.maximum(point.eigenvalues, 0.0), np.maximum(-point.eigenvalues, 0.0)
     p_pair, y_pair = p[index.rows] + p[index.columns], y[index.rows] + y[index.columns]
@@ -97,7 +98,7 @@ def _newton_step(b: Array, point: _Point, symmetric: bool) -> Array | None:
 
 
 def _line_search(b: Array, a: Array, point: _Point, step: Array, floor: float, halvings: int) -> _Point | None:
-    """Return the first point along the step, halved as needed, where |F| falls enough; None where there is none."""
+    """Return the first point along the step, halved as needed, at which |F| falls enough; None if there is none."""
     t = 1.0
     for _ in range(halvings):
         tried = _evaluate(b, a, point.z + t * step, len(point.Q))

@@ -29,13 +29,13 @@ def least_eigenvalue(M: Array) -> float:
 
 
 def cholesky(M: Array) -> Array | None:
-    """Return the lower Cholesky factor of a symmetric M [n,n], or None where M is not positive definite."""
+    """Return the lower Cholesky factor of a symmetric M [n,n], or None if M is not positive definite."""
     factor, info = lapack.dpotrf(M, lower=1, clean=1)
     return factor if info == 0 else None
 
 
 def factorise(M: Array, symmetric: bool) -> Callable[[Array], Array] | None:
-    """Return b ↦ M⁻¹ b, M [n,n] factorised once: Cholesky where it will do, else LU; None where M is singular."""
+    """Return b ↦ M⁻¹ b with M [n,n] factorised once, by Cholesky if possible, else by LU; None if M is singular."""
     if symmetric:
         factor = cholesky(M)
         if factor is not None:
@@ -68,8 +68,8 @@ def power_of_two(value: float) -> float:
 class Problem:
     """Find x [n] with smat(x) ⪰ 0, s = b x − a with smat(s) ⪰ 0, x·s = 0, where |a| and |b| are near 1.
 
-    The caller's solution is X = x_unit · C smat(x) C, with C a diagonal matrix of powers of two; a congruence maps
-    the cone onto itself. C makes the diagonal of b even where α and β are graded (eigenvalues of H that rotate at
+    The caller's solution is X = x_unit · C smat(x) C, where C is a diagonal matrix of powers of two. This congruence
+    maps the cone onto itself. C makes the diagonal of b even if α and β are graded (the eigenvalues of H change at
     very different rates).
     """
 
@@ -88,14 +88,14 @@ class Problem:
         """Return CCP(alpha [k,k], beta [n,n]) scaled by powers of two, with the congruence if `equilibrate`."""
         k = len(alpha)
         index = triu(k)
-        # first by the largest entry, so that no square under- or overflows below
+        # scale first by the largest entry, so that no square below under- or overflows
         a_scale, b_scale = power_of_two(float(np.abs(alpha).max())), power_of_two(float(np.abs(beta).max()))
         a, b = index.vector(alpha) / a_scale, beta / b_scale
         congruence = np.ones(index.n)
         if equilibrate:
             diagonal = np.abs(b[index.diagonal, index.diagonal])
             seen = diagonal > 1e-16 * diagonal.max()
-            if seen.any():  # rows without curvature are scaled like the weakest that has one
+            if seen.any():  # rows without curvature are scaled like the weakest row that has some
                 diagonal[~seen] = diagonal[seen].min()
                 c = np.exp2(np.round(-0.25 * np.log2(diagonal / diagonal.max())))
                 congruence = c[index.rows] * c[index.columns]
@@ -120,17 +120,17 @@ class Problem:
 
     @property
     def least_x(self) -> float:
-        """The size |a|/|b| that a solution has at least where S = 0: what "small" means for x."""
+        """The size |a|/|b| that a solution with S = 0 has at least: the scale of "small" for x."""
         return self.norm_a / self.norm_b
 
     def size_s(self, x: Array) -> float:
-        """Return |a| + |b||x|, the size of the terms whose difference is s: what "small" means for s."""
+        """Return |a| + |b||x|, the size of the terms whose difference is s: the scale of "small" for s."""
         return self.norm_a + self.norm_b * max(norm(x), self.least_x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Iterate:
-    """Where a solver stopped: a candidate x [n] with its own slack s [n], and how far it is from a solution."""
+    """The last point of a solver: a candidate x [n], its slack s [n], and its distance from a solution."""
 
     x: Array
     s: Array

@@ -1,4 +1,4 @@
-"""Whether a candidate solves a cone complementarity problem in the caller's units, and what to say where none does."""
+"""Check that a candidate solves a cone complementarity problem in the caller's units, and the errors if none does."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dvi.solvers.svec import Array, smat, svec, triu
 ACCEPTED_RESIDUAL: Final = 1e-10
 ACCEPTED_STRICT: Final = 1e-6  # of the defects of S against |α| alone
 ACCEPTED_GROWTH: Final = 1e10  # of |X||β|/|α|; beyond it the digits of β do not determine X
-ROUNDING: Final = 1e-11  # curvature of β, relative to |β|, that is not told apart from zero
+ROUNDING: Final = 1e-11  # curvature of β, relative to |β|, that cannot be distinguished from zero
 
 
 class CCPError(ValueError):
-    """No solution, or none that can be trusted; the message says why and what to do.
+    """There is no solution, or none that can be trusted; the message says why and what to do.
 
-    `direction` [k,k], where there is one, is the symmetric matrix D that shows it: ⟨D, β[D]⟩ < 0, or the D along
-    which X grows without bound.
+    `direction` [k,k], if known, is the symmetric matrix D that proves it: either ⟨D, β[D]⟩ < 0, or X grows without
+    bound along D.
     """
 
     def __init__(self, message: str, direction: Array | None = None) -> None:
@@ -46,8 +46,8 @@ class Verdict:
     def of(cls, plain: Problem, X: Array) -> Verdict:
         """Judge X [k,k] by the problem without a congruence and without regularisation.
 
-        That problem is the caller's up to powers of two (and an asymmetry of β at the level of rounding), which change
-        none of the three measures.
+        That problem is the caller's, up to powers of two and an asymmetry of β at the level of rounding. Neither
+        changes any of the three measures.
         """
         x = plain.from_caller(X)
         s = plain.b @ x - plain.a
@@ -69,7 +69,7 @@ class Verdict:
 
 
 def require_monotone(problem: Problem) -> None:
-    """Raise CCPError, naming a direction, where the symmetric part of β has a negative eigenvalue beyond rounding."""
+    """Raise CCPError with a direction if the symmetric part of β has a negative eigenvalue beyond rounding."""
     shifted = 0.5 * (problem.b + problem.b.T)
     shifted.ravel()[:: len(shifted) + 1] += ROUNDING * problem.norm_b
     if cholesky(shifted) is not None:
@@ -79,9 +79,10 @@ def require_monotone(problem: Problem) -> None:
     raise CCPError(
         f"β is not monotone: ⟨D, β[D]⟩ < 0 along D =\n{_shown(D)}\n"
         f"(its curvature is {eigenvalues[0] / problem.norm_b:.1e} |β|). More oscillation along D would raise the "
-        "effective sharpness instead of lowering it, so nothing holds it at the edge of stability. The part of β that "
-        "comes from the loss, ½TP⁻¹Tᵀ, is never negative: look at how P(ν) answers, through f, to a larger gradient "
-        "covariance, and at signs in (f, P). If the curvature is as small as rounding, compute α and β in float64.",
+        "effective sharpness instead of lowering it, so nothing keeps it at the edge of stability. The part of β "
+        "that comes from the loss, ½TP⁻¹Tᵀ, is never negative: check how P(ν) responds, through f, to a larger "
+        "gradient covariance, and the signs in (f, P). If the curvature is as small as rounding, compute α and β in "
+        "float64.",
         D / np.abs(D).max(),
     )
 
@@ -96,7 +97,7 @@ def unbounded(plain: Problem, D: Array) -> CCPError:
         "no bounded solution, or one too large for double precision to determine: α pushes along a direction on which "
         f"β hardly acts, and X grows without bound along D =\n{_shown(D)}\n"
         f"(⟨α, D⟩ = {push:.1e} |α|, |β[D]| = {answer:.1e} |β|). The effective sharpness along D rises and oscillation "
-        "does not bring it down, as on a quadratic loss: no central flow stays at the edge of stability there. Check "
+        "does not lower it, as on a quadratic loss: no central flow stays at the edge of stability there. Check "
         "that the loss has a third derivative along D and that the run starts below the edge, or lower the learning "
         "rate.",
         D,
@@ -104,7 +105,7 @@ def unbounded(plain: Problem, D: Array) -> CCPError:
 
 
 def failure(plain: Problem, best: Verdict) -> CCPError:
-    """Return the error for a monotone problem of which no candidate was accepted, `best` being the best."""
+    """Return the error for a monotone problem without an accepted candidate; `best` is the best one."""
     if best.growth > 1e6 and np.isfinite(best.X).all():
         return unbounded(plain, smat(plain.from_caller(best.X)))
     return CCPError(

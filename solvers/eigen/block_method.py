@@ -1,9 +1,9 @@
 """The critical subspace: the eigenpairs of the effective Hessian near and above 2, followed along a run.
 
-A warm-started block method (LOBPCG with stored products: one block product with the Hessian per iteration).  The block
-always holds one vector more than the critical ones, so that the next eigenvalue to arrive is seen coming; at intervals
-a Krylov space from a random start looks for one that the block is blind to.  A block spans an invariant subspace, so
-nothing jumps when two eigenvalues cross inside it.
+The method is a warm-started LOBPCG with stored products: one block product with the Hessian per iteration.  The block
+always holds one vector more than the critical ones, so that the next eigenvalue is known before it arrives.  From time
+to time, a Krylov space from a random start searches for an eigenvalue that the block has missed.  The block spans an
+invariant subspace, so nothing jumps when two eigenvalues cross inside it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Eigenblock:
         AV: the operator times them [d, m].
         eigenvalues: Ritz values, descending, host float64 [m].
         residuals: ‖A v − λ v‖ [m].
-        draws: how many random vectors were drawn so far (the block's whole random state).
+        draws: how many random vectors were drawn so far (the whole random state of the block).
     """
 
     V: Tensor
@@ -51,18 +51,18 @@ class Eigenblock:
 
 @dataclass(frozen=True)
 class CriticalSubspace:
-    """The block method and how closely it looks.
+    """The block method and its accuracy.
 
     Args:
-        tol: residual ‖Av − λv‖ at which an eigenpair counts as converged (eigenvalues of order 2; the eigenvalue's own
-            error is of order tol²/gap).
+        tol: residual ‖Av − λv‖ at which an eigenpair counts as converged, for eigenvalues of order 2.  The error of the
+            eigenvalue is of order tol²/gap.
         slack: vectors kept beyond the wanted ones.
         max_iterations: block products before :class:`ConvergenceError`.
-        krylov: dimension of the random look-around (:meth:`survey`).
+        krylov: dimension of the Krylov space of the random search (:meth:`survey`).
         seed: of the random vectors.
 
     Raises:
-        ValueError: if slack is not at least 1: without it nothing is seen coming.
+        ValueError: if slack is less than 1 (no arrival could be predicted) or tol is not positive.
     """
 
     tol: float = 1e-3
@@ -77,13 +77,13 @@ class CriticalSubspace:
             raise ValueError("CriticalSubspace: slack must be at least 1, tol positive.")
 
     def start(self, A: Operator, example: Tensor, want: float, tol: float | None = None) -> Eigenblock:
-        """Leading eigenpairs from nothing: all above ``want`` and ``slack`` more.
+        """Leading eigenpairs from a random start: all above ``want`` and ``slack`` more.
 
         Args:
             A: the operator.
-            example: a vector [d] whose dtype and device are taken.
+            example: a vector [d] that sets dtype and device.
             want: every eigenvalue above this is converged (at least the leading one).
-            tol: instead of the configured one.
+            tol: replaces the configured one.
 
         Raises:
             ConvergenceError: if that takes more than ``max_iterations`` block products.
@@ -98,21 +98,22 @@ class CriticalSubspace:
         """The same eigenpairs for an operator that has moved a little; the block grows and shrinks as needed.
 
         Args:
-            A, block, want, tol: as in :meth:`start`, and what there was.
-            least: so many are converged, wherever their eigenvalues are.
+            A, want, tol: as in :meth:`start`.
+            block: the eigenpairs before the operator moved.
+            least: the number of leading eigenpairs to converge, whatever their eigenvalues are.
         """
         V = block.V
         needed = self._needed(block.eigenvalues, want, least)
-        if V.shape[1] > needed + self.slack + 1:  # two to spare: hysteresis, a block that breathes costs restarts
+        if V.shape[1] > needed + self.slack + 1:  # two to spare: each change of size costs a restart
             V = V[:, : needed + self.slack]
         V = orthonormal_against(V, None, rounds=1)
         return self._iterate(A, replace(block, V=V, AV=upright(A(V))), want, tol or self.tol, least)
 
     def survey(self, A: Operator, block: Eigenblock, want: float, tol: float | None = None) -> Eigenblock:
-        """Look for an eigenvalue above ``want`` that the block is blind to, and take it in.
+        """Search for an eigenvalue above ``want`` that the block has missed, and add it to the block.
 
-        A Lanczos process from a random start in the complement of the block: an isolated eigenvalue above the rest of
-        the spectrum shows in a dozen products.  Costs ``krylov`` products.
+        The search is a Lanczos process from a random start in the complement of the block.  It finds an isolated
+        eigenvalue above the rest of the spectrum in a dozen products.  It costs ``krylov`` products.
         """
         V = block.V
         if V.shape[1] >= V.shape[0]:
@@ -126,14 +127,15 @@ class CriticalSubspace:
                 G = gram([r], [V, *basis])
                 r = combined([V, *basis], -G[:, 1:].T, onto=r)
                 norm = float(r.norm())
-                if norm > 0.5 * np.sqrt(G[0, 0]):  # little was cancelled: orthogonal to rounding at the first time
+                if norm > 0.5 * np.sqrt(G[0, 0]):  # little was cancelled: one round makes it orthogonal to rounding
                     break
             if norm < 1e-10:  # the Krylov space is invariant
                 break
             basis.append(r / norm)
         basis = basis[: len(products)]
         ritz, C = np.linalg.eigh(_small(basis, products)[1])
-        # What was found is of interest if it is (nearly) wanted, or if it leads; and only if it is not in the block.
+        # The new vector is of use if its eigenvalue is (nearly) wanted or the largest, and only if it is not in the
+        # block.
         news = ritz > max(min(want - 0.1, block.eigenvalues[0]), block.eigenvalues[-1]) + 1e-6
         if not news.any():
             return replace(block, draws=draws)
@@ -164,7 +166,7 @@ class CriticalSubspace:
         return orthonormal_against(X, V), draws + 1
 
     def _iterate(self, A: Operator, block: Eigenblock, want: float, tol: float, least: int = 1) -> Eigenblock:
-        """LOBPCG until all Ritz pairs above ``want``, and ``least``, are converged and ``slack`` more are at hand."""
+        """LOBPCG until all Ritz pairs above ``want``, and at least ``least``, are converged, with ``slack`` more."""
         X, AX, draws = block.V, block.AV, block.draws
         d = X.shape[0]
         floor = 2e3 * torch.finfo(X.dtype).eps * max(1.0, float(np.abs(block.eigenvalues).max(initial=1.0)))
@@ -176,7 +178,7 @@ class CriticalSubspace:
             (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
             needed = self._needed(ritz, want, least)
             converged = residuals <= tol
-            # A slack vector may stay rough, unless an eigenvalue above `want` may be hiding behind its residual.
+            # A slack vector may stay inaccurate, unless its residual leaves room for an eigenvalue above `want`.
             hiding = residuals > np.maximum(want - ritz, tol)
             if converged[:needed].all() and not hiding[needed:].any():
                 missing = min(needed + self.slack, d) - X.shape[1]
@@ -202,7 +204,9 @@ class CriticalSubspace:
         )
 
     def _settle(self, A: Operator, X: Tensor, AX: Tensor, tol: float, count: int) -> tuple[Tensor, Tensor]:
-        """A few iterations on the vectors that are not converged, so that a random one turns towards the top."""
+        """A few iterations on the vectors that are not converged: they turn random ones towards the top of the
+        spectrum.
+        """
         P = AP = None
         for _ in range(count):
             ritz, X, AX = _ritz(X, AX)
@@ -218,7 +222,7 @@ class CriticalSubspace:
 def _ritz(X: Tensor, AX: Tensor) -> tuple[Array, Tensor, Tensor]:
     """Ritz values [m], descending, in the span of X [d, m], and orthonormal Ritz vectors with their products.
 
-    X is orthonormal but for some rounding, which is mended: the pencil XᵀAX, XᵀX is solved.
+    X is orthonormal up to rounding.  Solving the pencil XᵀAX, XᵀX corrects for the rounding.
     """
     gramian, small = _small([X], [AX])
     scale, Q = np.linalg.eigh(gramian)
@@ -241,7 +245,7 @@ def _improved(
     A: Operator, X: Tensor, AX: Tensor, R: Tensor, P: Tensor | None, AP: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One move of LOBPCG, for one block product: the best of X, its residuals R and the last directions P."""
-    W = orthonormal_against(R, X, rounds=1)  # the Gram matrix of all three sees what that leaves
+    W = orthonormal_against(R, X, rounds=1)  # the Gram matrix of all three accounts for the rest
     S, AS = [X, W], [AX, upright(A(W))]
     if P is not None and AP is not None:
         S.append(P)
@@ -250,10 +254,11 @@ def _improved(
 
 
 def _rayleigh_ritz(S: list[Tensor], AS: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As many of the best Ritz vectors in span(S) as S[0] has, and LOBPCG's directions (what the rest of S adds).
+    """The best Ritz vectors in span(S), as many as S[0] has, and LOBPCG's directions (the part that the rest of S
+    adds).
 
-    S may be nearly dependent once converged, so its Gram matrix is whitened in float64 and its null space dropped. The
-    vectors are orthonormal up to the rounding that this magnifies, which :func:`_ritz` mends.
+    S may be nearly dependent after convergence.  So its Gram matrix is whitened in float64 and its null space dropped.
+    This magnifies rounding in the orthonormality of the vectors, which :func:`_ritz` corrects.
     """
     keep, eps = S[0].shape[1], torch.finfo(S[0].dtype).eps
     gramian, A = _small(S, AS)

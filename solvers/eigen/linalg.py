@@ -1,10 +1,11 @@
 """Arithmetic with a few long vectors, the columns of blocks [d, m] with d up to millions: Gram matrices and bases.
 
-Where d is large, memory takes the time: every pass over a block counts, and every new one.  So blocks that belong
-together are never copied side by side, and each vector of a block lies in one piece (:func:`upright`), for which
-products with small matrices are several times faster than for vectors that are interleaved.
+For large d the time goes into memory traffic: every pass over a block counts, and so does every new block.  So blocks
+that belong together are never copied side by side.  The columns of a block are contiguous in memory (:func:`upright`),
+which makes products with small matrices several times faster than interleaved columns.
 
-Small matrices are float64 on the host.  Nothing else leaves the device, and nothing long is held in another dtype.
+Small matrices are float64 on the host.  Nothing else leaves the device, and no long vector is converted to another
+dtype as a whole.
 """
 
 from __future__ import annotations
@@ -17,28 +18,29 @@ from torch import Tensor
 
 from dvi.solvers.protocol import Array, host, like
 
-#: Entries of a vector converted to float64 at a time: what a processor's cache holds, and what keeps a GPU busy.
+#: Entries of a vector converted to float64 at a time: few enough for the cache of a processor, enough to fill a GPU.
 _PIECE_HOST, _PIECE_DEVICE = 2**14, 2**18
 
-#: What must be left of a column of norm one, without its parts along the others: its own digits go with the square.
+#: The least norm that a column of norm one keeps without its parts along the others: its accuracy falls with the
+#: square.
 _INDEPENDENT = 1e-3
 
 
 def upright(V: Tensor) -> Tensor:
-    """V [d, m] with every column in one piece; the same tensor where that is so already."""
+    """V [d, m] with contiguous columns; the same tensor if they are contiguous already."""
     return V.T.contiguous().T
 
 
 def beside(*blocks: Tensor) -> Tensor:
-    """The columns of all blocks [d, m_i] in one, upright."""
+    """The columns of all blocks [d, m_i] in one block with contiguous columns."""
     return torch.cat([block.T for block in blocks]).T
 
 
 def gram(S: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Array:
-    """Sᵀ[S, T] on the host [m, m + n], of blocks S = [S₀ S₁ …] with m columns in all and others T with n.
+    """Sᵀ[S, T] on the host [m, m + n], for blocks S = [S₀ S₁ …] with m columns in all and blocks T with n.
 
-    Products and sums are made in float64 whatever the dtype: the error is eps₆₄ √d at most, where a sum in float32
-    would lose half the digits at d = 10⁶.
+    Products and sums are computed in float64 for every dtype.  The error is eps₆₄ √d at most; a sum in float32 would
+    lose half the digits at d = 10⁶.
     """
     device, blocks = S[0].device, [block.T for block in (*S, *others)]
     m, total, d = sum(block.shape[1] for block in S), sum(len(block) for block in blocks), len(S[0])
@@ -55,7 +57,7 @@ def gram(S: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Array:
 
 
 def combined(S: Sequence[Tensor], C: Array, onto: Tensor | None = None) -> Tensor:
-    """``onto`` plus the combinations C [m, n] of the m columns of all blocks S, upright [d, n]."""
+    """``onto`` plus the combinations C [m, n] of the m columns of all blocks S: [d, n] with contiguous columns."""
     ends = np.cumsum([block.shape[1] for block in S]).tolist()
     result = None if onto is None else onto.T
     for block, end in zip(S, ends, strict=True):
@@ -66,11 +68,11 @@ def combined(S: Sequence[Tensor], C: Array, onto: Tensor | None = None) -> Tenso
 
 
 def orthonormal_against(W: Tensor, X: Tensor | None, rounds: int = 2) -> Tensor:
-    """An orthonormal basis [d, n] of the part of W [d, n] that is orthogonal to X [d, m], itself orthonormal.
+    """An orthonormal basis [d, n] of the part of W [d, n] that is orthogonal to X [d, m]; X is orthonormal.
 
-    Cholesky's factor of the Gram matrix, which costs half of Householder's reflections and is exact to rounding also
-    at d = 10⁶ in float32, where those are not; but it needs W of full rank to half the digits: where W is not,
-    reflections first.  Two rounds make the basis orthogonal to rounding, whatever W was.
+    It uses the Cholesky factor of the Gram matrix.  This costs half as much as Householder reflections, and it is exact
+    to rounding in float32 at d = 10⁶, where reflections are not.  But W must have full rank to half the digits; if it
+    does not, reflections come first.  Two rounds make the basis orthogonal to rounding for every W.
     """
     known = [] if X is None else [X]
     for _ in range(rounds):
@@ -83,7 +85,7 @@ def orthonormal_against(W: Tensor, X: Tensor | None, rounds: int = 2) -> Tensor:
 
 
 def _factors(W: Tensor, known: list[Tensor]) -> Array | None:
-    """What makes W's part orthogonal to the known orthonormal: C [n + m, n], or None where W is nearly dependent."""
+    """The combinations C [n + m, n] that make W orthonormal and orthogonal to X, or None if W is nearly dependent."""
     n = W.shape[1]
     G = gram([W], known)
     length = np.sqrt(G.diagonal()) if n else np.ones(0)

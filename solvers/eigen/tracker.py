@@ -1,4 +1,4 @@
-"""Which eigenvectors are critical over the next step: the leading eigenpairs, their rates, and the band below 2."""
+"""Decides which eigenvectors are critical over the next step: leading eigenpairs, their rates, the band below 2."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace, Eigenbloc
 from dvi.solvers.numbers import with_numbers
 from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, State, host
 
-#: Overlap from which on two vectors are one direction: above 1/√2 no other can have as much.
+#: Two vectors with at least this overlap are the same direction: above 1/√2 no other vector can have as much.
 SAME = 0.7
 
 
 @dataclass(frozen=True)
 class SpectrumEstimate:
-    """The leading eigenpairs as last seen.
+    """The leading eigenpairs at their last update.
 
     Attributes:
         block: leading eigenpairs.
         rates: dλ/dt [m] per unit time.
-        t: when.
-        surveyed: when a random look-around was last made.
-        until: the moment until which none can have come near 2, by how fast they were: no need to look before.
-        speed: how fast the fastest was, rising or falling.
-        U: the eigenvectors in the metric of P, UᵀPU = I [d, m], where there is a time until which to believe them.
-        below: where an eigenvalue that the block is blind to may have been when one was last looked for, at most.
+        t: time of the update.
+        surveyed: time of the last random search.
+        until: by the measured speeds, no eigenvalue can come near 2 before this time, so no update is needed before.
+        speed: largest |dλ/dt|, rising or falling.
+        U: the eigenvectors in the metric of P, UᵀPU = I [d, m]; only if ``until`` is later than ``t``.
+        below: upper bound, at the last random search, for an eigenvalue that the block has missed.
     """
 
     block: Eigenblock
@@ -48,11 +48,11 @@ class SpectrumEstimate:
 
     @property
     def shown(self) -> Array:
-        """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
+        """The eigenvalues to report: the leading one, and the next ones whose vectors are known to a few percent."""
         return shown(self.block)
 
     def frame(self, flow: ConstrainedFlow, y: State, k: int, third: bool = True) -> Frame:
-        """The frame at y of the k leading eigenvectors that were seen there, with T if asked for."""
+        """The frame at y of the k leading eigenvectors found there, with T if asked for."""
         return flow.frame(y, self.block.V[:, :k], self.block.AV[:, :k], third)
 
 
@@ -60,7 +60,7 @@ class SpectrumEstimate:
 class Approach:
     """Effective eigenvalues and their rates; descending, [k].
 
-    ``turns``: by how much those rates rise per unit time, where they do; 0 where that is not known.
+    ``turns``: how fast rising rates rise, per unit time; 0 for the others and where it is not known.
     """
 
     values: Array
@@ -68,7 +68,7 @@ class Approach:
     turns: Array
 
     def arrivals(self) -> Array:
-        """In how many unit times each arrives at 2; ∞ for those that are there, or not on their way."""
+        """Unit times until each arrives at 2; ∞ for those that are there already or do not approach."""
         room = CRITICAL - self.values
         on_its_way = (room > CONSTANTS.at_edge) & (self.rates > 1e-7)
         rates, turns = np.where(on_its_way, self.rates, 1.0), np.maximum(self.turns, 1e-12)
@@ -78,22 +78,23 @@ class Approach:
         return np.where(on_its_way & (turns * room < 1e-6 * rates**2), room / rates, times)
 
     def none_within(self, h: float) -> bool:
-        """Is none at the edge, nor to arrive there before a step of h is nearly over?"""
+        """True if none is at the edge, and none arrives there before a step of h is nearly over."""
         return bool(np.all(CRITICAL - self.values > CONSTANTS.at_edge) and np.all(self.arrivals() > 0.9 * h))
 
 
 @dataclass(frozen=True)
 class EigenTracker:
-    """Follows the eigenpairs and says which of them the constraint must hold over the next step.
+    """Follows the eigenpairs and says which of them the constraint must include over the next step.
 
     Args:
         subspace: the block method.
-        band: an eigenvalue within ``band`` of 2 counts as critical (its constraint is then watched; X stays zero on it
-            until it reaches 2).
-        lookahead: one that would come within the band in ``lookahead`` steps at its present rate counts, too.
-        survey_every: unit times between random look-arounds for an eigenvalue the block is blind to, at most.
-        survey_soonest: and at least, where one may have come to 2 that rises twice as fast as those in sight.
-        patience: unit times for which a spectrum far from 2 is believed, at most.
+        band: an eigenvalue within ``band`` of 2 counts as critical.  Its constraint is then included; X stays zero on
+            it until it reaches 2.
+        lookahead: an eigenvalue that would enter the band within ``lookahead`` steps at its present rate also counts.
+        survey_every: longest time between random searches for an eigenvalue that the block has missed, in unit times.
+        survey_soonest: shortest such time.  It applies if a missed eigenvalue, rising twice as fast as the known ones,
+            may have reached 2.
+        patience: longest time for which a spectrum far from 2 is trusted, in unit times.
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)
@@ -109,7 +110,7 @@ class EigenTracker:
     def update(
         self, flow: ConstrainedFlow, y: State, last: SpectrumEstimate | None, h: float, guess: Tensor | None = None
     ) -> SpectrumEstimate:
-        """The eigenpairs at y, down to what a step of h may bring to 2.
+        """The eigenpairs at y, including all that a step of h may bring to 2.
 
         The search starts from ``guess``, or from the last ones.
         """
@@ -120,9 +121,10 @@ class EigenTracker:
             return SpectrumEstimate(block, rates, y.t, y.t, below=below)
         fastest = max(0.0, float(last.rates.max()))
         want = CRITICAL - float(np.clip(2 * fastest * h, max(0.1, 1.5 * self.band), 1.2))
-        # Far from 2 the eigenvectors only serve to see it coming: no need for them to be sharp.
+        # Far from 2 the eigenvectors only serve to predict an arrival, so they need not be accurate.
         distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
-        # But sharp beside their eigenvalue: any vector has a small residual where most eigenvalues are small.
+        # But the residual must be small beside the eigenvalue: if most eigenvalues are small, any vector has a small
+        # one.
         tol = max(self.subspace.tol, min(0.2, 0.15 * distance, 0.05 * abs(float(last.eigenvalues[0]))))
         block = last.block if guess is None else replace(last.block, V=guess)
         block = self.subspace.follow(A, block, want, tol)
@@ -141,15 +143,15 @@ class EigenTracker:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
 
         Args:
-            flow, y: where.
-            last: the last estimate, given back as it is if it is younger than ``every`` unit times.
-            every: unit times between looks.
+            flow, y: the flow and the state.
+            last: the last estimate, returned unchanged if it is younger than ``every`` unit times.
+            every: unit times between updates.
         """
         if last is not None and y.t < last.t + every * (1 - 1e-9):
             return last
         A = flow.effective_hessian(y)
         only = np.inf  # no eigenvalue is wanted beyond the leading one
-        if last is None:  # sharp, since a random vector's residual may be small, too
+        if last is None:  # accurate, since the residual of a random vector may be small, too
             block = self.subspace.start(A, y.w, only)
             return SpectrumEstimate(block, np.zeros(block.size), y.t, y.t)
         tol = 0.03 * max(1.0, float(last.eigenvalues[0]))
@@ -159,10 +161,10 @@ class EigenTracker:
         return SpectrumEstimate(block, np.zeros(block.size), y.t, surveyed)
 
     def critical(self, now: SpectrumEstimate, h: float, held: int = 0) -> int:
-        """How many leading eigenvectors the constraint must hold over the next h: contiguous, converged ones only.
+        """How many leading eigenvectors the constraint must include over the next h: contiguous, converged ones only.
 
-        Of those ``held`` now one is let go only when it has fallen half as far again below 2 as it takes to be held,
-        so that an eigenvalue that lingers there does not make k change at every step.
+        One of the ``held`` directions is released only when it has fallen below 2 by 1.5 times the distance at which it
+        is included.  So k does not change at every step when an eigenvalue stays near that distance.
         """
         reach = now.eigenvalues + self.lookahead * np.maximum(now.rates, 0.0) * h + self.band
         reach[:held] += 0.5 * self.band
@@ -173,10 +175,11 @@ class EigenTracker:
         return now.frame(flow, y, self.critical(now, h))
 
     def trusted(self, flow: ConstrainedFlow, y: State, now: SpectrumEstimate, held: int, until: float) -> bool:
-        """May the eigenvalues beyond the leading ``held`` be taken as below the band until then, without a look?
+        """True if the eigenvalues beyond the leading ``held`` stay below the band until then, so that no update is
+        needed.
 
-        Their rates say so, and so does P as it is at y: an eigenvalue of P⁻¹H that rises because P falls shows in
-        λ/uᵀPu, at no product with H.
+        Two things must say so: their rates, and the present P.  If an eigenvalue of P⁻¹H rises because P falls, then
+        λ/uᵀPu shows it without a product with H.
         """
         if now.U is None or (not held and until > now.until):
             return False
@@ -186,27 +189,28 @@ class EigenTracker:
         if held:
             room -= self.lookahead * np.maximum(now.rates, 0.0) * (until - now.t)
         (length,) = host((now.U * flow.precondition(y, now.U)).sum(dim=0))
-        # What has sunk because P grew is not further from 2: the rates, seen as P grew, take it there all the same.
+        # An eigenvalue that fell because P grew is not taken as further from 2: its rate was measured while P grew.
         risen = np.maximum(now.eigenvalues * (1 / np.maximum(length, 1e-12) - 1), 0.0)
         return bool(np.all(risen[held:] < 0.5 * room[held:]))
 
     def rise(self, now: SpectrumEstimate, t: float) -> float:
-        """By how much an eigenvalue may have risen by t, if it comes near 2 at ``now.until`` at the earliest."""
+        """By how much an eigenvalue may have risen by t, if it comes near 2 no earlier than at ``now.until``."""
         room = CRITICAL - self.band - float(now.eigenvalues[0])
         return room * float(np.clip((t - now.t) / max(now.until - now.t, 1e-9), 0.0, 1.0))
 
     def due(self, now: SpectrumEstimate) -> float:
-        """The moment of the next random look-around."""
+        """The time of the next random search."""
         time = (CRITICAL - now.below) / (2 * max(float(now.rates.max()), 1e-6))
         return now.surveyed + min(max(time, self.survey_soonest), self.survey_every)
 
     def _until(self, block: Eigenblock, speeds: Array, t: float, last: SpectrumEstimate, h: float) -> float:
-        """The moment until which no eigenvalue of the block comes within ``band`` of 2, by how fast they were.
+        """The time until which no eigenvalue of the block comes within ``band`` of 2, by their measured speeds.
 
-        Speeds are believed up to a factor of four, rising or falling, and for three times as long as it took to measure
-        them: the intervals between looks grow as fast as the flow calms down; and not for more than six steps like this
-        one, h, which are short where something moves fast.  What has become faster since the last look is expected to
-        do so twice over: a speed is that of the middle of an interval.
+        A measured speed is trusted up to the factor ``CONSTANTS.sudden``.  It is extrapolated over at most
+        ``CONSTANTS.believed`` times the interval of its measurement, so the intervals grow as the flow calms down.  It
+        is also extrapolated over at most six steps of the present length h, since steps are short when something moves
+        fast.  If the speeds have grown since the last update, the growth is expected twice more: a measured speed
+        belongs to the middle of its interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
@@ -215,16 +219,16 @@ class EigenTracker:
 
     @property
     def _rough(self) -> float:
-        """A residual up to which a vector serves as an eigenvector for a while."""
+        """The residual up to which a vector serves as an eigenvector for a while."""
         return min(20 * self.subspace.tol, max(CONSTANTS.rough, self.subspace.tol))
 
     def _rates(self, last: SpectrumEstimate, block: Eigenblock, t: float, found: bool) -> tuple[Array, Array]:
-        """dλ/dt of vectors recognised from last time by overlap; unknown ones are assumed as fast as the fastest.
+        """dλ/dt [m], and an upper bound of |dλ/dt| [m].
 
-        One that a look-around has found came from below what the last one saw; it is taken to be half again as fast as
-        that takes, so that it is looked at once more before it arrives.
-
-        Also what |dλ/dt| may have been at most, which for an unknown one is more.
+        Vectors are recognised by their overlap with the last ones.  An unknown vector is assumed to be as fast as the
+        fastest.  A vector found by a random search came from below the bound of the last search.  It is assumed to be
+        1.5 times as fast as that implies, so that another update comes before it arrives.  The bound is larger for
+        unknown vectors.
         """
         elapsed = t - last.t
         if elapsed <= 0:
@@ -233,7 +237,7 @@ class EigenTracker:
         overlap = np.abs(host(last.block.V.T @ block.V)[0])
         match = overlap.argmax(axis=0)
         rates = (block.eigenvalues - last.eigenvalues[match]) / elapsed
-        # a Ritz value is off by about residual²/gap, at most the residual: of no use as a rate if that is large
+        # the error of a Ritz value is about residual²/gap, at most the residual: if that is large, its rate is useless
         limit = 0.05 * np.maximum(CONSTANTS.rough, CRITICAL - block.eigenvalues) + self._rough
         rough = np.maximum(block.residuals, last.block.residuals[match])
         known = (overlap.max(axis=0) > SAME) & (rough < limit)
@@ -245,14 +249,14 @@ class EigenTracker:
 
 
 def shown(block: Eigenblock) -> Array:
-    """The eigenvalues to report: the leading one, and those after it whose vectors are at hand to a few percent."""
+    """The eigenvalues to report: the leading one, and the next ones whose vectors are known to a few percent."""
     return block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)]
 
 
 def landing_at(now: SpectrumEstimate, t: float, h: float, shortest: float, approach: Approach | None = None) -> float:
     """The step h from t, cut (not below ``shortest``) to end where the next eigenvalue is predicted to arrive at 2.
 
-    Those in the frame are where ``approach`` says (at t), the others where the last look saw them go.
+    For eigenvalues in the frame, ``approach`` predicts (from t); for the others, their rates at the last update do.
     """
     arrivals = Approach(now.eigenvalues, now.rates, np.zeros(now.block.size)).arrivals() - (t - now.t)
     if approach is not None:
@@ -266,5 +270,5 @@ def landing_at(now: SpectrumEstimate, t: float, h: float, shortest: float, appro
 
 
 def leading(holds: NDArray[np.bool_]) -> int:
-    """How many hold from the first on, without a break."""
+    """The number of leading True entries, up to the first False."""
     return len(holds) if holds.all() else int(np.argmin(holds))

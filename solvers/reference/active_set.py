@@ -1,12 +1,12 @@
 """The flow between breakpoints, as an ordinary differential equation.
 
-While the directions at the edge stay the same, X is a smooth function of the state: the solution of the CCP in the
-frame of the k directions held at 2.  What ends such a stretch is an event: the next eigenvalue arrives at 2, or X
-changes its rank.  High order needs both located (time-stepping across a breakpoint is of first order at best).
+While the directions at the edge stay the same, X is a smooth function of the state: it solves the CCP in the frame of
+the k directions held at 2.  Such a stretch ends with an event: the next eigenvalue arrives at 2, or X changes its rank.
+High order needs both events located, because steps across a breakpoint are of first order at best.
 
-The constraint is held by Baumgarte's term, γ gap + β[X] − α ⪰ 0 ⟂ X: on the exact solution the gap is zero wherever X
-is not, so the term changes nothing there, and numerical drift off 2 decays at the rate γ.  γ does not depend on the
-step: a γ of order 1/h would make the equation stiff across the constraint, and cost order 4 two of its orders.
+Baumgarte's term holds the constraint: γ gap + β[X] − α ⪰ 0 ⟂ X.  On the exact solution the gap is zero wherever X is
+not, so the term changes nothing there.  Numerical drift off 2 decays at the rate γ.  γ does not depend on the step:
+with γ of order 1/h the equation would be stiff across the constraint, and a method of order 4 would lose two orders.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from dvi.solvers.nodes import empty_frame, node
 from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, State, host, like
 from dvi.solvers.repair import Repair
 
-#: An eigenvalue this close to 2 is taken as having arrived, where nothing else is asked for.
+#: An eigenvalue this close to 2 counts as having arrived, unless another distance is asked for.
 ARRIVED = 1e-7
 #: Baumgarte rate, per unit time.
 GAMMA = 1.0
 #: Eigenvalues this far apart have clear eigenvectors.
 CLEAR = 1e-4
-#: A direction that no longer oscillates is let go when its eigenvalue is this far below 2 and its eigenvector is clear.
+#: A direction that no longer oscillates is released when its eigenvalue is this far below 2 and its eigenvector is
+#: clear.
 RELEASED = 1e-4
-#: Eigenvalues from here on may arrive in a landing.
+#: Eigenvalues above this may arrive in a landing.
 BAND = 0.05
 
 
 @dataclass(frozen=True)
 class Look:
-    """The flow evaluated at a state, k directions held.
+    """The flow evaluated at a state, with k directions held.
 
     Attributes:
         loss, g, seen, X, rate: as in a :class:`~dvi.solvers.protocol.Node`.
         frame: the frame of the held directions.
         held: their eigenvectors [d, k]; ``values``: their eigenvalues [k], descending.
-        next_eigenvalue: the largest among the others, the next to arrive.
-        modes: the eigenvalues of X − S (each scaled), descending, S = γ gap + β[X] − α: positive ones oscillate, and
+        next_eigenvalue: the largest of the others, the next to arrive.
+        modes: the eigenvalues of X − S (each scaled), descending, with S = γ gap + β[X] − α.  Positive ones oscillate;
             one changes its sign when the rank of X changes.
         weakest: ‖½P⁻¹T[x vvᵀ]‖, the push on w (per unit time) of the weakest oscillation, along v with variance x.
     """
@@ -73,12 +74,12 @@ class Face:
 
     Args:
         flow: the flow.
-        watch: how eigenpairs are followed; its tolerance bounds the accuracy of X.
-        held: eigenvectors [d, k] of the directions held at 2, where the step began.  Elsewhere the same directions
-            are found by overlap with these, not with what was seen last: behind a breakpoint that a trial step has
-            overrun they are not the leading ones, and what is found must not depend on where was looked before.
-        seen: the last sighting.
-        repair: sets trial states that leave the domain of P back towards where the step began.
+        watch: the tracker of eigenpairs; its tolerance bounds the accuracy of X.
+        held: eigenvectors [d, k] of the directions held at 2, at the start of the step.  At other states the same
+            directions are found by overlap with these, not with the last ones found.  After a breakpoint that a trial
+            step has overrun they are not the leading ones, and the result must not depend on the order of evaluations.
+        seen: the last eigenpairs.
+        repair: moves trial states that leave the domain of P back towards the start of the step.
         near: an eigenvalue this close to 2 has arrived.
     """
 
@@ -131,7 +132,7 @@ class Face:
         """The held directions among the eigenvectors: coefficients [m, k], eigenvalues [k], and those of the others.
 
         Close to an arrival the held and the arriving eigenvalue nearly coincide, and their eigenvectors are any
-        rotation of each other; the directions then are what the last clear look saw of them.
+        rotation of each other.  Then the directions are those of the last evaluation at which they were distinct.
         """
         (overlap,) = host(block.V.T @ self.held)  # [m, k]
         values = block.eigenvalues
@@ -152,15 +153,15 @@ class Face:
         return like(mix, block.V), held_values, rest
 
     def mend(self, y: State) -> State:
-        """A trial state, set back into the domain of P where it has left it."""
+        """A trial state; if it has left the domain of P, it is moved back inside."""
         return y if self.repair is None else self.repair(y)
 
     def sight(self, y: State, down_to: float | None = None) -> SpectrumEstimate:
-        """The eigenpairs at y: the held ones sharp, the next as sharp as its distance from 2 asks for.
+        """The eigenpairs at y: the held ones accurate, the next one as accurate as its distance from 2 requires.
 
         Args:
-            y: where.
-            down_to: all eigenpairs above this are to be sharp.
+            y: the state.
+            down_to: all eigenpairs above this are accurate.
         """
         A = self.flow.effective_hessian(y)
         subspace, seen = self.watch.subspace, self.seen
@@ -169,7 +170,7 @@ class Face:
             return SpectrumEstimate(block, np.zeros(block.size), y.t, y.t)
         want, tol = self._sharpness(seen.eigenvalues) if down_to is None else (down_to, subspace.tol)
         block = subspace.follow(A, seen.block, want, tol)
-        if (block.eigenvalues > want).sum() < self.k:  # a held one is falling, and faster than was to be expected
+        if (block.eigenvalues > want).sum() < self.k:  # a held one is falling faster than expected
             want = float(block.eigenvalues[: self.k].min()) - 0.2 * BAND
             block = subspace.follow(A, block, want, tol)
         surveyed = seen.surveyed
@@ -178,10 +179,10 @@ class Face:
         return SpectrumEstimate(block, np.zeros(block.size), y.t, surveyed)
 
     def _sharpness(self, values: Array) -> tuple[float, float]:
-        """Above which eigenvalue eigenpairs are to be sharp, and how sharp (residual).
+        """The eigenvalue above which eigenpairs must be accurate, and their residual.
 
-        X depends on the held eigenvectors to first order, and on the next one not at all: it must be seen coming, and
-        be sharp when it comes.
+        X depends on the held eigenvectors to first order and does not depend on the next one.  The next one must be
+        known before it arrives, and be accurate when it arrives.
         """
         sharp = self.watch.subspace.tol
         following = float(values[self.k]) if len(values) > self.k else -np.inf
@@ -192,29 +193,29 @@ class Face:
         return 0.5 * (min(CRITICAL, float(values[self.k - 1])) + max(following, 0.0)), sharp
 
     def next_value(self, y: State) -> float:
-        """The next eigenvalue at y alone, sharp: all that the search for an arrival needs, a few products."""
+        """The next eigenvalue at y alone, accurate: all that the search for an arrival needs, for a few products."""
         y = self.mend(y)
         reach = CRITICAL - BAND if self.seen is None else float(self.seen.eigenvalues[: self.k + 1].min()) - 0.2 * BAND
         self.seen = self.sight(y, reach)
         return float(self._recognise(self.seen.block)[2].max(initial=-np.inf))
 
     def arrived(self, y: State) -> Tensor:
-        """Eigenvectors of what is to be held from here on: all that is held, and what has arrived at 2.
+        """Eigenvectors to hold from here on: those held already, and those that have arrived at 2.
 
-        As many leading eigenvectors as that makes.  A held eigenvalue may have drifted off 2 by the error of the steps,
-        further than one that is located has come near it, and yet must not be let go.
+        They are counted, and that many leading eigenvectors are returned.  A held eigenvalue may have drifted off 2 by
+        the error of the steps, further than a located arrival is from 2, but it must not be released.
         """
         self.seen = self.sight(y, CRITICAL - BAND)
         beside = self._recognise(self.seen.block)[2]
         return self.seen.block.V[:, : self.k + int((beside >= CRITICAL - self.near).sum())]
 
     def land(self, y: State, g: Tensor, h: float) -> tuple[State, Tensor]:
-        """A step of h by linearised complementarity on all directions near 2; the end, and what is at 2 there.
+        """A step of h by linearised complementarity on all directions near 2; the end, and the directions at 2 there.
 
             X ⪰ 0   ⟂   gap + h (β[X] − α) ⪰ 0
 
         Args:
-            y: where, in the domain of P.
+            y: the state, in the domain of P.
             g: the gradient there [d].
             h: unit times; the error is O(h²).
         """
@@ -232,23 +233,23 @@ class Face:
         return end, self.seen.block.V[:, :at_edge]
 
     def kept(self, look: Look) -> Tensor:
-        """Eigenvectors of what is to be held from here on: directions that have clearly left are let go."""
+        """Eigenvectors to hold from here on: directions that have clearly left are released."""
         k = self.k
         while k > look.rank and CRITICAL - look.values[k - 1] > RELEASED:
             k -= 1
         return look.held[:, :k]
 
     def passed(self, after: Look) -> bool:
-        """Did an eigenvalue pass 2?"""
+        """True if an eigenvalue passed 2."""
         return after.next_eigenvalue > CRITICAL + self.near
 
     def kink(self, before: Look, after: Look, h: float) -> float:
-        """What a step of h that ignores a change of X's rank on its way gets wrong in w, at most.
+        """Upper bound for the error in w of a step of h that ignores a change of the rank of X within the step.
 
-        X is continuous there and bends.  An embedded error estimate may be blind to a bend near an end of the step.
-        Where the oscillation that ends (or begins) falls linearly to 0 within a part s of the step, Simpson's rule,
-        which is what a step of order 4 makes of it, is off by at most (1 − s)/4 of height times h, the trapezoid, of
-        order 2, by (1 − s)/2.
+        X is continuous there but has a kink.  An embedded error estimate may miss a kink near an end of the step.
+        Suppose the oscillation that ends (or begins) falls linearly to 0 within a fraction s of the step.  A step of
+        order 4 integrates it by Simpson's rule, whose error is at most (1 − s)/4 of height times h.  A step of order 2
+        uses the trapezoid rule, whose error is at most (1 − s)/2 of it.
         """
         r = max(before.rank, after.rank)
         if abs(before.rank - after.rank) != 1:
@@ -258,7 +259,7 @@ class Face:
         return 0.5 * h * b / (a + b) * on.weakest
 
     def event(self, before: Look, after: Look) -> bool:
-        """Did a breakpoint pass between two looks?"""
+        """True if there was a breakpoint between two evaluations."""
         return self.passed(after) or before.rank != after.rank
 
     def sign(self, before: Look, now: Look) -> float:
@@ -273,5 +274,5 @@ class Face:
 
 
 def node_of(flow: ConstrainedFlow, look: Look, t: float) -> Node:
-    """What a run records of a look."""
+    """The node of an evaluation."""
     return node(flow, t, look.loss, look.g, look.seen, look.frame, look.X, t, look.rate)

@@ -1,7 +1,8 @@
-"""What the integrators that follow the flow from breakpoint to breakpoint have in common: memory, approach, landing."""
+"""The common part of the integrators that step from breakpoint to breakpoint: memory, approach, landing."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from dvi.solvers.eigen.block_method import CRITICAL, CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
-from dvi.solvers.protocol import ConstrainedFlow, State, StepResult, combine
+from dvi.solvers.hermite import hermite
+from dvi.solvers.integrator import IntegratorBase
+from dvi.solvers.protocol import ConstrainedFlow, Node, State, StepResult, combine
 from dvi.solvers.reference.active_set import BAND, Face, Look, node_of
+from dvi.solvers.repair import Repair
 
-#: Part of the time left until an arrival that a step takes where other directions are held.
+#: Fraction of the time left until an arrival that a step covers if other directions are held.
 APPROACH = 0.7
 #: A landing is no longer than this (unit times), whatever the tolerance.
 LONGEST_LANDING = 0.25
@@ -24,14 +28,14 @@ SHORTEST = 1e-6
 
 @dataclass(frozen=True)
 class FaceMemory:
-    """What is given back to the next step.
+    """The memory that is passed to the next step.
 
     Attributes:
         held: eigenvectors [d, k] of the directions held at 2.
         seen: the eigenpairs.
         h: the next step to try.
         climb: how fast the next eigenvalue rose in the last step, per unit time; 0 if unknown.
-        look: the flow at the state that this memory belongs to, if it was looked at with these directions held.
+        look: the flow at the state of this memory, if it was evaluated with these directions held.
     """
 
     held: Tensor
@@ -41,26 +45,78 @@ class FaceMemory:
     look: Look | None = None
 
 
+class BreakpointIntegrator(IntegratorBase):
+    """An integrator that steps from breakpoint to breakpoint, and lands on arrivals."""
+
+    watch: EigenTracker
+
+    @abstractmethod
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
+
+    @abstractmethod
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
+    ) -> tuple[State, Look, float] | None:
+        """A step that passes no breakpoint: its end, the evaluation there, and the next step to try.
+
+        None if a landing must do it.
+
+        Args:
+            face: the directions held at 2.
+            y: the state at the beginning.
+            begin: the evaluation there.
+            memory: the memory before the step.
+            h: the longest step that the run allows, unit times.
+            longest: the longest step before the next arrival, unit times.
+
+        Raises:
+            StepError: if no step can be made.
+        """
+
+    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
+        """One step of at most h unit times, or to the next breakpoint.
+
+        Raises:
+            StepError: if no step can be made.
+        """
+        near, landing = self.precision(y)
+        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), near)
+        begin = memory.look or face.look(y)
+        left = time_left(face, begin, memory)
+        found = self.advance(face, y, begin, memory, h, max(APPROACH * left, landing)) if left > landing else None
+        if found is None:
+            return landed(face, y, begin, min(landing, h), memory.h)
+        end, after, following = found
+        memory = gone_on(face, begin, after, end.t - y.t, end, following)
+        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+
+    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
+        """The node with which a step from y would begin."""
+        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
+
+
 def to_lattice(t: float, h: float) -> float:
-    """How far it is from t to the next multiple of h."""
+    """The distance from t to the next multiple of h."""
     return float((np.floor(t / h + 1e-9) + 1) * h - t)
 
 
 def sharp_watch(tol: float) -> EigenTracker:
-    """Eigenpairs ten times sharper than the steps, since X is off by their residuals, and w by what X does there.
+    """A tracker whose eigenpairs are ten times more accurate than the steps: the error of X is of their residuals'
+    order.
 
-    Ten times sharper ones were seen to change nothing.
+    Eigenpairs that were another ten times more accurate did not change results.
     """
     return EigenTracker(CriticalSubspace(tol=max(1e-11, 0.1 * tol)), survey_every=20.0)
 
 
 def nearness(tol: float) -> float:
-    """How close to 2 an arrival is located for steps with an error of tol: what is left enters w to second order."""
+    """How close to 2 an arrival is located for steps with an error of tol: the distance enters w to second order."""
     return float(np.clip(0.1 * tol, 1e-9, 1e-3))
 
 
 def landing_time(tol: float) -> float:
-    """How long a landing may be, whose error is about h² times the change of dw/dt per unit time (below 1, mostly)."""
+    """The longest landing: its error is about h² times the change of dw/dt per unit time (mostly below 1)."""
     return float(min(LONGEST_LANDING, np.sqrt(tol)))
 
 
@@ -75,20 +131,20 @@ def initial_memory(flow: ConstrainedFlow, watch: EigenTracker, y: State, near: f
 
 
 def time_left(face: Face, begin: Look, memory: FaceMemory) -> float:
-    """Until the next arrival where others are held, if all goes on as it went; else infinity.
+    """Time until the next arrival at the present rate if other directions are held; else infinity.
 
-    An arrival while nothing is held is no singularity, and steps need not shrink before it.
+    An arrival while no direction is held is no singularity, and steps need not shrink before it.
     """
     return (CRITICAL - begin.next_eigenvalue) / memory.climb if face.k and memory.climb > 0 else float("inf")
 
 
 def may_land(face: Face, begin: Look, landing: float, h: float) -> bool:
-    """Is a step of h short enough to be a landing, with something to land on?"""
+    """True if a step of h is short enough for a landing and an eigenvalue may arrive in it."""
     return bool(face.k) and h <= landing and CRITICAL - begin.next_eigenvalue < BAND
 
 
 def landed(face: Face, y: State, begin: Look, h: float, following: float) -> StepResult:
-    """A landing: a step of h by linearised complementarity over an arrival; then go on with steps of ``following``."""
+    """A landing: a step of h by linearised complementarity over an arrival.  The next step to try is ``following``."""
     end, held = face.land(y, begin.g, h)
     assert face.seen is not None
     return StepResult(end, FaceMemory(held, face.seen, following), node_of(face.flow, begin, y.t), _straight(y, end))
@@ -102,7 +158,7 @@ def gone_on(face: Face, begin: Look, after: Look, span: float, end: State, follo
     if held.shape[1] != face.k:
         return FaceMemory(held, face.seen, following)
     climb = (after.next_eigenvalue - begin.next_eigenvalue) / span if face.k else 0.0
-    # third derivatives are the bulk of a look, and its rate already has them
+    # third derivatives take most of the memory, and the rate already contains them
     look = replace(after, frame=replace(after.frame, T=after.frame.T[:0]))
     return FaceMemory(held, face.seen, following, climb, look)
 
@@ -110,13 +166,13 @@ def gone_on(face: Face, begin: Look, after: Look, span: float, end: State, follo
 def find_arrival(
     face: Face, dense: Callable[[float], State], begin: Look, after: Look, t: float, h: float, precision: float = 0.0
 ) -> float:
-    """When, after t, the next eigenvalue is at 2 on the dense output of a step of h that it passed 2 in.
+    """The time after t at which the next eigenvalue reaches 2, on the dense output of a step of h in which it passes 2.
 
-    Only eigenvalues are looked at.  The time is off by ``precision`` at most, and by what the eigenvalue, at its mean
-    rate, takes for a tenth of ``face.near``.
+    Only eigenvalues are computed.  The error of the time is at most ``precision``, or the time in which the eigenvalue
+    moves by a tenth of ``face.near`` at its mean rate.
     """
     before, behind = CRITICAL - begin.next_eigenvalue, CRITICAL - after.next_eigenvalue
-    if before <= 0:  # it is there at the start: a short step shows what follows
+    if before <= 0:  # it is at 2 at the start: a short step shows what follows
         return min(h, SHORTEST)
 
     def distance(s: float) -> float:

@@ -17,7 +17,7 @@ from dvi.solvers.protocol import Array, ConstrainedFlow, Node, Rate, State, Step
 
 @dataclass(frozen=True)
 class EulerMemory:
-    """What Euler wants to be given back: the eigenpairs and the last X, both to start from."""
+    """The memory of Euler: the eigenpairs and the last X, as starts of the next searches."""
 
     seen: SpectrumEstimate | None = None
     X: Array | None = None
@@ -29,13 +29,13 @@ class Euler(IntegratorBase):
 
         X ⪰ 0   ⟂   gap + dt (β[X] − α) ⪰ 0.
 
-    First order in dt.  Eigenpairs and third derivatives are made anew at every substep, which is what a central flow
-    costs when nothing is saved.  A flow without constraint takes as many substeps as its sharpness needs: at most
-    1/λ₁ unit times each, λ₁ looked at once a unit.
+    The method is of first order in dt.  Every substep computes eigenpairs and third derivatives anew: this is the cost
+    of a central flow without any savings.  A flow without constraint takes as many substeps as its sharpness needs,
+    each at most 1/λ₁ unit times long; λ₁ is computed once a unit.
 
     Args:
         dt: unit times per substep; the paper uses 1/4.
-        watch: how the critical eigenpairs are followed.
+        watch: the tracker of the critical eigenpairs.
 
     Raises:
         ValueError: if dt is not positive.
@@ -59,7 +59,7 @@ class Euler(IntegratorBase):
         return True
 
     def horizon(self, memory: EulerMemory) -> float:
-        """How near the end decides about a step."""
+        """A larger h than this would not change the step."""
         return 1.001 * self.dt
 
     def step(self, flow: ConstrainedFlow, memory: EulerMemory, y: State, h: float) -> StepResult:
@@ -73,13 +73,13 @@ class Euler(IntegratorBase):
         end = y.moved(rate, h)
         if not bool(end.w.isfinite().all()):
             raise StepError(
-                f"Euler(dt={self.dt:g}) left the finite numbers at t = {y.t:g}. Take a smaller dt; if the effective "
-                "sharpness was above 2 at the start, warm-start with real optimizer steps."
+                f"Euler(dt={self.dt:g}) gave weights that are not finite at t = {y.t:g}. Take a smaller dt; if the "
+                "effective sharpness was above 2 at the start, warm-start with real optimizer steps."
             )
         return StepResult(end, memory, begin, lambda t: y.moved(rate, t - y.t))
 
     def observe(self, flow: ConstrainedFlow, memory: EulerMemory, y: State) -> Node:
-        """What a step from y would begin with."""
+        """The node with which a step from y would begin."""
         return self._evaluate(flow, memory, y, self.dt)[0]
 
     def _evaluate(

@@ -1,7 +1,7 @@
 """Runge–Kutta steps with located breakpoints: the accurate reference.
 
-Every stage makes eigenvectors, third derivatives and X anew; a step that crosses a breakpoint is cut there.  Orders 2
-and 4 hold through breakpoints.
+Every stage computes eigenvectors, third derivatives and X anew.  A step that crosses a breakpoint is cut there.  Orders
+2 and 4 hold through breakpoints.
 """
 
 from __future__ import annotations
@@ -15,31 +15,27 @@ from scipy.optimize import brentq
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
-from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import Array, ConstrainedFlow, Node, Rate, State, StepResult, combine
-from dvi.solvers.reference.active_set import ARRIVED, Face, Look, node_of
+from dvi.solvers.protocol import Array, ConstrainedFlow, Rate, State, combine
+from dvi.solvers.reference.active_set import ARRIVED, Face, Look
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
     SHORTEST,
+    BreakpointIntegrator,
     FaceMemory,
     find_arrival,
-    gone_on,
     initial_memory,
-    landed,
     landing_time,
     may_land,
     nearness,
     sharp_watch,
-    time_left,
     to_lattice,
 )
-from dvi.solvers.repair import Repair
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge–Kutta method with an embedded error estimate; checks itself when made."""
+    """An explicit Runge–Kutta method with an embedded error estimate; its order is checked when it is made."""
 
     order: int
     A: tuple[tuple[float, ...], ...]
@@ -74,9 +70,9 @@ class Tableau:
 
 
 TABLEAUX = {
-    # Heun's method with Euler's inside
+    # Heun's method with Euler's method embedded
     2: Tableau(2, ((), (1.0,)), (0.5, 0.5), (-0.5, 0.5)),
-    # the classical method; with the rate at the end, wanted anyway, in place of the fourth stage it is of third order
+    # the classical method; with the rate at the end, needed anyway, in place of the fourth stage it is of third order
     4: Tableau(
         4,
         ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
@@ -87,20 +83,20 @@ TABLEAUX = {
 
 
 @dataclass(frozen=True)
-class RungeKutta(IntegratorBase):
-    """Adaptive or fixed Runge–Kutta steps of order 2 or 4, breakpoints located and landed on.
+class RungeKutta(BreakpointIntegrator):
+    """Adaptive or fixed Runge–Kutta steps of order 2 or 4 that locate breakpoints and end on them.
 
-    An arrival at 2 is landed on, by steps that shrink with the time left where other directions are held already.  With
-    adaptive steps, an exit that changes w by less than tol where it is ignored is passed and shows at the next step.
+    A step ends on each arrival at 2.  If other directions are held already, the steps before it shrink with the time
+    left.  With adaptive steps, an exit is passed if ignoring it changes w by less than tol; the next step sees it.
 
     Args:
         order: 2 or 4.
         tol: error allowed per step, in the norm of w, for adaptive steps.
         h: fixed steps between the multiples of h (unit times) instead, cut only at breakpoints: to study convergence.
-            The order holds through them, except where directions at 2 turn into an arriving one; there it is seen, too,
-            but not promised.
+            The order holds through breakpoints, except when directions at 2 turn into an arriving one.  There it was
+            observed, too, but is not guaranteed.
         h_max: largest adaptive step: beyond about 1.2 an explicit method is unstable at an effective sharpness of 2.
-        watch: how eigenpairs are followed (default: as sharply as tol asks for, or to 1e-11 with a fixed h).
+        watch: the tracker of eigenpairs (default: as accurate as tol requires, or to 1e-11 with a fixed h).
 
     Raises:
         ValueError: for another order, or a step or tolerance that is not positive.
@@ -128,7 +124,7 @@ class RungeKutta(IntegratorBase):
 
     @property
     def landing(self) -> float:
-        """How long a landing may be (unit times); with fixed steps, so short that the order stands."""
+        """The longest landing (unit times); with fixed steps it is so short that the order holds."""
         return 0.01 * self.h ** (self.order / 2) if self.h is not None else landing_time(self.tol)
 
     def init(self, flow: ConstrainedFlow, y: State) -> FaceMemory:
@@ -137,41 +133,44 @@ class RungeKutta(IntegratorBase):
 
     @property
     def fixed_steps(self) -> bool:
-        """With an h of the user's."""
+        """True if the user gives h."""
         return self.h is not None
 
     def horizon(self, memory: FaceMemory) -> float:
-        """How near the end decides about a step."""
+        """A larger h than this would not change the step."""
         return 1.001 * max(self.h or memory.h, self.landing)
 
-    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
+        return self.near, self.landing
+
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
+    ) -> tuple[State, Look, float] | None:
         """One step of at most h unit times, or to the next breakpoint.
 
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
         """
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), self.near)
-        begin = memory.look or face.look(y)
-        left = time_left(face, begin, memory)
-        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, max(APPROACH * left, self.landing))
+        size = min(memory.h if self.h is None else to_lattice(y.t, self.h), h, longest)
         if h - size < 1e-9 * max(1.0, h):
             size = h
-        found = self._find(face, y, begin, size) if left > self.landing else None
+        found = self._find(face, y, begin, size)
         if found is None:
-            return landed(face, y, begin, min(self.landing, h), memory.h)
+            return None
         end, error, after = found
         taken, following = end.t - y.t, self.h
         if following is None:
             best = 0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order)
-            # a step that was cut says little about longer ones: what was thought of them before stands
+            # a step that was cut says little about longer ones: keep the earlier choice
             following = min(self.h_max, max(0.3 * taken, min(best * taken, max(3.0 * taken, memory.h))))
-        memory = gone_on(face, begin, after, taken, end, following)
-        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+        return end, after, following
 
     def _find(self, face: Face, y: State, begin: Look, size: float) -> tuple[State, float, Look] | None:
-        """A step of at most ``size`` that is accurate and passes no breakpoint: its end, its error, the look there.
+        """A step of at most ``size`` that is accurate and passes no breakpoint: its end, its error, the evaluation
+        there.
 
-        None where that is a matter of landing.
+        None if a landing must do it.
 
         Raises:
             StepError: if steps of 1e-6 unit times still fail.
@@ -187,8 +186,8 @@ class RungeKutta(IntegratorBase):
                 if self.h is not None or error <= self.tol:
                     if not self._passed(face, begin, after, size) or searched == 8 or size <= SHORTEST:
                         return end, error, after
-                    # The trial step ran through the breakpoint, so its dense output is off behind it: locate, land,
-                    # look again; but where others are held come closer first, since close to it all changes fast.
+                    # The trial step ran through the breakpoint, so its dense output is wrong after it: locate it, step
+                    # there, evaluate again.  If others are held, come closer first, since all changes fast close to it.
                     located = self._locate(face, y, end, begin, after)
                     if face.passed(after):
                         if may_land(face, begin, self.landing, located):
@@ -207,19 +206,17 @@ class RungeKutta(IntegratorBase):
             size *= float(np.clip(better, 0.2, 0.9))
 
     def _passed(self, face: Face, begin: Look, after: Look, h: float) -> bool:
-        """Did a breakpoint pass that the step must not cross?"""
+        """True if the step crosses a breakpoint that it must not cross."""
         if not face.flow.constrained:
             return False
         if self.h is not None:
             return face.event(begin, after)
         return face.passed(after) or face.kink(begin, after, h) > self.tol
 
-    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
-        """What a step from y would begin with."""
-        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
-
     def _advance(self, face: Face, y: State, begin: Look, h: float) -> tuple[State, float, Look]:
-        """One plain step of length h on a face: the end, the embedded error estimate in w, and the look at the end."""
+        """One plain step of length h on a face: the end, the embedded error estimate in w, and the evaluation at the
+        end.
+        """
         tableau = TABLEAUX[self.order]
         rates = [begin.rate]
         for row in tableau.A[1:]:
@@ -234,7 +231,7 @@ class RungeKutta(IntegratorBase):
         return face.mend(end), error if np.isfinite(error) else float("inf"), after
 
     def _locate(self, face: Face, y: State, end: State, begin: Look, after: Look) -> float:
-        """Where in the step the first breakpoint is: a root on the dense output."""
+        """The place of the first breakpoint in the step: a root on the dense output."""
         dense = hermite(y, end, begin.rate, after.rate)
         h = end.t - y.t
         if begin.rank == after.rank or (face.passed(after) and (face.k or self.h is None)):
@@ -243,7 +240,7 @@ class RungeKutta(IntegratorBase):
         def sign(s: float) -> float:
             return face.sign(begin, begin if s == 0 else after if s == h else face.look(dense(y.t + s)))
 
-        if sign(0.0) <= 0:  # it lies at the start itself: a short step shows what follows
+        if sign(0.0) <= 0:  # it lies at the start: a short step shows what follows
             return min(h, SHORTEST)
         precision = 1e-11 * max(1.0, h)
         if self.h is None:

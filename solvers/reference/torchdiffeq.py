@@ -1,4 +1,4 @@
-"""The solvers of the torchdiffeq library between breakpoints, its event search at them."""
+"""The solvers of the torchdiffeq library between breakpoints, and its event search at them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,29 @@ from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
-from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.numbers import with_numbers
-from dvi.solvers.protocol import ConstrainedFlow, Node, State, StepResult
-from dvi.solvers.reference.active_set import Face, Look, node_of
+from dvi.solvers.protocol import ConstrainedFlow, State
+from dvi.solvers.reference.active_set import Face, Look
 from dvi.solvers.reference.breakpoints import (
     APPROACH,
     LONGEST_LANDING,
     SHORTEST,
+    BreakpointIntegrator,
     FaceMemory,
     find_arrival,
-    gone_on,
     initial_memory,
-    landed,
     landing_time,
     may_land,
     nearness,
     sharp_watch,
-    time_left,
     to_lattice,
 )
-from dvi.solvers.repair import Repair
 
 #: The library's methods that choose their steps; the others take fixed ones (of 1/4 unit time unless told otherwise).
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 
 
-#: So many evaluations a window may take where directions are held, before it is taken for one that meets an arrival.
+#: A window with directions held that takes more evaluations than this is assumed to meet an arrival.
 PATIENCE = 60
 
 
@@ -51,12 +47,12 @@ class Impatience(Exception):
 
 @dataclass
 class Field:
-    """The right-hand side as torchdiffeq wants it: (s, tuple of tensors) ↦ tuple of tensors, s counted from a state.
+    """The right-hand side in the form of torchdiffeq: (s, tuple of tensors) ↦ tuple of tensors, s counted from a state.
 
     Args:
         face: the directions held.
-        start: where s = 0.
-        begin: the look there, which is not made again; nor is the last one.
+        start: the state at s = 0.
+        begin: the evaluation there, which is not repeated; nor is the last one.
         patience: evaluations after which :class:`Impatience` is raised.
     """
 
@@ -72,16 +68,16 @@ class Field:
         self.flat = (self.start.w, *leaves)
 
     def state(self, s: float, x: tuple[Tensor, ...]) -> State:
-        """The state that a tuple of tensors stands for."""
+        """The state that a tuple of tensors represents."""
         return State(x[0], pytree.tree_unflatten(list(x[1:]), self._spec), self.start.t + s)
 
     @property
     def steps(self) -> int:
-        """About how many steps were made, of at least five evaluations each in the library's methods of high order."""
+        """The estimated number of steps: the library's methods of high order evaluate at least five times each."""
         return max(1, self.count // 6)
 
     def look(self, y: State) -> Look:
-        """The flow at y; the last look, where y is the state it was made at."""
+        """The flow at y; the last evaluation if y is its state."""
         if self.last is not None and _same(self.last[0], y):
             return self.last[1]
         return self.face.look(y)
@@ -101,7 +97,7 @@ class Field:
 
 
 def _same(a: State, b: State) -> bool:
-    """Equal up to rounding: the library looks at the end of a step an instant early and interpolates there."""
+    """Equal up to rounding: the library evaluates just before the end of a step and interpolates there."""
     if abs(a.t - b.t) > 4 * np.spacing(max(1.0, abs(b.t))):
         return False
     parts = zip(pytree.tree_leaves(a.parts), pytree.tree_leaves(b.parts), strict=True)
@@ -109,15 +105,15 @@ def _same(a: State, b: State) -> bool:
 
 
 @dataclass(frozen=True)
-class TorchDiffEq(IntegratorBase):
-    """Windows of the flow integrated by ``torchdiffeq.odeint``; breakpoints located by ``odeint_event``.
+class TorchDiffEq(BreakpointIntegrator):
+    """Integrates the flow in windows with ``torchdiffeq.odeint`` and locates breakpoints with ``odeint_event``.
 
     Args:
         method: a method of torchdiffeq: "dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2", "rk4", …
         rtol, atol: its tolerances.
         window: unit times integrated at a time, from multiple to multiple; inside, the result is interpolated.
         options: further options of the method.
-        watch: how eigenpairs are followed (default: as sharply as the tolerances ask for).
+        watch: the tracker of eigenpairs (default: as accurate as the tolerances require).
 
     Raises:
         ValueError: if a tolerance or the window is not positive.
@@ -138,7 +134,7 @@ class TorchDiffEq(IntegratorBase):
             object.__setattr__(self, "watch", sharp_watch(self.rtol))
 
     def tolerance(self, y: State) -> float:
-        """What the tolerances allow in the norm of w (the library's is the root of the mean square)."""
+        """The error in the norm of w that the tolerances allow (the library's norm is the root of the mean square)."""
         return float(self.atol * len(y.w) ** 0.5 + self.rtol * torch.linalg.vector_norm(y.w).item())
 
     def init(self, flow: ConstrainedFlow, y: State) -> FaceMemory:
@@ -146,50 +142,31 @@ class TorchDiffEq(IntegratorBase):
         return initial_memory(flow, self.watch, y, nearness(self.tolerance(y)), self.window)
 
     def horizon(self, memory: FaceMemory) -> float:
-        """How near the end decides about a step."""
+        """A larger h than this would not change the step."""
         return 1.001 * max(self.window, LONGEST_LANDING)
 
-    def step(self, flow: ConstrainedFlow, memory: FaceMemory, y: State, h: float) -> StepResult:
-        """One window, or to the next breakpoint.
-
-        Raises:
-            StepError: if the library's solver fails.
-        """
+    def precision(self, y: State) -> tuple[float, float]:
+        """How close to 2 an arrival is located, and the longest landing (unit times)."""
         tol = self.tolerance(y)
-        landing = landing_time(tol)
-        face = Face(flow, self.watch, memory.held, memory.seen, Repair(flow, y), nearness(tol))
-        begin = memory.look or face.look(y)
-        left = time_left(face, begin, memory)
-        found = None
-        if left > landing:
-            size = min(to_lattice(y.t, self.window), h, max(APPROACH * left, landing))
-            found = self._find(face, y, begin, size, memory.h, tol)
-        if found is None:
-            return landed(face, y, begin, min(landing, h), memory.h)
-        end, after, following = found
-        memory = gone_on(face, begin, after, end.t - y.t, end, following)
-        return StepResult(end, memory, node_of(flow, begin, y.t), hermite(y, end, begin.rate, after.rate))
+        return nearness(tol), landing_time(tol)
 
-    def observe(self, flow: ConstrainedFlow, memory: FaceMemory, y: State) -> Node:
-        """What a window from y would begin with."""
-        return node_of(flow, memory.look or Face(flow, self.watch, memory.held, memory.seen).look(y), y.t)
-
-    def _find(
-        self, face: Face, y: State, begin: Look, size: float, first: float, tol: float
+    def advance(
+        self, face: Face, y: State, begin: Look, memory: FaceMemory, h: float, longest: float
     ) -> tuple[State, Look, float] | None:
-        """At most ``size`` unit times that pass no breakpoint: the end, the look there, the library's step.
+        """One window, or to the next breakpoint: the end, the evaluation there, and the library's step.
 
-        None where that is a matter of landing.
+        None if a landing must do it.
 
         Raises:
             StepError: if the library's solver fails.
         """
+        size, first, tol = min(to_lattice(y.t, self.window), h, longest), memory.h, self.tolerance(y)
         while True:
             field = Field(face, y, begin, PATIENCE if face.k else None)
             try:
                 end = self._integrate(field, size, first)
             except Impatience:
-                # an arrival on the way, where the directions held turn ever faster: come closer
+                # there is an arrival ahead, before which the held directions turn ever faster: come closer
                 if may_land(face, begin, landing_time(tol), size):
                     return None
                 size *= 0.5 * APPROACH
@@ -219,7 +196,7 @@ class TorchDiffEq(IntegratorBase):
         times = torch.tensor([0.0, size], dtype=torch.float64, device=y.w.device)
         settings = self._settings()
         if self.method in ADAPTIVE:
-            # The library would step past the end and interpolate back, over breakpoints and, where the solution is
+            # The library would step past the end and interpolate back: over breakpoints and, where the solution is
             # smooth, with steps that are unstable at an effective sharpness of 2.
             steps = {"step_t": times[1:], "max_step": size, "first_step": min(first, size)}
             settings["options"] = steps | settings["options"]
@@ -240,7 +217,7 @@ class TorchDiffEq(IntegratorBase):
         def sign(t: Tensor, x: tuple[Tensor, ...]) -> Tensor:
             return y.w.new_tensor(sign_at(float(t), field.state(float(t), x)))
 
-        if sign_at(0.0, y) <= 0:  # it lies at the start itself: a short step shows what follows
+        if sign_at(0.0, y) <= 0:  # it lies at the start: a short step shows what follows
             return self._integrate(Field(face, y, begin), min(SHORTEST, size), first)
         zero = torch.zeros((), dtype=torch.float64, device=y.w.device)
         field = Field(face, y, begin)
@@ -248,8 +225,8 @@ class TorchDiffEq(IntegratorBase):
         if self.method in ADAPTIVE:
             settings["options"] = {"max_step": size, "first_step": min(first, size)} | settings["options"]
         t, _ = self._call(lambda: odeint_event(field, field.flat, zero, event_fn=sign, **settings), y)
-        # The library's step ran through the breakpoint, so its interpolant is off there: a few secants on integrations
-        # that end where the breakpoint is thought to be, the first one from a moment before that.
+        # The library's step ran through the breakpoint, so its interpolant is wrong there.  A few secant steps follow,
+        # on integrations that end at the estimated breakpoint; the first one starts just before it.
         s, earlier = float(t), None
         for _ in range(6):
             field = Field(face, y, begin)

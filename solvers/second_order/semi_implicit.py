@@ -1,12 +1,12 @@
 """The semi-implicit step: for flows whose momentum is part of the state, and for the central map (dt = 1).
 
-X does not enter dw/dt but dm/dt, so no explicit method can hold the constraint with it.  A step that moves m first and
-w with the new m does: X comes from the gap at its end,
+X enters dm/dt but not dw/dt, so no explicit method can hold the constraint with it.  A step that moves m first, and
+then w with the new m, can.  The gap at its end determines X,
 
     X ⪰ 0   ⟂   gap(t + dt) + β[X] ⪰ 0,
 
 at one gradient a step.  Eigenvectors and third derivatives are kept over a block of several steps and renewed at its
-end, where the trapezoid rule and a signed correction of the impulse make up for their change, as in the macro step.
+end.  There the trapezoid rule and a signed correction of the impulse account for their change, as in the macro step.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from dvi.solvers.svec import smat, svec
 
 @dataclass(frozen=True)
 class SemiImplicitMemory:
-    """What the semi-implicit step wants to be given back.
+    """The memory of the semi-implicit step.
 
     Attributes:
         h: the next block to try, unit times.
         s: momentum and ν at half-steps (None: not started).
-        dt: the substep they are staggered by.
+        dt: the substep by which they are staggered.
         context: the evaluations at the current state.
     """
 
@@ -56,15 +56,16 @@ class SemiImplicitMemory:
 class SemiImplicit(IntegratorBase):
     """Semi-implicit steps of dt in blocks of adaptive length; the integrator of flows of second order.
 
-    Second order in dt.  One gradient a step, and one look at the eigenvectors and third derivatives a block.
+    The method is of second order in dt.  It takes one gradient a step, and one update of eigenvectors and third
+    derivatives a block.
 
     Args:
         dt: unit times per step, at most 1 (where the flow becomes the optimizer's own map plus the force of Σ).
-        tol: error allowed in a block of one unit time from what is kept over it, in the norm of w (tol·√h in a block of
-            h); 0: blocks of one step.
+        tol: error in w, in its norm, that a block of one unit time may have because its frame is kept (tol·√h in a
+            block of h); 0: blocks of one step.
         h_max: longest block, unit times.
-        watch: how the critical eigenpairs are followed.
-        max_rejections: in a row, before giving up.
+        watch: the tracker of the critical eigenpairs.
+        max_rejections: rejections in a row before :class:`StepError`.
 
     Raises:
         ValueError: if dt is not in (0, 1], tol is negative or h_max is shorter than dt.
@@ -88,7 +89,7 @@ class SemiImplicit(IntegratorBase):
         return SemiImplicitMemory(self.dt)
 
     def accepts(self, flow: Flow) -> str:
-        """Flows with momentum in their state, and the central map where dt = 1."""
+        """Flows with momentum in their state, and with dt = 1 the central map."""
         if flow.quasistatic or (flow.stepwise and self.dt != 1):
             return super().accepts(flow)
         if flow.inertial:
@@ -104,12 +105,12 @@ class SemiImplicit(IntegratorBase):
         return True
 
     def restart(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> SemiImplicitMemory:
-        """The memory behind a jump of the flow: the momentum goes on, all else is looked at anew."""
+        """The memory after a jump of the flow: the momentum is kept, all else is computed anew."""
         s = None if memory.s is None else replace(memory.s, t=y.t)
         return SemiImplicitMemory(self.dt, s, memory.dt)
 
     def horizon(self, memory: SemiImplicitMemory) -> float:
-        """How near the end decides about a block: one that would pass it is fitted to it."""
+        """A larger h than this would not change the block: a block that would pass the end is shortened."""
         return max(min(memory.h, self.h_max), self.dt) + self.dt
 
     def step(self, flow: Flow, memory: SemiImplicitMemory, y: State, h: float) -> StepResult:
@@ -126,7 +127,7 @@ class SemiImplicit(IntegratorBase):
             if not flow.constrained
             else self.dt
         )
-        # Without a constraint there is nothing to keep over a block but the sharpness that dt rests on.
+        # Without a constraint, a block keeps only the sharpness, on which dt depends.
         longest = self.h_max if flow.constrained else min(self.h_max, max(4.0, self.dt))
         size, landing = min(memory.h, longest), True
         for _ in range(self.max_rejections):
@@ -157,7 +158,7 @@ class SemiImplicit(IntegratorBase):
         raise StepError(f"SemiImplicit at t = {y.t:g}: {self.max_rejections} rejections in a row. Loosen tol.")
 
     def observe(self, flow: Flow, memory: SemiImplicitMemory, y: State) -> Node:
-        """What is known at y; X is that of a step from there."""
+        """The node at y, with the X of a step from there."""
         context = memory.context or evaluate(flow, self.watch, y, None, self.dt)
         s = memory.s or flow.stagger(y, context.g, self.dt)
         first = flow.implicit_step(s, context.g, context.frame, memory.dt or self.dt)
@@ -172,7 +173,7 @@ class SemiImplicit(IntegratorBase):
         self, flow: Flow, context: StepContext, y: State, wanted: float, step: float, count: int, new: _Taken
     ) -> StepResult:
         length = step * count
-        # a block that was cut to land may be followed by one as long as was tried before
+        # after a block that was cut to end on an arrival, the next may be as long as the one tried before
         h = length * growth(new.error, max(CONSTANTS.change[1], wanted / length)) if self.tol else self.dt
         following = new.context
         if flow.constrained:
@@ -188,7 +189,7 @@ class SemiImplicit(IntegratorBase):
 
 @dataclass(frozen=True)
 class _Taken:
-    """A block that was taken: its end, what is known there, its mean X, its weights step by step."""
+    """An accepted block: its end, the evaluations there, its mean X, its weights step by step."""
 
     s: Staggered
     context: StepContext
@@ -201,7 +202,7 @@ class _Taken:
 
 @dataclass
 class _Block:
-    """One try of a block; ``run`` gives what was reached, or (a float) the length to try instead."""
+    """One try of a block; ``run`` returns the accepted block, or (a float) the length to try instead."""
 
     flow: Flow
     watch: EigenTracker
@@ -257,7 +258,9 @@ class _Block:
         rate: Rate,
         path: list[tuple[float, Tensor]],
     ) -> _Taken | float:
-        """Trapezoid rule for what T and U changed, then the signed correction of the impulse (see the macro step)."""
+        """The trapezoid rule for the change of T and U, then the signed correction of the impulse (as in the macro
+        step).
+        """
         flow, old, length = self.flow, self.context.frame, self.dt * self.count
         lin = flow.linearised(s.state, g, new)
         Z = last = np.zeros((new.k, new.k))
@@ -312,7 +315,7 @@ class _Block:
 
 
 class _Impulse:
-    """What X did in a block, svec: to w (through m), to m at its end, to ν; and the part of it weighted by time."""
+    """The effect of X in a block, svec: on w (through m), on m at its end, on ν; and its part weighted by time."""
 
     def __init__(self, k: int) -> None:
         n = k * (k + 1) // 2
