@@ -9,7 +9,7 @@ from scipy.linalg import solve_discrete_lyapunov
 import dvi
 from dvi.methods import GradientDescent, HeavyBall, RMSProp
 from dvi.noise.path import Path, leak
-from dvi.noise.step import search
+from dvi.noise.step import NoisyStep, search
 
 
 def quadratic(d=4, n=6):
@@ -122,6 +122,36 @@ def test_a_step_with_ten_directions_costs_less_than_twelve_gradients():
     solution = dvi.solve(dvi.noisy_flow(problem, GradientDescent(0.2), 10), 100, progress=False)
     assert solution.series["directions"].mean() > 9.5
     assert 3 < solution.ledger.per_unit_time(20, 100) <= 12
+
+
+def test_predictions_count_the_path_too():
+    """Outputs, gradients of single weights and tr Σ, of the block and the path together, at a node of the run."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 2).double()
+    problem = dvi.Problem.from_module(model, torch.nn.MSELoss(), x, y)
+    flow = dvi.noisy_flow(problem, GradientDescent(0.2), 3, max_directions=2, trust_every=0)
+    observed = {"test_inputs": x[:5], "coordinates": (0, 3)}
+    race = dvi.solve(flow, 9, progress=False, **observed)
+    step, state = NoisyStep(), flow.initial
+    memory = step.init(flow, state)
+    for _ in range(9):
+        result = step.step(flow, memory, state, 1.0)
+        memory, state = result.memory, result.y
+    node = step.observe(flow, memory, state)
+    assert node.k == 2
+    assert node.D is not None
+    assert float(node.D.norm()) > 1e-2
+    parts = [(node.U, torch.from_numpy(node.X)), (node.D, torch.eye(1, dtype=torch.float64))]
+    added = [problem.output_curvature(state.w, x[:5], *part).detach().numpy() for part in parts]
+    np.testing.assert_allclose(race.series["osc_outputs"][-1], sum(added), rtol=1e-9, atol=1e-13)
+    assert np.abs(added[1]).max() > 0.1 * np.abs(added[0]).max()
+    trace = np.trace(node.U.T.numpy() @ node.U.numpy() @ node.X) + float(node.D.square().sum())
+    assert race.series["trace"][-1] == pytest.approx(trace, rel=1e-9)
+    rows = node.HU[[0, 3]].numpy()
+    inside = np.einsum("ij,jk,ik->i", rows, node.X, rows)
+    outside = node.HD[[0, 3], 0].square().numpy()
+    np.testing.assert_allclose(race.series["osc_coordinate_grad_sq"][-1], inside + outside, rtol=1e-9)
 
 
 CHAOS = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.compiler.decay import entrywise
@@ -36,7 +37,7 @@ class NoisyNode(Node):
     Attributes:
         rest: what the averaged loss has beyond L + ½⟨H, Σ⟩.
         noise: tr N, which the squared norm of a mini-batch's gradient has beyond that of the gradient.
-        outer_trace, outer_grad_sq: |D|² and |HD|² of the path outside the block, a mean over paths.
+        D, HD: the paths outside the block and H times them [d, m]; None without paths.
         taylor: the next Taylor term of the averaged loss over the one that is kept, averaged over the window.
         radius: the spectral radius of the map of X; NaN where it was not looked at.
         outside: the share of a step's noise that falls outside the block; NaN where it was not looked at.
@@ -45,12 +46,22 @@ class NoisyNode(Node):
 
     rest: float = 0.0
     noise: float = 0.0
-    outer_trace: float = 0.0
-    outer_grad_sq: float = 0.0
+    D: Tensor | None = None
+    HD: Tensor | None = None
     taylor: float = np.nan
     radius: float = np.nan
     outside: float = np.nan
     lowest: float = np.nan
+
+    @property
+    def oscillation(self) -> tuple[Tensor, Array]:
+        """The block and the paths [d, k + m], with X and, for each of m paths, 1/m."""
+        if self.D is None:
+            return self.U, self.X
+        k, m = self.k, self.D.shape[1]
+        X = np.zeros((k + m, k + m))
+        X[:k, :k], X[range(k, k + m), range(k, k + m)] = self.X, 1 / m
+        return torch.cat([self.U, self.D], dim=1), X
 
 
 @dataclass(frozen=True)
@@ -232,8 +243,8 @@ class NoisyStep(IntegratorBase):
             rate=Rate(_stride(flow, memory, y)[0], y.nu),
             rest=look.rest,
             noise=look.noise,
-            outer_trace=_mean_square(None if memory.path is None else memory.path.D),
-            outer_grad_sq=_mean_square(look.outer),
+            D=None if memory.path is None else memory.path.D,
+            HD=look.outer,
             taylor=memory.taylor(flow.sampling.window, y.t),
             radius=memory.radius,
             outside=memory.outside,
@@ -307,11 +318,6 @@ def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any
     m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
     decay = flow.calculus.decay(y.t)
     return -P.solve(m) if decay is None else -P.solve(m) - decay.gamma * y.w, filtered
-
-
-def _mean_square(D: Tensor | None) -> float:
-    """The mean squared norm of the columns of D [d, m]."""
-    return 0.0 if D is None else float(D.square().sum() / D.shape[1])
 
 
 def _copies(flow: NoisyFlow, y: State) -> int:
