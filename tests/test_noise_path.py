@@ -53,7 +53,7 @@ def test_members_of_the_block_have_its_covariance():
     block = search(flow, flow.initial, None)
     k = len(block.M)
     A = np.random.default_rng(0).normal(size=(k, k))
-    members = flow._tried(block.U, A @ A.T, 3.0)
+    members = flow.members(block.U, A @ A.T, 3.0)
     size = np.sqrt(np.outer(np.diag(A @ A.T), np.diag(A @ A.T)))
     assert np.abs(members @ members.T / 20_000 - A @ A.T).max() < (5 * size * np.sqrt(2 / 20_000)).max()  # five sd
 
@@ -71,7 +71,7 @@ def test_paths_settle_at_the_covariance_of_the_optimizer_outside_the_block(beta)
     _, g = problem.value_and_grad(y.w)
     G = torch.cat([G for _, G in flow.batches.each(y.w)])
     for t in range(60):
-        draws = flow._drawn(path, float(t))
+        draws = flow.drawn(path, float(t))
         path = path.step(flow, y, H @ path.D + (draws @ G).T - g[:, None], 4.0).outside(U, turned)
     assert float((turned.T @ path.D).abs().max()) < 1e-12
     out = np.eye(4) - u @ u.T

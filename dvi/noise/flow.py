@@ -142,8 +142,8 @@ class NoisyFlow(CompiledFlow):
             epoch: what epochs remember; None where batches are independent.
         """
         loss, g = self.value_and_grad(y)
-        members = self._tried(U, X, y.t)
-        draws = None if path is None else self._drawn(path, y.t)
+        members = self.members(U, X, y.t)
+        draws = None if path is None else self.drawn(path, y.t)
         if not members.any() and (path is None or not bool(path.D.any())):
             return self._still(y, float(loss), g, U, HU, M, draws, epoch)
         whole = self.sampling.pairs == "all"
@@ -240,7 +240,7 @@ class NoisyFlow(CompiledFlow):
         f = self.calculus.metric.at(y.t).f(y.nu, look.g)
         return pytree.tree_map(lambda nu, change, bend: nu + change + bend, y.nu, f, look.bend)
 
-    def _tried(self, U: Tensor, X: Array, t: float) -> Array:
+    def members(self, U: Tensor, X: Array, t: float) -> Array:
         """Members of the oscillation in the block [k, pairs]: all principal ones, or random ones.
 
         A random member is U X^½ z.  z is a projection of a random vector of weights on the block, so that the member
@@ -259,7 +259,7 @@ class NoisyFlow(CompiledFlow):
         out: Array = _symmetric_root(X) @ (V / np.sqrt(sizes)) @ (V.T @ z)
         return out
 
-    def _drawn(self, path: Path, t: float) -> Tensor:
+    def drawn(self, path: Path, t: float) -> Tensor:
         """How often each example is in the batch that a path sees at t, over its size [m, n]."""
         n, D = self.batches.n, path.D
         own = replace(self.sampling, replicas=D.shape[1], seed=-1 - self.sampling.seed)  # not those of the runs
