@@ -207,6 +207,11 @@ class SmoothFlow(Protocol):
         ...
 
     @property
+    def pushed(self) -> bool:
+        """Do oscillations act on w?  If not (an ablated flow), they are no measure of how exactly w is followed."""
+        ...
+
+    @property
     def stepwise(self) -> bool:
         """True for a map, which advances by one whole step of the optimizer at a time."""
         ...
