@@ -37,9 +37,8 @@ from dvi.paper.table import Experiment, Size, table
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = ("value", "value_and_grad", "hvp", "hessian_gradient")
 
-#: Gradients that the stationary flow takes per unit time: about 600 products with the Hessian at the small size,
-#: each of 2.5 gradients.
-STATIONARY = 600 * 2.5
+#: What a unit of time of the stationary flow takes, in gradients: the mean of Figure 11's rows at the small size.
+STATIONARY = 280
 
 #: Seconds are wall-clock time on a GPU, and CPU time otherwise, because the CPU may be shared.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -56,12 +55,10 @@ CASES = {
 }
 
 
-def make(network: str, size: Size, device: str, cifar10: Path | None) -> dvi.problems.ModuleProblem:
-    """A problem of the paper, on the available pictures."""
-    if network in ("transformer", "rnn"):
-        options = dict(table().problems[f"{network}-mse"][size])
-    else:
-        options = dict(table().problems[f"{network}-mse-4"][size])
+def make(network: str, size: Size, device: str, cifar10: Path | None, **other: int) -> dvi.problems.ModuleProblem:
+    """A problem of the paper, on the pictures that are at hand; ``other`` as a row may set (n, pixels)."""
+    name = f"{network}-mse" if network in ("transformer", "rnn") else f"{network}-mse-4"
+    options = table().problems[name][size] | other
     task, dtype = options.pop("task"), getattr(torch, options.pop("dtype"))
     if task == "cifar10" and cifar10 is None:
         task = "fashion"
@@ -178,24 +175,35 @@ def copies_per_step(problem: dvi.Problem, method: dvi.Method, steps: int = 3) ->
     return count / steps
 
 
-def hours(row: Experiment, rows: list[dict[str, Any]], gradients: dict[str, float], size: Size) -> float | None:
+def scale(row: Experiment, size: Size) -> tuple[str, int | None, int | None]:
+    """What the time of a gradient depends on: the network, and how many and how large pictures, where the row says."""
+    options = row.options[size]
+    return row.problem.split("-")[0], options.get("n"), options.get("pixels")
+
+
+def hours(
+    row: Experiment,
+    rows: list[dict[str, Any]],
+    gradients: dict[tuple[str, int | None, int | None], float],
+    size: Size,
+) -> float | None:
     """An estimate for an experiment: the time measured for its network and method, or one scaled by a gradient's time.
 
     Returns:
         the hours; None if there is no measurement to scale from.
     """
-    network = row.problem.split("-")[0]
+    key = scale(row, size)
     kind = "rmsprop" if row.method == "rmsprop" else "gd"
     steps = row.options[size]["steps"]
-    if network not in gradients:
+    if key not in gradients:
         return None
     if row.runs[0].startswith("stationary"):
-        return float(steps * STATIONARY * gradients[network] / 3600)
-    likes = [found for found in rows if found["per_100"] and found["network"] in gradients]
+        return float(steps * STATIONARY * gradients[key] / 3600)
+    likes = [found for found in rows if found["per_100"] and (found["network"], None, None) in gradients]
     if not likes:
         return None
-    like = min(likes, key=lambda found: (found["network"] != network, found["method"] != kind))
-    seconds = like["per_100"] / 100 * gradients[network] / gradients[like["network"]]
+    like = min(likes, key=lambda found: (found["network"] != key[0], found["method"] != kind))
+    seconds = like["per_100"] / 100 * gradients[key] / gradients[like["network"], None, None]
     return float(steps * seconds / 3600)
 
 
@@ -231,11 +239,13 @@ def main() -> None:
     if "tests" not in given.skip:
         print(f"tests marked gpu: {run_tests(limit / 3)}", flush=True)
 
-    gradients: dict[str, float] = {}
+    can = [row for row in table().experiments.values() if not row.why_not(size)]
+    gradients: dict[tuple[str, int | None, int | None], float] = {}
     with at_most(limit / 6):
-        for name in () if "gradients" in given.skip else ("cnn", "vit", "resnet", "transformer", "rnn"):
-            gradients[name] = gradient_seconds(make(name, size, device, given.cifar10))
-    told = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in gradients.items())
+        for key in {} if "gradients" in given.skip else dict.fromkeys(scale(row, size) for row in can):
+            other = {name: value for name, value in zip(("n", "pixels"), key[1:], strict=True) if value is not None}
+            gradients[key] = gradient_seconds(make(key[0], size, device, given.cifar10, **other))
+    told = ", ".join(f"{named(*key)} {1e3 * seconds:.1f}" for key, seconds in gradients.items())
     print(f"\none gradient, ms: {told or 'not measured'}\n", flush=True)
     print(
         f"{'':14}{'weights':>9}{'steps':>7}{'k ≤':>5}{'s per 100':>11}{'cost':>7}{'in loss':>9}{'copies':>8}{'GiB':>6}"
@@ -252,7 +262,6 @@ def main() -> None:
         "in gradients per step; in loss: share of the time inside the loss and its derivatives; copies: reads of "
         "numbers from the device per step)\n"
     )
-    can = [row for row in table().experiments.values() if not row.why_not(size)]
     by_name = {row.name: hours(row, rows, gradients, size) for row in can}
     known = [value for value in by_name.values() if value is not None]
     if known:
@@ -262,6 +271,12 @@ def main() -> None:
         print("No estimate: the time was too short, or the parts it needs were left out. Give more --minutes.")
     if given.out:
         given.out.write_text(json.dumps({"card": card, "rows": rows, "hours": by_name}, indent=1) + "\n")
+
+
+def named(network: str, n: int | None, pixels: int | None) -> str:
+    """As in "cnn (20 of 7×7)"."""
+    parts = [*([str(n)] if n else []), *([f"{pixels}×{pixels}"] if pixels else [])]
+    return f"{network} ({' of '.join(parts)})" if parts else network
 
 
 def in_a_line(found: dict[str, Any]) -> str:

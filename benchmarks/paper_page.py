@@ -9,10 +9,12 @@ The script draws every figure of the page anew, and replaces the table between i
 import argparse
 import io
 import re
+import subprocess
 from pathlib import Path
 
 from PIL import Image
 
+import dvi
 from dvi.paper.drawing import drawers
 from dvi.paper.report import markdown
 from dvi.paper.stored import folder_of, is_of, missing, runs_of
@@ -33,8 +35,8 @@ def save(figure, path):
     return path.stat().st_size
 
 
-def counted(rows, found):
-    """Sentences on the total time of the runs, and on missing runs."""
+def counted(rows, found, code):
+    """Sentences on the total time of the runs, the code that made them, and missing runs."""
     seconds = {row.name: record.cpu_seconds for row, record in zip(rows, found, strict=True) if record.complete}
     main = {row.name: row for figure in range(2, 12) for row in table().of_figure(figure) if not row.why_not("small")}
     took = sum(seconds.get(name, 0.0) for name in main) / 60
@@ -42,7 +44,8 @@ def counted(rows, found):
     yield (
         f"`make paper` makes the {len(main)} runs of Figures 2 to 11. "
         + (f"Without {', '.join(absent)}, which are not made yet, they" if absent else "They")
-        + f" took {took:.0f} CPU minutes together: one thread each, on two cores that other work shared, in float64."
+        + f" took {took:.0f} CPU minutes together: one thread each, on two cores that other work shared, in float64. "
+        f"All runs are of version {dvi.__version__}, {code}."
     )
     can = [row for row in table().experiments.values() if not row.why_not("small")]
     yield ""
@@ -59,7 +62,11 @@ def counted(rows, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are (default: runs/paper/small)")
-    folder = parser.parse_args().folder
+    parser.add_argument("--code", help="with which code the runs were made (default: that of the last commit)")
+    given = parser.parse_args()
+    head = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
+    code = given.code or f"commit {subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()}"
+    folder = given.folder
     text = PAGE.read_text(encoding="utf-8")
     for file, number in SHOWN.findall(text):
         try:
@@ -76,7 +83,7 @@ def main():
     pairs = zip(rows, records(folder_of("small", folder), [row.name for row in rows]), strict=True)
     known = [(row, record) for row, record in pairs if is_of(row, "small", record)]
     rows, found = ([pair[i] for pair in known] for i in (0, 1))
-    lines = "\n".join([*markdown(rows, "small", found), "", *counted(rows, found)])
+    lines = "\n".join([*markdown(rows, "small", found), "", *counted(rows, found, code)])
     before, rest = text.split(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + lines + "\n\n" + END + rest.split(END)[1], encoding="utf-8")
 

@@ -207,6 +207,11 @@ class SmoothFlow(Protocol):
         ...
 
     @property
+    def pushed(self) -> bool:
+        """Do oscillations act on w?  If not (an ablated flow), they are no measure of how exactly w is followed."""
+        ...
+
+    @property
     def stepwise(self) -> bool:
         """True for a map, which advances by one whole step of the optimizer at a time."""
         ...
@@ -330,6 +335,11 @@ class Node:
     def k(self) -> int:
         """Number of directions in the constraint."""
         return len(self.X)
+
+    @property
+    def oscillation(self) -> tuple[Tensor, Array]:
+        """A basis [d, m], and the covariance [m, m] in it, of everything that oscillates."""
+        return self.U, self.X
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dvi
-from dvi.methods import GradientDescent
+from dvi.methods import GradientDescent, RMSPropNorm
 from dvi.problems.exact.edge import MatrixSweep
 from dvi.runs.sampling import breakpoints
+from dvi.solvers import ccp
 from dvi.solvers.budget import Spending
 from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
@@ -248,6 +249,24 @@ def test_a_unit_step_averages_third_derivatives():
     assert seen.X[0, 0] > 0
     np.testing.assert_allclose(S, 0.0, atol=1e-10)
     torch.testing.assert_close(end.w, y.w + lin.drift(seen.X).w)
+
+
+def test_a_unit_step_with_a_direction_below_the_edge_has_a_solution():
+    """RMSProp-Norm on a quadratic loss: with H times eigenvectors of unlike eigenvalues β is not monotone."""
+    lr, sharp = 0.5, torch.tensor([8.0, 7.9, 1.0, 0.5, 0.1], dtype=torch.float64)
+    problem = dvi.Problem(lambda w: 0.5 * (sharp * w**2).sum(), 1e-2 * torch.ones(5, dtype=torch.float64))
+    flow = dvi.central_flow(problem, RMSPropNorm(lr, 0.9), check=False)
+    y = State(problem.w0, {"v": torch.tensor((lr * 8.0 / 2) ** 2, dtype=torch.float64)}, 0.0)
+    tracker = EigenTracker()
+    now = tracker.update(flow, y, None, 1.0)
+    frame = now.frame(flow, y, 2)
+    lin = flow.linearised(y, flow.value_and_grad(y)[1], frame)
+    with pytest.raises(dvi.CCPError, match="not monotone"):
+        ccp.solve(lin.alpha - lin.gap, lin.beta)
+    end, _, seen = unit_step(flow, tracker, UnitMemory(now, frame, np.zeros((2, 2)), 10.0, 10.0), y, 1.0)
+    assert len(seen.X) == 2
+    # ν is held where the largest eigenvalue is 2, to the second order of a step of it: 0.1 of its rate of 0.1
+    assert float(end.nu["v"]) == pytest.approx((lr * 8.0 / 2) ** 2, rel=1e-2)
 
 
 # ---- tolerance and budget -------------------------------------------------------------------------------------

@@ -367,6 +367,16 @@ def test_dear_and_distant_runs_are_remarked(name, apart, cost, remarks):
         assert words in remark
 
 
+def test_a_late_edge_is_remarked():
+    row = table().experiments["fig12a"]
+    seen = summarise(race_of(row, 0.5))
+    remarks = []
+    for seen["edge"] in (13.0, 14.0):  # of 40 steps
+        (line,) = list(markdown([row], "small", [Record("fig12a", {}, "done", "SUCCESS", summary=seen)]))[2:]
+        remarks.append("the edge comes late, at step 14 of 40" in line)
+    assert remarks == [False, True]
+
+
 def test_from_the_shell(folder, tmp_path, capsys):
     for name in ("fig8.pdf", "fig8.png"):
         assert main(["paper", "figure", "8", "--out", str(tmp_path / name), "--folder", str(folder)]) == 0

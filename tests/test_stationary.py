@@ -281,6 +281,70 @@ def test_a_first_rank_too_small_is_noticed():
     np.testing.assert_allclose(one.nu["v"], other.nu["v"], rtol=1e-5, atol=1e-6 * float(other.nu["v"].max()))
 
 
+# ---- near a known point -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(seed=seeds, d=st.integers(3, 9), moved=st.floats(1e-3, 0.3))
+@examples(4)
+def test_from_a_point_nearby_as_from_nothing(name, seed, d, moved):
+    """Subspaces that grow against the fixed point, whose iteration shares no step with them: one solution (Prop. 3)."""
+    rng = np.random.default_rng(seed)
+    (g, H), method = draw(rng, d), METHODS[name](rng, d)
+    other_g, other_H = g * np.exp(moved * rng.normal(size=d)), H + moved * np.diag(np.abs(np.diag(H)))
+    start = dvi.stationary(dvi.central_flow(quadratic(g, H), method, check=False))
+    flow = dvi.central_flow(quadratic(other_g, other_H), method, check=False)
+    found, reference = dvi.stationary(flow, start=start), dvi.stationary(flow)
+    if name not in ("entangled", "coupled"):  # made up: they may have several
+        for one, other in zip(*map(torch.utils._pytree.tree_leaves, (found.nu, reference.nu)), strict=True):
+            # both have a relative residual of 1e-9, which a condition number of some hundreds magnifies
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+    rate = flow.linearise(found.w, found.nu, found.U).drift(found.X).nu
+    for dnu, nu in zip(*map(torch.utils._pytree.tree_leaves, (rate, found.nu)), strict=True):
+        assert float(dnu.abs().max()) <= 1e-7 * float(nu.abs().max())
+    assert found.sharpness <= 2 + 1.1e-6
+
+
+def network_and_step():
+    """RMSProp at the edge on a small network: the flow, its stationary point, and weights half a unit on."""
+    problem = dvi.problems.digits(n=40, width=6, depth=1)
+    flow = dvi.stationary_flow(problem, RMSProp(3e-3, 0.95), check=False, tol=1e-6)
+    point = flow.settled(flow.initial)
+    return flow, point, point.w + 0.5 * flow.look(point).rate
+
+
+def test_from_a_point_nearby_on_a_network_at_a_fraction_of_the_products():
+    flow, point, w = network_and_step()
+    spent = [flow.spent()]
+    for start in (point, None):
+        found = dvi.stationary(flow, w, tol=1e-6, start=start, survey=False)
+        assert dvi.duality(flow, found).gap <= 1e-6
+        spent.append(flow.spent())
+    near, far = np.diff(spent)
+    assert near < 0.3 * far  # a fifth was seen, of the iteration that starts from nothing
+    reference = dvi.stationary(flow, w)
+    assert found.k == reference.k > 0
+    found = dvi.stationary(flow, w, tol=1e-6, start=point)
+    np.testing.assert_allclose(found.nu["v"], reference.nu["v"], atol=1e-6 * float(reference.nu["v"].max()))
+    np.testing.assert_allclose(found.covariance_diagonal, reference.covariance_diagonal, atol=1e-4 * 3e-3**2)
+
+
+def test_a_direction_that_the_start_is_blind_to_is_found():
+    """A start whose block holds nothing of the second direction, in which alone the curvature has grown."""
+    H = np.diag([8.0, 0.5, 0.4, 0.3, 0.2])
+    method, g = RMSProp(0.5, 0.9), np.full(5, 0.3)
+    start = dvi.stationary(dvi.central_flow(quadratic(g, H), method, check=False))
+    keep = np.flatnonzero(np.abs(start.block.V[1].numpy()) < 1e-3).tolist()
+    block = replace(start.block, V=start.block.V[:, keep], AV=start.block.AV[:, keep])
+    block = replace(block, eigenvalues=block.eigenvalues[keep], residuals=block.residuals[keep])
+    H[1, 1] = 8.0
+    flow = dvi.central_flow(quadratic(g, H), method, check=False)
+    found, blind = (dvi.stationary(flow, start=replace(start, block=block), survey=look) for look in (True, False))
+    assert found.k == 2
+    assert blind.k == 1  # which says that the first one did not find it by luck
+    np.testing.assert_allclose(found.nu["v"], dvi.stationary(flow).nu["v"], rtol=1e-6)
+
+
 def test_single_precision():
     g, H = draw(np.random.default_rng(2), 8)
     w = torch.zeros(8, dtype=torch.float32)

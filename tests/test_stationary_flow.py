@@ -7,6 +7,7 @@ from scipy.integrate import solve_ivp
 
 import dvi
 from dvi.methods import GradientDescent, RMSProp, RMSPropNorm
+from dvi.stationarity.flow import TOL
 
 
 def trough(y):
@@ -83,7 +84,7 @@ def test_against_an_equation_written_by_hand(name):
         errors.append(np.linalg.norm(found.w.numpy() - exact))
     assert errors[1] <= 0.02 * np.linalg.norm(exact - start.numpy())
     assert errors[0] / errors[1] > 2.8  # second order: 4, less where h is not small yet
-    np.testing.assert_allclose(found.eigenvalues[:, 0], 2.0, atol=2e-6)  # 1000·tol
+    np.testing.assert_allclose(found.eigenvalues[:, 0], 2.0, atol=TOL)  # to which ν is settled
     assert all(len(X) == (without is None) for X in found.X)
 
 

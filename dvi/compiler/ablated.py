@@ -26,6 +26,9 @@ class AblatedFlow(CompiledFlow):
     √ν = ηS/2 at the edge, and the flow is the paper's dw/dt = −(2/S(w)) ∇L(w).  Only the ν-part of β remains, so Σ
     differs from the central flow's: it is the covariance with which ν alone maintains the constraint.
 
+    Where oscillations act on ν, HU is replaced by 2PU, which is equal on the constraint.  Without the push nothing else
+    makes β monotone: with H times U it is not, as soon as there is a direction with an eigenvalue below 2.
+
     The accuracy is always "paper", because the paper's flow is what it is compared with.
 
     Raises:
@@ -34,6 +37,7 @@ class AblatedFlow(CompiledFlow):
 
     name = "ablated"
     constrained = True
+    pushed = False
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class AblatedFlow(CompiledFlow):
         accuracy: Accuracy | None = None,
         max_gib: float = 4.0,
     ) -> None:
-        super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
+        super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib, edge_hessian="edge")
         if self._chosen(accuracy, self.calculus.momentum) != self.accuracy:
             self.notes.append(
                 'The ablated flow has accuracy="paper", but the other flows are of second order. Part of the distance '
@@ -59,7 +63,7 @@ class AblatedFlow(CompiledFlow):
 
     def linearised(self, y: State, g: Tensor, frame: Frame) -> LinearisedFlow:
         """α, β without the force on w, the gap and the drift at y."""
-        return LinearisedFlow(self.calculus, y, g, frame, push=False)
+        return LinearisedFlow(self.calculus, y, g, self._read(frame), push=self.pushed)
 
 
 def ablated_flow(

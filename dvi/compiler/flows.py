@@ -53,6 +53,7 @@ class CompiledFlow:
     constrained: bool = True
     quasistatic: bool = False
     stepwise: bool = False
+    pushed: bool = True
     #: Does the flow differentiate f and P?  The optimizer itself only calls them.
     differentiated: bool = True
 

@@ -39,6 +39,7 @@ Runs = Mapping[str, Stored]
 
 _NETWORKS = {"cnn": "CNN", "resnet": "ResNet", "vit": "ViT", "transformer": "transformer", "rnn": "RNN"}
 _METHODS = {"gd": "gradient descent", "rmsprop-norm": "RMSProp-Norm", "rmsprop": "RMSProp"}
+_RATE_DECADES = 1.0  # rates fall by more than that early on, and what is late is to be read
 _LEADING = 6  # eigenvalues of each process that are drawn
 
 
@@ -167,7 +168,7 @@ def _measured(runs: Runs, title: str, label: str, looks: dict[str, Look], sign: 
         central = run.race.runs["central"]
         none = np.full(len(central.t), np.nan)
         lines = [Curve(central.t, sign * central.series.get(name, none), look) for name, look in looks.items()]
-        panel = curves(_of_problem(run.row.problem), label, lines)
+        panel = curves(_of_problem(run.row.problem), label, lines, decades=_RATE_DECADES)
         if panel:
             panels.append(replace(with_edges(run.race, panel, timed=False), until=duration(run.race) or 1))
     columns = min(3, max(1, len(panels)))
@@ -254,7 +255,7 @@ def _side_by_side(runs: Runs) -> list[Panel | None]:
             apart.append(Curve(race.t, race.distance["discrete", "central"], _line(name, colour)))
     return [
         curves("train loss", "train loss L", losses),
-        curves("network output", "an output on a test example", outputs, log=False),
+        curves("network output", "output (on a test example)", outputs, log=False),
         curves("accumulated distance", "‖w$_t$ − w(t)‖", apart, zero=True, log=False),
     ]
 

@@ -102,7 +102,7 @@ def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
     cost, unit = seen.get("gradient_equivalents", {}).get(lead), seen.get("unit_steps") or 0
     if cost is not None and cost > DEAR:
         if lead.startswith("stationary"):
-            told.append("dear: the stationary ν is sought anew at each step")
+            told.append("dear: the stationary ν is sought four times a step")
         elif unit:
             told.append(f"dear: single steps for {unit:.0f} of {seen['reached']:.0f}, where the oscillation is stiff")
         else:
@@ -114,6 +114,9 @@ def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
         why = f"{near / far:.2f} of the stable flow's distance"
         if peak > LATE:
             why += f": {after:.0f} steps past the edge the optimizer is at {peak:.1f} times the threshold"
+        edge, end = seen.get("edge") or 0.0, seen.get("reached") or float("inf")
+        if edge > end / 3:
+            why += f"; the edge comes late, at step {edge:.0f} of {end:.0f}"
         told.append(why)
     return "; ".join(told)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvi.plotting.panels import Panel, averaged, duration, fit, learning_rate, line, recorded, usable
+from dvi.plotting.panels import DECADES, Panel, averaged, duration, fit, learning_rate, line, recorded, usable
 from dvi.plotting.style import EDGES, EVERY, Look, of_flow
 from dvi.results.comparison import Comparison
 from dvi.results.solution import Solution
@@ -42,6 +42,7 @@ def curves(
     remark: str = "",
     zero: bool = False,
     log: bool = True,
+    decades: float = DECADES,
     inset: float | None = None,
     xlabel: str = "time (optimizer steps)",
 ) -> Panel | None:
@@ -51,7 +52,7 @@ def curves(
         title, label, remark, xlabel: see :class:`Panel`.
         lines: the curves; later ones are drawn on top.
         zero: let a linear axis begin at zero if that wastes no more than half of it.
-        log: whether the axis may be logarithmic.
+        log, decades: whether the axis may be logarithmic, and from how many decades on it is.
         inset: the last time of an inset with the beginning.
     """
     lines = [curve for curve in lines if len(usable(curve.values))]
@@ -61,7 +62,7 @@ def curves(
     def draw(axes: Axes) -> None:
         for curve in lines:
             line(axes, curve.t, curve.values, curve.look)
-        fit(axes, usable(*(curve.values for curve in lines)), zero=zero, log=log)
+        fit(axes, usable(*(curve.values for curve in lines)), zero=zero, log=log, decades=decades)
         if inset is not None:
             _inset(axes, lines, inset)
 
@@ -70,7 +71,7 @@ def curves(
 
 def _inset(axes: Axes, lines: Sequence[Curve], until: float) -> None:
     """The beginning of all curves, in the corner that falling curves leave empty."""
-    place = (0.13, 0.1, 0.3, 0.33) if axes.get_yscale() == "log" else (0.62, 0.6, 0.37, 0.37)
+    place = (0.19, 0.13, 0.26, 0.32) if axes.get_yscale() == "log" else (0.62, 0.6, 0.37, 0.37)
     corner = axes.inset_axes(place)
     shown = [replace(c, t=c.t[c.t <= until], values=np.asarray(c.values)[c.t <= until]) for c in lines]
     for curve in shown:
@@ -123,7 +124,7 @@ def output(race: Comparison, sigma: float) -> Panel | None:
     which = most_moving(race)
     if which is None:
         return None
-    return averaged(race, sigma, "outputs", "network output", "an output on a test example", which=which, log=False)
+    return averaged(race, sigma, "outputs", "network output", "output (on a test example)", which=which, log=False)
 
 
 def coordinate_weight(race: Comparison, sigma: float, index: int) -> Panel | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HUGE = 1e100  # larger values belong to a run that diverged, and are not drawn
 _RASTER = 20_000  # a line with more points becomes an image inside a vector file
-_DECADES = 1.5  # a quantity that spans more is drawn on a logarithmic axis
+DECADES = 1.5  # a quantity that spans more is drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -329,10 +329,10 @@ def from_zero(axes: Axes, tops: Iterable[float]) -> None:
     axes.set_ylim(0, 1.05 * (max(tops, default=0.0) or 1.0))
 
 
-def fit(axes: Axes, known: Array, zero: bool, log: bool = True) -> None:
+def fit(axes: Axes, known: Array, zero: bool, log: bool = True, decades: float = DECADES) -> None:
     """Choose a logarithmic axis if values span decades; else one from zero, if that wastes no more than half of it."""
     low, high = float(known.min()), float(known.max())
-    if log and low > 0 and high / low > 10**_DECADES:
+    if log and low > 0 and high / low > 10**decades:
         axes.set_yscale("log")
         return
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0

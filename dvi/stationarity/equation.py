@@ -157,7 +157,7 @@ class Balance:
         for _ in range(50):
             step = self.newton(nu, HD)
             nu = pytree.tree_map(torch.add, nu, step)
-            change = relative(step, nu) if self.flow.calculus.elementwise else _norm(step) / _norm(nu)
+            change = relative(step, nu) if self.flow.calculus.elementwise else norm(step) / norm(nu)
             if change <= floor:
                 return nu
             if not np.isfinite(change):
@@ -174,6 +174,11 @@ class Balance:
         V = torch.linalg.qr(V / torch.linalg.vector_norm(V, dim=0))[0]
         guess = Eigenblock(V, V, np.full(V.shape[1], CRITICAL), np.full(V.shape[1], np.inf))
         return subspace.survey(A, subspace.follow(A, guess, want), want)
+
+    def survey(self, nu: Nu, block: Eigenblock) -> Eigenblock:
+        """The block with what a look around has found above 2, or just below, beside it."""
+        A, want = self.flow.effective_hessian(State(self.w, nu, self.t)), CRITICAL - 1e-3
+        return CriticalSubspace().survey(A, block, want)
 
     def point(
         self, D: Tensor, HD: Tensor, nu: Nu, block: Eigenblock, residual: float, iterations: int, cut: float
@@ -200,5 +205,6 @@ def relative(change: Nu, nu: Nu) -> float:
     return worst
 
 
-def _norm(nu: Nu) -> float:
+def norm(nu: Nu) -> float:
+    """The Euclidean norm of all parts of ν together."""
     return float(sum(float((x**2).sum()) for x in pytree.tree_leaves(nu)) ** 0.5)

@@ -1,5 +1,7 @@
 """The fixed point of Appendix B for any spec: D ← ½P(ν(D))⁻¹HD, Σ = DDᵀ (see :mod:`dvi.stationarity.api`).
 
+Near a known point a search in subspaces is quicker, and is tried first (:mod:`dvi.stationarity.projected`).
+
 Four additions make it dependable.  A shift excludes eigenvalues of −2 and below, where the plain iteration would also
 come to rest.  Anderson acceleration is undone when it increases the residual.  A Newton step in the variances is taken
 now and then.  And the leading eigenvalues are checked before a point is accepted.
@@ -22,9 +24,11 @@ from dvi.solvers.protocol import Array, State, host, like
 from dvi.solvers.svec import smat, svec, triu
 from dvi.stationarity.anderson import Anderson
 from dvi.stationarity.equation import Balance, StationaryPoint, relative
+from dvi.stationarity.projected import nearby
 
 _CALM = 4  # plain steps before acceleration is tried
 _REBALANCE = 40  # iterations between Newton steps in the variances
+_LOOKS = 3  # searches in subspaces, each with a direction more that a look around has found
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Search:
 
     Args:
         balance: the equation for ν.
-        tol, max_iterations, rank, seed: see :func:`dvi.stationary`.
+        tol, max_iterations, rank, seed, survey: see :func:`dvi.stationary`.
     """
 
     balance: Balance
@@ -41,8 +45,28 @@ class Search:
     max_iterations: int
     rank: int
     seed: int
+    survey: bool = True
 
     def run(self, start: StationaryPoint | None) -> StationaryPoint:
+        """From a point nearby, if there is one; else by the iteration."""
+        if start is not None and (found := self._from(start)) is not None:
+            return found
+        return self._iterated(start)
+
+    def _from(self, start: StationaryPoint) -> StationaryPoint | None:
+        """The point found in subspaces, or None if the iteration has to."""
+        balance = self.balance
+        for _ in range(_LOOKS):
+            found = nearby(balance, start, self.tol)
+            if found is None:
+                return None
+            block = balance.survey(found.nu, found.block) if self.survey else found.block
+            if block.eigenvalues[0] <= CRITICAL + 10 * self.tol:
+                return balance.point(found.D, found.HD, found.nu, block, found.residual, found.rounds, self.tol)
+            start = balance.point(found.D, found.HD, found.nu, block, found.residual, found.rounds, self.tol)
+        return None
+
+    def _iterated(self, start: StationaryPoint | None) -> StationaryPoint:
         """Iterate until the residual is below tol and no direction above 2 is missing."""
         balance, flow = self.balance, self.balance.flow
         D, nu = self._first(start)

@@ -24,6 +24,13 @@ from dvi.stationarity.api import StationaryPoint, stationary
 
 Part = Literal["curvature penalty"]
 
+#: The relative residual to which a stationary ν is solved; ν itself is then off by its square or so, and the push
+#: ½∇³L[Σ] by TOL, far below what a step of Heun's method misses.
+TOL = 1e-4
+
+#: Unit times from one look around for directions that are not followed to the next.
+LOOK = 2.0
+
 
 class StationaryFlow(CompiledFlow):
     """The stationary flow (eq. 13, with the sign that its text has lost)
@@ -41,6 +48,7 @@ class StationaryFlow(CompiledFlow):
     quasistatic = True
     without: Part | None = None
     tol: float | None = None
+    _first: StationaryPoint | None = None  # the last one that was sought without a start
 
     def __init__(
         self,
@@ -54,9 +62,15 @@ class StationaryFlow(CompiledFlow):
         # eq. (13) is the paper's, whatever accuracy the other flows have
         super().__init__(problem, method, check=check, accuracy="paper", max_gib=max_gib)
 
-    def settled(self, y: State, start: StationaryPoint | None = None) -> StationaryPoint:
-        """The stationary point at y's weights."""
-        return stationary(self, y.w, t=y.t, start=start, tol=self.tol, rank=4)
+    def settled(self, y: State, start: StationaryPoint | None = None, survey: bool = True) -> StationaryPoint:
+        """The stationary point at y's weights, see :func:`dvi.stationary`."""
+        known, tol = self._first, self.tol or max(TOL, 1e2 * torch.finfo(y.w.dtype).eps)
+        if start is None and known is not None and known.t == y.t and torch.equal(known.w, y.w):
+            return known
+        point = stationary(self, y.w, t=y.t, start=start, tol=tol, rank=4, survey=survey)
+        if start is None:  # a run asks for its first one more than once
+            self._first = point
+        return point
 
     def settle(self, y: State) -> State:
         """The state y with ν at its stationary value."""
@@ -115,9 +129,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Settled:
-    """The stationary point at the current weights, from which the next search starts."""
+    """The stationary point at the current weights, from which the next search starts, and the time of the last look."""
 
     point: StationaryPoint
+    looked: float
 
 
 @dataclass(frozen=True)
@@ -156,23 +171,24 @@ class Quasistatic(IntegratorBase):
 
     def init(self, flow: Flow, y: State) -> Settled:
         """The stationary point at the start."""
-        return Settled(self._own(flow).settled(y))
+        return Settled(self._own(flow).settled(y), y.t)
 
     def step(self, flow: Flow, memory: Settled, y: State, h: float) -> StepResult:
         """One step of at most h unit times."""
         flow, h = self._own(flow), min(self.h, h)
         begin = flow.look(memory.point)
-        tried = flow.settled(State(y.w + h * begin.rate, y.nu, y.t + h), memory.point)
+        tried = flow.settled(State(y.w + h * begin.rate, y.nu, y.t + h), memory.point, survey=False)
         rate = flow.look(tried).rate
         bend = (rate - begin.rate) / (2 * h)
-        point = flow.settled(State(y.w + h * begin.rate + h**2 * bend, y.nu, y.t + h), tried)
+        look = y.t + h >= memory.looked + LOOK
+        point = flow.settled(State(y.w + h * begin.rate + h**2 * bend, y.nu, y.t + h), tried, survey=look)
 
         def inside(t: float) -> State:
             s = t - y.t
             nu = pytree.tree_map(lambda a, b: a + s / h * (b - a), y.nu, point.nu)
             return State(y.w + s * begin.rate + s**2 * bend, nu, t)
 
-        return StepResult(point.state, Settled(point), begin.node(), inside)
+        return StepResult(point.state, Settled(point, y.t + h if look else memory.looked), begin.node(), inside)
 
     def observe(self, flow: Flow, memory: Settled, y: State) -> Node:
         """The node at which a step from y would begin."""
@@ -192,7 +208,7 @@ def stationary_flow(
     Args:
         problem, method, check: as for :func:`dvi.central_flow`.
         without: "curvature penalty" leaves out ½∇³L[Σ] (Fig. 11).
-        tol: relative residual of a stationary ν, see :func:`dvi.stationary`.
+        tol: relative residual of a stationary ν, see :func:`dvi.stationary` (default: 1e-4).
 
     Raises:
         SpecError: if the declaration is wrong, or ν has no stationary value.

@@ -53,7 +53,7 @@ class MacroMemory:
     Attributes:
         h: the next step to try.
         context: what is known at the current state.
-        amplitude: √tr Σ, smoothed over steps.
+        amplitude: √tr Σ, smoothed over steps; 0 where oscillations do not act on w, which then hide nothing.
         needless: updates in a row at the end of steps that resolve less than is worth it.
         unit: of the unit steps that are being taken (None: none are).
         left: when the last unit steps ended, and for how long they were planned.
@@ -230,7 +230,8 @@ class MacroStep(IntegratorBase):
         end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         rate = seen.rate
         assert rate is not None
-        now = replace(memory, unit=unit, amplitude=memory.amplitude_with(amplitude(seen.X, unit.frame)))
+        size = amplitude(seen.X, unit.frame) if flow.pushed else 0.0
+        now = replace(memory, unit=unit, amplitude=memory.amplitude_with(size))
         if end.t >= unit.until - 1e-9 or not seen.k:
             context = evaluate(flow, tracker, end, unit.spectrum, 1.0)
             now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.until - unit.begin))
@@ -354,7 +355,7 @@ class MacroStep(IntegratorBase):
         # a step that was cut to land may be followed by one as long as was tried before
         h = length * growth(new.error, max(CONSTANTS.change[1], tried / length))
         h = float(np.clip(h, self.h_min, self.h_max))
-        size = amplitude(new.X, new.frame)
+        size = amplitude(new.X, new.frame) if flow.pushed else 0.0
         now = replace(
             memory,
             h=h,

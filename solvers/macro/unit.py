@@ -84,7 +84,13 @@ def unit_step(
     lin = flow.linearised(y, g, frame)
     X = np.zeros((k, k))
     if k:
-        X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
+        try:
+            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
+        except ccp.CCPError:
+            # With H times U a direction below the edge may cost β its monotony: take what holds once it is at the edge.
+            frame = replace(frame, on_edge=True)
+            lin = flow.linearised(y, g, frame)
+            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
         flow.count_ccp()
     rate = lin.drift(X)
     end = Repair(flow, y)(y.moved(rate, h))
