@@ -1,6 +1,7 @@
 """Compares the flow with noise with replicas of the optimizer: `python benchmarks/noise.py [FILE.json] [NAME …]`.
 
-Each case is run once and stored in the file, so that an interrupted run can continue.  `--table` prints the file.
+Each case is run once and stored in the file, so that an interrupted run can continue.  `--table` prints the file, and
+a summary of the cases of gradient descent over seeds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dvi
 from dvi.methods import Adam, AdamW, GradientDescent, HeavyBall, RMSProp
 
 TIMES = (40, 80, 120)
+EPOCHS = {"replacement": False, "epochs": True}
 
 
 def digits(seed: int = 0, **options: Any) -> dvi.Problem:
@@ -42,9 +44,14 @@ CASES |= {
     "Adam 0.002, B = 20": case(digits, Adam(0.002, 0.9, 0.95), 20),
     "CE GD 0.7, B = 30": case(lambda: digits(loss="ce"), GradientDescent(0.7), 30),
     "CE GD 1.5, B = 5": case(lambda: digits(loss="ce"), GradientDescent(1.5), 5),
+    "GD 0.05, B = 1": case(digits, GradientDescent(0.05), 1),
     "CNN GD 0.2, B = 30": case(lambda: digits(network="cnn", width=4, n=200), GradientDescent(0.2), 30),
     "CNN GD 1.5, B = 30": case(lambda: digits(network="cnn", width=4, n=200), GradientDescent(1.5), 30),
     "AdamW 0.002, λ = 1, B = 20": case(digits, AdamW(0.002, 0.9, 0.95, weight_decay=1.0), 20),
+    "GD 0.2, B = 30, epochs": case(digits, GradientDescent(0.2), 30, **EPOCHS),
+    "GD 0.2, B = 10, epochs": case(digits, GradientDescent(0.2), 10, **EPOCHS),
+    "GD 0.1, B = 3, epochs": case(digits, GradientDescent(0.1), 3, **EPOCHS),
+    "RMSProp 0.002, B = 20, epochs": case(digits, RMSProp(0.002, 0.95, 1e-8, True), 20, **EPOCHS),
     "GPT CE RMSProp 0.0005, B = 20": case(
         lambda: dvi.problems.sorting(n=200, width=24, depth=1), RMSProp(5e-4, 0.95, 1e-8, True), 20
     ),
@@ -54,7 +61,7 @@ CASES |= {
 def measured(name: str) -> dict[str, Any]:
     """Replicas and flow at a few times, with the flow's own estimates of its quality."""
     it, began = CASES[name], time.process_time()
-    sampling = dvi.Sampling(replacement=True, **it["settings"])
+    sampling = dvi.Sampling(**{"replacement": True} | it["settings"])
     race = dvi.compare(
         it["problem"](),
         it["method"],
@@ -84,7 +91,9 @@ def measured(name: str) -> dict[str, Any]:
         "runs": sgd.loss[rows].tolist(),
         "flow": [float(noisy.predicted_loss[w].mean()) for w in window],
         "full": central.predicted_loss[rows].tolist(),
+        "spread": sgd.series["loss_spread"][rows].tolist(),
     }
+    out["replicas"] = sampling.replicas
     for key in ("effective_lr", "batch_grad_sq"):
         out[key] = {"runs": sgd.series[key][rows].tolist(), "flow": noisy.series[key][rows].tolist()}
     out["effective_lr"]["full"] = central.series["effective_lr"][rows].tolist()
@@ -126,6 +135,38 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: dict[str, Any]) -> str:
+    """Median errors of gradient descent over seeds and times, beside those that a flow without any error would have.
+
+    Such a flow would still differ from the mean of a few runs, by 0.674 of its standard error at the median.
+    """
+    groups: dict[str, dict[str, list[float]]] = {}
+    for name, it in found.items():
+        if ", seed" not in name or not it["t"]:
+            continue
+        for group in (name.split(", seed")[0], "all"):
+            errors = groups.setdefault(group, {})
+            d = it["distance"]
+            for key, quantity, side in (
+                ("S", "sharpness", "flow"),
+                ("S full", "sharpness", "full"),
+                ("loss", "loss", "flow"),
+                ("loss full", "loss", "full"),
+            ):
+                both = zip(it[quantity][side], it[quantity]["runs"], strict=True)
+                errors.setdefault(key, []).extend(a / b - 1 for a, b in both)
+            for key, quantity in (("S least", "sharpness"), ("loss least", "loss")):
+                both = zip(it[quantity]["spread"], it[quantity]["runs"], strict=True)
+                errors.setdefault(key, []).extend(0.674 * a / b / it["replicas"] ** 0.5 for a, b in both)
+            for key in ("flow", "full"):
+                errors.setdefault(f"distance {key}", []).extend(a / b for a, b in zip(d[key], d["floor"], strict=True))
+    keys = list(next(iter(groups.values()), {}))
+    lines = ["| case | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for group, errors in groups.items():
+        lines.append(f"| {group} | " + " | ".join(f"{np.median(np.abs(errors[key])):.3f}" for key in keys) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     names = [word for word in arguments if not word.endswith(".json") and word != "--table"]
@@ -138,6 +179,8 @@ def main(arguments: list[str]) -> None:
                 file.write_text(json.dumps(found, indent=1))
                 print(f"{name}: {found[name]['status']}, {found[name]['seconds']:.0f} s", flush=True)
     print(table(found))
+    print()
+    print(summary(found))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ MEASURED: tuple[tuple[Accuracy, Integrator], ...] = (
 #: By accuracy, a fine and a less fine solution; their distance estimates the error of the fine one.
 FINE: dict[Accuracy, tuple[Integrator, Integrator]] = {
     "paper": (dvi.MacroStep(1e-5), dvi.MacroStep(1e-4)),
-    "second-order": (dvi.SemiImplicit(1 / 16, tol=1e-5), dvi.SemiImplicit(1 / 8, tol=1e-5)),
+    "second-order": (dvi.SemiImplicit(dt=1 / 16, tol=1e-5), dvi.SemiImplicit(dt=1 / 8, tol=1e-5)),
 }
 
 

@@ -56,7 +56,7 @@ def main() -> None:
             dvi.stable_flow(problem, method, accuracy="second-order"),
             steps,
             start=start,
-            integrator=dvi.SemiImplicit(1 / 4),
+            integrator=dvi.SemiImplicit(dt=1 / 4),
             progress=False,
         )
         a, b = (float((flow.w - y.w).norm()) for flow in (first, second))

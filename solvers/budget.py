@@ -25,8 +25,12 @@ class Spending:
         return Spending(np.vstack([self._window(t), [[t, cost]]]))
 
     def per_unit_time(self, t: float) -> float:
-        """Mean cost per unit time over the window that ends at t."""
+        """Mean cost per unit time over the window that ends at t; of a younger run, what it will be at least."""
         return float(self._window(t)[:, 1].sum()) / CONSTANTS.window
+
+    def since(self, begin: float) -> float:
+        """Spent in the steps that ended after that time, as far as they are in the window."""
+        return float(self.steps[self.steps[:, 0] > begin, 1].sum())
 
     def _window(self, t: float) -> Array:
         return self.steps[self.steps[:, 0] > t - CONSTANTS.window]

@@ -30,7 +30,8 @@ class Constants:
         margin: factor by which the spectral radius, which sets the number of stages, may be underestimated.
         safety, change: the usual ones of a step controller; change is the least and the greatest factor between steps.
         resolved: tolerance over the amplitude √tr Σ of the oscillation.  With 0.1, 0.3 and 1 a small transformer takes
-            64, 35 and 39 gradients a unit.  On digits the error in w is .0055 at 0.3 and .021 at 1 (chosen on both).
+            64, 35 and 39 gradients a unit.  On digits the error in w is .0055 at 0.3 and .021 at 1 (chosen on a small
+            transformer, digits).
         tolerances: bounds on that tolerance.
         sharp: residual of critical eigenvectors at a tolerance of 1e-3; it scales with the square root of the tolerance
             (chosen on digits).
@@ -43,6 +44,12 @@ class Constants:
         budget: gradients per unit time if the user gives none: ten times the cost of a usual case.
         unit_ahead: part of a unit step over which rates of eigenvalues are extrapolated (chosen on an MLP with
             cross-entropy).
+        reach: an eigenvalue more than this below 2 is not sought; nothing rises so far in one step.
+        far: residual of the leading eigenvector if it is far from 2, over its distance from 2; and its greatest value.
+            An arrival is predicted from it, and it only has to be told apart.
+        beside: a residual is small if it is at most this part of an eigenvalue, or of its distance from 2.
+        steps: an update far from 2 is due after this many steps at the latest, since steps are short when something
+            moves fast.
     """
 
     at_edge: float = 1e-3
@@ -65,6 +72,10 @@ class Constants:
     window: float = 20.0
     budget: float = 100.0
     unit_ahead: float = 0.25
+    reach: float = 1.2
+    far: tuple[float, float] = (0.15, 0.2)
+    beside: float = 0.05
+    steps: float = 6.0
 
     @property
     def sag(self) -> float:

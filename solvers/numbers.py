@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -33,4 +34,25 @@ def with_numbers(config: Any) -> None:
         object.__setattr__(config, field.name, value)
 
 
-__all__ = ["number", "with_numbers"]
+Config = TypeVar("Config")
+
+
+def named_only(config: type[Config]) -> type[Config]:
+    """A dataclass whose keyword-only fields cannot be mistaken: for numbers without names, an error that says so."""
+    kind: Any = config
+    made = kind.__init__
+
+    @wraps(made)
+    def __init__(self: Config, *unnamed: Any, **named: Any) -> None:
+        if unnamed:
+            name, first = config.__name__, repr(unnamed[0])
+            some, other, *_ = (f"{name}({field.name}={first})" for field in fields(config))  # type: ignore[arg-type]
+            given = ", ".join(map(repr, unnamed))
+            raise TypeError(f"{name}({given}): give its arguments by name, such as {some} or {other}.")
+        made(self, **named)
+
+    kind.__init__ = __init__
+    return config
+
+
+__all__ = ["named_only", "number", "with_numbers"]

@@ -336,6 +336,11 @@ class Node:
         """Number of directions in the constraint."""
         return len(self.X)
 
+    @property
+    def oscillation(self) -> tuple[Tensor, Array]:
+        """A basis [d, m], and the covariance [m, m] in it, of everything that oscillates."""
+        return self.U, self.X
+
 
 @dataclass(frozen=True)
 class StepResult:

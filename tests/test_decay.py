@@ -352,7 +352,7 @@ def test_the_second_order_flow_is_of_second_order(name):
         start, _ = after(optimizer, int(20 / h))
         end, _ = after(optimizer, int(40 / h))
         flow = dvi.stable_flow(problem, method, accuracy="second-order", check=False)
-        run = dvi.solve(flow, int(20 / h), start=start, integrator=dvi.SemiImplicit(1 / 8), progress=False)
+        run = dvi.solve(flow, int(20 / h), start=start, integrator=dvi.SemiImplicit(dt=1 / 8), progress=False)
         errors.append(float((run.w - end.w).norm() / (end.w - start.w).norm()))
     assert errors[0] < 5e-3
     assert 3 < errors[0] / errors[1] < 6  # 4, but for the next order
@@ -364,7 +364,7 @@ def test_where_nothing_oscillates_adamws_flow_is_20_times_closer_than_the_leadin
     optimizer = dvi.discrete(problem, method)
     start, end = after(optimizer, 40)[0], after(optimizer, 70)[0]
     distance = {}
-    for accuracy, integrator in (("paper", dvi.RungeKutta(4, h=1 / 4)), ("second-order", dvi.SemiImplicit(1 / 4))):
+    for accuracy, integrator in (("paper", dvi.RungeKutta(4, h=1 / 4)), ("second-order", dvi.SemiImplicit(dt=1 / 4))):
         flow = dvi.stable_flow(problem, method, accuracy=accuracy, check=False)
         run = dvi.solve(flow, 30, start=start, integrator=integrator, progress=False)
         distance[accuracy] = float((run.w - end.w).norm())

@@ -41,6 +41,16 @@ class Entrywise(dvi.Method):
         return dvi.Diagonal((softplus(inside + b * t) + 0.5) / self.lr)
 
 
+class Capped(RMSProp):
+    """RMSProp whose root is capped by its norm: the entries of P are coupled, where the gradients are large."""
+
+    limit: float = 1.0
+
+    def P(self, nu):
+        root = nu["v"].sqrt() + 1e-3
+        return dvi.Diagonal(root / torch.linalg.vector_norm(root).clamp(min=self.limit) / self.lr)
+
+
 class Clipped(dvi.Method):
     """RMSProp of a gradient whose norm is clipped: the entries are coupled, at large gradients only."""
 
@@ -77,6 +87,7 @@ def test_the_short_way_is_the_generic_one(seed, d, k, mixed):
     flow, w, nu, rng = compiled(seed, d, mixed)
     U = torch.tensor(rng.normal(size=(d, min(k, d))))
     assert flow.calculus.local
+    assert flow.calculus.metric.local is not mixed
     short = flow.linearise(w, nu, U)
     flow.calculus.local = flow.calculus.metric.simple = False
     generic = flow.linearise(w, nu, U)
@@ -106,6 +117,23 @@ def test_which_methods_are_local():
     assert not dvi.central_flow(
         dvi.Problem(lambda w: (w**4).sum(), w), GradientDescent(0.1), check=False
     ).calculus.local
+
+
+def test_of_which_methods_each_entry_of_P_follows_its_own():
+    rng = np.random.default_rng(0)
+    w = torch.tensor(rng.normal(size=6))
+
+    def local(method):
+        return dvi.central_flow(dvi.Problem(lambda w: (w**4).sum(), w), method, check=False).calculus.metric.local
+
+    assert local(RMSProp(0.1, 0.9))
+    assert local(RMSProp(0.1, 0.9, bias_correction=True))
+    assert not local(RMSPropNorm(0.1, 0.9))  # p is one number
+    assert not local(GradientDescent(0.1))  # and has no ν
+    # at roots a thousand times smaller there is no coupling
+    assert not local(Capped(0.1, 0.9))
+    assert not local(Capped(0.1, 0.9, limit=100.0))
+    assert local(Capped(0.1, 0.9, limit=1e9))
 
 
 def test_dead_coordinates_give_no_nan_the_short_way():

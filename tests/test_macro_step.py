@@ -19,6 +19,7 @@ from dvi.solvers import ccp
 from dvi.solvers.budget import Spending
 from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
+from dvi.solvers.errors import BudgetError
 from dvi.solvers.macro import MacroMemory
 from dvi.solvers.macro.model import amplitude
 from dvi.solvers.macro.unit import UnitMemory, unit_step
@@ -238,7 +239,7 @@ def test_a_unit_step_averages_third_derivatives():
     now = tracker.update(flow, y, None, 1.0)
     frame = now.frame(flow, y, 1)
     turned = replace(frame, U=-frame.U, T=2 * frame.T)
-    memory = UnitMemory(now, turned, np.zeros((1, 1)), 10.0, 10.0)
+    memory = UnitMemory(now, turned, np.zeros((1, 1)), 0.0, 10.0)
     end, after, seen = unit_step(flow, tracker, memory, y, 5.0)
     assert end.t == 2.0
     torch.testing.assert_close(after.frame.T, 1.5 * frame.T)
@@ -300,11 +301,91 @@ def test_what_exceeds_the_budget_goes_to_unit_steps_and_then_ends_in_words():
     few = run(flow, dvi.MacroStep(1e-3, budget=1.0), 60, throw=False)  # 20 gradients: not enough for the first look
     assert few.status is dvi.Status.OVER_BUDGET
     assert any("budget=1 are allowed" in note for note in few.notes)
-    assert 20 <= few.t[-1] < 60  # unit steps are given the time over which their cost is averaged
+    assert few.t[-1] <= 41  # it ends with the first step beyond t = 40, which is not kept
     # with tol given there is no bound, unless it is asked for
     assert (dvi.MacroStep().limit, dvi.MacroStep(1e-5).limit, dvi.MacroStep(1e-5, budget=7).limit) == (100, np.inf, 7)
     with pytest.raises(ValueError, match="a budget is positive"):
         dvi.MacroStep(budget=0.0)
+
+
+def test_a_run_ends_when_it_has_exceeded_its_budget_for_forty_units():
+    """Unit steps here begin since the force is stiff, cost 15 to 30 a unit, and longer steps many times that."""
+    flow, _ = stiff_problem([40.0], [2.0], [0.5])
+    solution = run(flow, dvi.MacroStep(budget=12.0), 80, throw=False)
+    assert solution.status is dvi.Status.OVER_BUDGET
+    assert 40 <= solution.t[-1] <= 61
+    assert any("budget=12 are allowed" in note for note in solution.notes)
+
+
+def on_the_slide():
+    """A flow with one direction at the edge, a state there, and the memory of unit steps that go on until t = 40."""
+    problem = dvi.problems.Circle(entry=0.3)
+    flow = dvi.central_flow(problem.problem, GradientDescent(problem.lr), check=False)
+    y = State(problem.weights(1.0), {}, 1.0)
+    now = EigenTracker().update(flow, y, None, 1.0)
+    unit = UnitMemory(now, now.frame(flow, y, 1), np.zeros((1, 1)), begin=0.0, until=40.0)
+    return flow, y, MacroMemory(1.0, amplitude=1.0, unit=unit)
+
+
+def test_unit_steps_that_exceed_the_budget_give_way_to_longer_ones():
+    flow, y, memory = on_the_slide()
+    dear = replace(memory, spent=Spending().after(1.0, 2001.0))
+    macro = dvi.MacroStep()
+    first = macro.step(flow, dear, y, 30.0)
+    assert first.unit
+    assert first.memory.unit.until == first.y.t == 2.0
+    second = macro.step(flow, first.memory, first.y, 30.0)
+    assert second.unit
+    assert second.memory.unit is None
+    third = macro.step(flow, second.memory, second.y, 30.0)
+    assert not third.unit
+    # two updates behind steps that resolve too little would lead to unit steps, but not where these have given way
+    accepted = macro.step(flow, replace(third.memory, needless=2, h=0.01), third.y, 30.0)
+    assert not accepted.unit
+    assert accepted.memory.unit is None
+    # within the budget nothing of this happens
+    assert macro.step(flow, memory, y, 30.0).memory.unit.until == 40.0
+
+
+def test_longer_steps_that_exceed_the_budget_give_way_to_unit_steps():
+    flow, y, memory = on_the_slide()
+    macro = dvi.MacroStep()
+    dear = Spending().after(0.9, 2001.0)
+    assert macro.step(flow, replace(memory, unit=None, spent=dear), y, 1.0).memory.unit is not None
+    # what unit steps have spent until they ended at t = 0.95 does not count against longer ones
+    assert macro.step(flow, replace(memory, unit=None, spent=dear, left=(0.95, 15.0)), y, 1.0).memory.unit is None
+
+
+def test_what_exceeds_the_budget_for_two_windows_ends_the_run():
+    flow, y, memory = on_the_slide()
+    macro = dvi.MacroStep()
+    dear = Spending().after(1.0, 2001.0)
+    for unit in (memory.unit, None):
+        with pytest.raises(BudgetError, match="budget=100 are allowed"):
+            macro.step(flow, replace(memory, unit=unit, over=-38.9, spent=dear), y, 1.0)
+        assert macro.step(flow, replace(memory, unit=unit, over=-37.0, spent=dear), y, 1.0).memory.over == -37.0
+        assert macro.step(flow, replace(memory, unit=unit, over=-37.0), y, 1.0).memory.over is None
+
+
+def test_a_unit_step_is_halved_where_the_sharpness_is_too_high_and_still_rises():
+    flow, y, memory = on_the_slide()
+    above = State(y.w * 1.15**0.5, {}, 1.0)
+    high = replace(memory.unit.spectrum, block=replace(memory.unit.spectrum.block, eigenvalues=np.array([2.4, 0.0])))
+    for last, expected in ((memory.unit.spectrum, 0.5), (high, 1.0)):
+        end, _, seen = unit_step(flow, EigenTracker(), replace(memory.unit, spectrum=last), above, 5.0)
+        assert seen.eigenvalues[0] == pytest.approx(2.3)
+        assert end.t - 1.0 == expected
+
+
+def test_no_unit_step_is_shorter_than_it_may_be():
+    """The sharpness is above 2 by 0.1: too much to lengthen steps, too little to halve them."""
+    flow, y, memory = on_the_slide()
+    above = State(y.w * 1.05**0.5, {}, 1.0)  # the eigenvalue is |y|², and x = 0
+    small = replace(memory.unit, dt=1 / 8)
+    for shortest, expected in ((0.0, 1 / 8), (0.5, 0.5)):
+        end, after, seen = unit_step(flow, EigenTracker(), small, above, 5.0, shortest)
+        assert seen.eigenvalues[0] == pytest.approx(2.1)
+        assert (end.t - 1.0, after.dt) == (expected, expected)
 
 
 def test_the_cost_is_that_of_the_last_twenty_units():
@@ -314,6 +395,7 @@ def test_the_cost_is_that_of_the_last_twenty_units():
     assert spent.per_unit_time(40.0) == pytest.approx(5.0)
     assert spent.per_unit_time(50.0) == pytest.approx(2.5)
     assert len(spent.steps) <= 21
+    assert spent.since(38.0) == pytest.approx(10.0)
 
 
 # ---- error estimates that cannot be met ---------------------------------------------------------------------

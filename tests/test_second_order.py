@@ -1,5 +1,7 @@
 """Flows with momentum as a state: the rate of ν, the semi-implicit step, its order, and O(η²) from the optimizer."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,7 @@ SAME = {
 
 def stable(cubic, w, method, steps, dt, **options):
     flow = dvi.stable_flow(cubic.problem(w), method, accuracy="second-order")
-    return dvi.solve(flow, steps, integrator=dvi.SemiImplicit(dt), progress=False, save=("w",), **options)
+    return dvi.solve(flow, steps, integrator=dvi.SemiImplicit(dt=dt), progress=False, save=("w",), **options)
 
 
 def advanced(run, y, steps):
@@ -169,7 +171,7 @@ def test_second_order_in_the_learning_rate(make):
         second = dvi.solve(
             dvi.stable_flow(problem, method, accuracy="second-order"),
             steps,
-            integrator=dvi.SemiImplicit(1 / 8),
+            integrator=dvi.SemiImplicit(dt=1 / 8),
             start=start,
             progress=False,
         )
@@ -193,7 +195,7 @@ def test_the_sweep_has_its_exact_solution():
     problem = MatrixSweep([0.6, 0.5], [0.3, 0.2], lr=0.2, decay=0.0, seed=1)
     flow = dvi.central_flow(problem.problem, GradientDescent(0.2), accuracy="second-order")
     for dt in (1.0, 0.5, 0.25):
-        solution = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(dt), progress=False, save=("w",))
+        solution = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(dt=dt), progress=False, save=("w",))
         error = max(
             float(np.linalg.norm(w - problem.weights(t).numpy()))
             for t, w in zip(solution.t, solution.series["w"], strict=True)
@@ -262,8 +264,8 @@ def test_blocks_agree_with_single_steps():
     for method in (GradientDescent(0.35), RMSProp(2e-3, 0.95)):
         flow = dvi.central_flow(problem, method, check=False, accuracy="second-order")
         options = {"progress": False, "warm_start": "auto"}
-        fine = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(0.5, tol=0), **options)
-        blocks = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(0.5, tol=3e-4), **options)
+        fine = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(dt=0.5, tol=0), **options)
+        blocks = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(dt=0.5, tol=3e-4), **options)
         assert len(fine.X[-1]) >= 1
         assert float((fine.w - blocks.w).norm()) < 30 * 3e-4  # at most some tens of blocks, each within tol
         assert blocks.ledger.per_unit_time(0, 30) < 0.7 * fine.ledger.per_unit_time(0, 30)
@@ -299,9 +301,25 @@ def test_integrators_and_flows_that_do_not_go_together():
         )
     with pytest.raises(ValueError, match="accuracy"):
         dvi.central_flow(cubic.problem(w), GradientDescent(0.01), accuracy="third")
-    for bad in ({"dt": 0.0}, {"dt": 2.0}, {"tol": -1.0}, {"h_max": 0.1}):
+    for bad in ({"dt": 0.0}, {"dt": 2.0}, {"tol": -1.0}, {"h_max": 0.1}, {"budget": 0.0}):
         with pytest.raises(ValueError, match="SemiImplicit"):
             dvi.SemiImplicit(**bad)
+    # as the first argument of MacroStep it would be the tolerance, and as that of Euler the step
+    with pytest.raises(TypeError, match=r"SemiImplicit\(dt=0.001\) or SemiImplicit\(tol=0.001\)"):
+        dvi.SemiImplicit(1e-3)
+    assert list(inspect.signature(dvi.SemiImplicit).parameters)[:2] == ["dt", "tol"]
+
+
+def test_a_semi_implicit_run_ends_when_it_exceeds_its_budget():
+    cubic, w = bowl(2)
+    flow = dvi.central_flow(cubic.problem(w), HeavyBall(0.02, 0.8))
+    free = dvi.solve(flow, 60, progress=False)
+    cost = free.ledger.per_unit_time()
+    assert dvi.solve(flow, 60, progress=False, integrator=dvi.SemiImplicit(budget=3 * cost)).t[-1] == 60
+    few = dvi.solve(flow, 60, progress=False, integrator=dvi.SemiImplicit(budget=0.5 * cost), throw=False)
+    assert few.status is dvi.Status.OVER_BUDGET
+    assert few.t[-1] < 60
+    assert any("are allowed" in note for note in few.notes)
 
 
 def test_a_flow_with_momentum_goes_on_from_its_own_state():
@@ -312,7 +330,7 @@ def test_a_flow_with_momentum_goes_on_from_its_own_state():
         assert flow.inertial
         whole = dvi.solve(flow, 20, progress=False)
         process = dvi.solve(flow, 10, progress=False)
-        first = dvi.solve(flow, 10, progress=False, integrator=dvi.SemiImplicit(0.125))
+        first = dvi.solve(flow, 10, progress=False, integrator=dvi.SemiImplicit(dt=0.125))
         assert float((process.w - first.w).norm()) < 0.05 * float((first.w - torch.tensor(w)).norm())
         assert whole.status is dvi.Status.SUCCESS
 
@@ -347,7 +365,7 @@ def test_the_map_is_made_of_whole_steps():
     with pytest.raises(ValueError, match="whole"):
         dvi.compare(problem, method, 4, runs=("map",), save_every=0.5, progress=False)
     with pytest.raises(ValueError, match="dt=1"):
-        dvi.solve(dvi.central_map(problem, method), 4, integrator=dvi.SemiImplicit(0.5), progress=False)
+        dvi.solve(dvi.central_map(problem, method), 4, integrator=dvi.SemiImplicit(dt=0.5), progress=False)
     thinned = dvi.compare(problem, method, 9, runs=("discrete", "map"), save_every=2, progress=False)
     assert thinned.t.tolist() == [0, 2, 4, 6, 8, 9]
     assert thinned.distance["discrete", "map"].max() < 1e-12

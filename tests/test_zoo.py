@@ -590,7 +590,7 @@ def test_at_second_order_a_step_of_one_is_the_optimizers_where_nothing_oscillate
     cubic, w = bowl(seed)
     method = kind.make(0.02, SHAPES)
     flow = dvi.stable_flow(cubic.problem(w), method, accuracy="second-order")
-    ours = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(1.0), progress=False, save=("w",)).series["w"]
+    ours = dvi.solve(flow, 30, integrator=dvi.SemiImplicit(dt=1.0), progress=False, save=("w",)).series["w"]
     run = dvi.discrete(cubic.problem(w), method)
     y, seen = run.initial, [w]
     _, g = run.value_and_grad(y)
@@ -605,7 +605,7 @@ def test_at_second_order_a_step_of_one_is_the_optimizers_where_nothing_oscillate
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shampoo, averages", "shampoo, one-sided", "shampoo, momentum"])
 def test_at_second_order_matrix_state_goes_through_the_edge(name):
-    steps = (dvi.SemiImplicit(0.5), dvi.SemiImplicit(0.25))
+    steps = (dvi.SemiImplicit(dt=0.5), dvi.SemiImplicit(dt=0.25))
     _, runs = through_the_edge(SECOND_ORDER[name], *steps, accuracy="second-order")
     over = []
     for central, distance in runs:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.tangents import derivative
+from dvi.compiler.jacobian_structure import generic, random_like
+from dvi.compiler.tangents import derivative, still
 from dvi.compiler.tracing import Replays
 from dvi.methods import Diagonal, Method, Nu, Preconditioner, Scalar, Timetable
 from dvi.methods.per_weight import PerWeight
@@ -39,6 +40,7 @@ class Metric:
         P = self.P(nu, 0.0)
         #: is P diag(p) or p I with a tensor p?
         self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
+        self.local = self.simple and not self.stateless and self._is_local(nu, w)
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
@@ -66,7 +68,7 @@ class Metric:
         k = U.shape[1]
         rows, columns = torch.triu_indices(k, k, device=U.device)
         if self.simple:  # no [d, k] products are needed
-            p: Tensor = self.replays.each(self._p_rate, self.at(t), (nu,), dnu)
+            p = self._p_rates(nu, t, dnu)
             products = U[:, rows] * U[:, columns]
             return p @ products if p.ndim == 2 else torch.outer(p, products.sum(dim=0))
 
@@ -87,12 +89,62 @@ class Metric:
         PU: Tensor = derivative(image, dt, torch.ones_like(dt))
         return U.T @ PU
 
+    def _p_rates(self, nu: Nu, t: float, dnu: Nu) -> Tensor:
+        """d/ds p(ν + s·dν) for a batch of directions [b, d], or [b] of p I."""
+        if not self.local:
+            rates: Tensor = self.replays.each(self._p_rate, self.at(t), (nu,), dnu)
+            return rates
+        slopes = self.replays(self._p_slopes, self.at(t), nu)
+        return _along(slopes, dnu)
+
+    def _p_slopes(self, method: Method, nu: Nu) -> list[Tensor]:
+        """∂p/∂ν for every leaf of ν, of which entry i acts on pᵢ alone, or a single one on all: [d] each."""
+        leaves, spec = pytree.tree_flatten(nu)
+
+        def slope(i: int) -> Tensor:
+            def p(leaf: Tensor) -> Tensor:
+                return self._p(method, pytree.tree_unflatten([*leaves[:i], leaf, *leaves[i + 1 :]], spec))
+
+            # no tangent is zero at the start: what is still is told by the changes that these slopes are multiplied by
+            found: Tensor = torch.func.jvp(p, (leaves[i],), (torch.ones_like(leaves[i]),))[1]
+            return found
+
+        return [slope(i) for i in range(len(leaves))]
+
+    def _is_local(self, nu: Nu, w: Tensor) -> bool:
+        """Does each entry of a ν like w act on its own entry of p alone?  Random probes of three sizes must show it."""
+        if any(x.shape not in (w.shape, ()) or not x.is_floating_point() for x in pytree.tree_leaves(nu)):
+            return False
+        method, generator = self.method.at(0.0), torch.Generator().manual_seed(2)
+        for scale in (1e-3, 1.0, 1e3):
+            at = generic(method, nu, scale * w, generator)
+            dnu = pytree.tree_map(lambda x: random_like(x, generator), at)
+            seen = self._p_rate(method, at, dnu)
+            if seen.shape != w.shape:
+                return False
+            slopes = self._p_slopes(method, at)
+            expected = _along(slopes, pytree.tree_map(lambda x: x[None], dnu))[0]
+            # Both sides are products and sums of few numbers: some hundred eps, relative to the largest entry.
+            largest = float(torch.maximum(expected.abs().max(), seen.abs().max()))
+            if not float((seen - expected).abs().max()) <= 1e3 * torch.finfo(w.dtype).eps * largest:
+                return False
+        return True
+
     def _p_rate(self, method: Method, nu: Nu, dnu: Nu) -> Tensor:
         """d/ds p(ν + s·dν) for P̃ = diag(p), [d], or p I, []."""
-
-        def p(nu: Nu) -> Tensor:
-            entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
-            return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays dead
-
-        rate: Tensor = derivative(p, nu, dnu)
+        rate: Tensor = derivative(lambda nu: self._p(method, nu), nu, dnu)
         return rate
+
+    def _p(self, method: Method, nu: Nu) -> Tensor:
+        entries: Tensor = self._scaled(method, nu).p  # type: ignore[attr-defined]
+        return torch.where(entries > 0, entries, torch.zeros_like(entries))  # a dead coordinate stays so
+
+
+def _along(slopes: list[Tensor], changes: Nu) -> Tensor:
+    """Σ slope [d] · change over the leaves of a batch of changes, [b, d] or [b] each: [b, d].
+
+    A product is zero where the change is exactly zero, however steep the slope.
+    """
+    pairs = zip(slopes, pytree.tree_leaves(changes), strict=True)
+    whole = [(slope, change if change.ndim == 2 else change[:, None]) for slope, change in pairs]
+    return torch.stack([still(change, change * slope) for slope, change in whole]).sum(dim=0)

@@ -7,13 +7,14 @@ Iterates are w + δ with E δ = 0 and E δδᵀ = Σ = UXUᵀ, gᵢ and Hᵢ are
     X⁺ = (I−Λ) X (I−Λ) + UᵀNU,            N = φ ( cov gᵢ + cov Hᵢδ ),
 
 one step of the optimizer at a time.  With momentum, X is a part of the covariance of (δ, the filter's memory), see
-:mod:`dvi.noise.companion`, where weight decay γ is, too.  Pairs w ± d of the
-oscillation give ½∇³L[Σ], both terms of N, and the averaged loss.
+:mod:`dvi.noise.companion`, where weight decay γ is, too.  Outside the block one path stands for the oscillation, see
+:mod:`dvi.noise.path`.  Where batches come in epochs, see :mod:`dvi.noise.epochs`.  Pairs w ± d of the oscillation give
+½∇³L[Σ], both terms of N, and the averaged loss.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,32 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dvi.compiler.calculus import LossLeftDomainError
 from dvi.compiler.decay import entrywise
 from dvi.compiler.flows import CentralFlow, Check, CompiledFlow
 from dvi.interop.binding import MethodLike, bind
 from dvi.methods import Nu
+from dvi.noise.epochs import Epoch
+from dvi.noise.path import Path
 from dvi.noise.sampling import Sampling, generator
-from dvi.problems import MiniBatches, NotFiniteError, Problem
+from dvi.noise.spread import Spread, combined, noisy_start, spread, times
+from dvi.problems import MiniBatches, Problem
 from dvi.solvers.protocol import Array, State, host, like
-
-
-@dataclass(frozen=True)
-class Spread:
-    """What the gradients of single examples are at some weights.
-
-    Attributes:
-        loss: the mean of the losses; g: of the gradients [d].
-        block: covariance of Uᵀgᵢ [k, k].
-        total: the trace of the covariance of gᵢ.
-        bend: ½∇²_g f[cov gᵢ], like ν; None for a method without state.
-    """
-
-    loss: float
-    g: Tensor
-    block: Array
-    total: float
-    bend: Nu
 
 
 @dataclass(frozen=True)
@@ -58,12 +43,14 @@ class Look:
         force: the average of ∇L(w+δ) − ∇L(w) [d], to second order ½∇³L[Σ].
         N: UᵀNU [k, k].
         noise: tr N.
-        rest: the average of L(w+δ) − L(w) − ½δᵀHδ, the terms that ½⟨H, Σ⟩ leaves out; a random pair is the average in
-            expectation only.
-        drawn: ½δᵀHδ of the pairs that were tried, with H at w itself; beyond: what L(w+δ) − L(w) has beside it.
+        rest: the average of L(w+δ) − L(w), less ½⟨H, Σ⟩ in the block; a random pair is the average in expectation only.
+        risen: the average of L(w+δ) − L(w) for the pairs that were tried; sloped: that of ½δ·∇L(w+δ).  For a quadratic
+            loss they are the same.
         bend: ½∇²_g f[HΣH + N], like ν.
         HU, M: H times the block [d, k] and UᵀHU [k, k], brought up to date along the pairs: their gradients differ by
-            2Hd, which costs nothing more.
+            2Hd, which costs nothing more.  HU changes in the span of P̃U only.
+        outer, kicks: HD [d, m] of the paths outside the block, and the noise that their batches add to it; None
+            without paths.
     """
 
     loss: float
@@ -72,11 +59,13 @@ class Look:
     N: Array
     noise: float
     rest: float
-    drawn: float
-    beyond: float
+    risen: float
+    sloped: float
     bend: Nu
     HU: Tensor
     M: Array
+    outer: Tensor | None
+    kicks: Tensor | None
 
 
 class NoisyFlow(CompiledFlow):
@@ -87,6 +76,7 @@ class NoisyFlow(CompiledFlow):
         sampling: how batches are drawn, and how closely the flow looks.
         batches: the problem's examples.
         factor: φ, the covariance of a batch's gradient over that of an example's.
+        parts: m, how many batches an epoch has; 1 where batches are independent.
     """
 
     name = "noisy"
@@ -107,6 +97,7 @@ class NoisyFlow(CompiledFlow):
         super().__init__(problem, method, check=check, accuracy="second-order", max_gib=max_gib)
         self.batch_size, self.sampling, self.batches = batch_size, sampling, batches
         self.factor = sampling.factor(batch_size, self.batches.n)
+        self.parts = batches.n // batch_size if sampling.epochs else 1
         self.initial = noisy_start(self, self.batches, self.factor)
 
     def cut(self, t: float) -> float:
@@ -130,56 +121,117 @@ class NoisyFlow(CompiledFlow):
 
     # ---- what a step asks ------------------------------------------------------------------------------
 
-    def look(self, y: State, U: Tensor, HU: Tensor, M: Array, X: Array, sought: Array | None = None) -> Look:
-        """What is seen at y with oscillation covariance UXUᵀ, by pairs w ± d.
+    def look(
+        self,
+        y: State,
+        U: Tensor,
+        HU: Tensor,
+        M: Array,
+        X: Array,
+        path: Path | None = None,
+        epoch: Epoch | None = None,
+    ) -> Look:
+        """What is seen at y with oscillation covariance UXUᵀ in the block and a path outside it, by pairs w ± d.
 
         Args:
             y: where; ν before the update that the gradient at y makes.
             U, HU: the block and H times it [d, k].
             M: UᵀHU [k, k].
             X: [k, k], positive semidefinite.
-            sought: UᵀHU by products with H, without what pairs of finite size have made of it (default: M).
+            path: what oscillates outside the block, one for each pair; None: nothing does.
+            epoch: what epochs remember; None where batches are independent.
         """
         loss, g = self.value_and_grad(y)
-        size, V = np.linalg.eigh(X) if len(X) else (np.zeros(0), np.zeros((0, 0)))
-        R = V * np.sqrt(size.clip(min=0))
-        z = self._tried(R, y.t)
-        if not z.any():
-            seen = spread(self, self.batches, y, g, U)
-            bend = _times(self.factor, seen.bend)
-            still = torch.zeros_like(g)
-            N, noise = self.factor * seen.block, self.factor * seen.total
-            return Look(float(loss), g, still, N, noise, 0.0, 0.0, 0.0, bend, HU, M)
+        members = self.members(U, X, y.t)
+        draws = None if path is None else self.drawn(path, y.t)
+        if not members.any() and (path is None or not bool(path.D.any())):
+            return self._still(y, float(loss), g, U, HU, M, draws, epoch)
         whole = self.sampling.pairs == "all"
-        share = 1.0 if whole else 1.0 / z.shape[1]  # of each pair in the average
-        centre = 1.0 - share * z.shape[1]  # of what is at w itself
-        at = spread(self, self.batches, y, g, U) if abs(centre) > 1e-12 else None
+        share = 1.0 if whole else 1.0 / members.shape[1]  # of each pair in the average
+        centre = 1.0 - share * members.shape[1]  # of what is at w itself
+        at = self._spread(y, y.w, g, U, None, epoch) if abs(centre) > 1e-12 else None
         parts: list[tuple[float, Spread]] = [] if at is None else [(centre, at)]
-        tried, start = [], M
-        for c in z.T:
-            d = U @ like(c, U)
-            pair = [spread(self, self.batches, State(y.w + s * d, y.nu, y.t), g, U) for s in (1.0, -1.0)]
-            parts += [(0.5 * share, one) for one in pair]
-            Hd = 0.5 * (pair[0].g - pair[1].g)
-            M, HU = _secant(M, HU, c, host(U.T @ Hd)[0], Hd)
-            tried.append((c, 0.5 * (pair[0].loss + pair[1].loss) - float(loss)))
-        H = start if sought is None else sought
-        risen = share * sum(more for _, more in tried)
-        rest = risen - share * sum(0.5 * float(c @ M @ c) for c, _ in tried)
-        drawn = share * sum(0.5 * float(c @ H @ c) for c, _ in tried)
-        mean = torch.zeros_like(g)
+        rest = risen = sloped = 0.0
+        outer, kicks = [], []
+        turned = self.precondition(y, U)
+        S = U.T @ turned
+        for j, c in enumerate(members.T):
+            away = None if path is None else path.D[:, j]
+            d = U @ like(c, U) if away is None else U @ like(c, U) + away
+            which = None if draws is None else draws[j : j + 1]
+            ahead = self._spread(y, y.w + d, g, U, which, epoch)
+            behind = self._spread(y, y.w - d, g, U, None, epoch)
+            parts += [(0.5 * share, ahead), (0.5 * share, behind)]
+            Hd = 0.5 * (ahead.g - behind.g)
+            seen = U.T @ Hd if away is None else U.T @ Hd - HU.T @ away
+            slope, Mc = host(0.5 * (d @ Hd), seen)
+            if c.any():
+                before, M = M, _secant(M, c, Mc)
+                HU = HU + turned @ torch.linalg.solve(S, like(M - before, U))
+            if path is not None:
+                HD = Hd - HU @ like(c, U)
+                outer.append(HD - turned @ torch.linalg.solve(S, U.T @ HD) if len(M) else HD)
+                kicks.append(ahead.kicks)
+            up = 0.5 * (ahead.loss + behind.loss) - float(loss)
+            risen, sloped = risen + share * up, sloped + share * float(slope)
+            rest += share * (up - 0.5 * float(c @ M @ c))
+        force = -g
         for weight, one in parts:
-            mean += weight * one.g
-        force = mean - g
+            force = force + weight * one.g
         N = self.factor * np.sum([weight * one.block for weight, one in parts], axis=0)
-        noise = self.factor * sum(weight * one.total for weight, one in parts)
-        bend = y.nu
-        if not self.calculus.stateless:
-            weights = [self.factor * weight for weight, _ in parts]
-            bend = _combined(weights, [one.bend for _, one in parts])
-            rows = (HU @ like(R, HU)).T.contiguous()
-            bend = pytree.tree_map(torch.add, bend, self.calculus.f_curvature_of(y.nu, y.t, g, rows))
-        return Look(float(loss), g, force, 0.5 * (N + N.T), float(noise), rest, drawn, risen - drawn, bend, HU, M)
+        return Look(
+            loss=float(loss),
+            g=g,
+            force=force,
+            N=0.5 * (N + N.T),
+            noise=float(self.factor * sum(weight * one.total for weight, one in parts)),
+            rest=rest,
+            risen=risen,
+            sloped=sloped,
+            bend=self._bend(y, g, HU @ like(_root(X), HU), outer, parts),
+            HU=HU,
+            M=M,
+            outer=torch.stack(outer, dim=1) if outer else None,
+            kicks=torch.cat(kicks, dim=1) if kicks else None,
+        )
+
+    def _spread(self, y: State, w: Tensor, g: Tensor, U: Tensor, draws: Tensor | None, epoch: Epoch | None) -> Spread:
+        """The spread of gradients at w; ν, and the metric of the block, are those at y."""
+        echo = None
+        if epoch is not None:
+            turned = self.precondition(y, U)
+            S = U.T @ turned
+
+            def echo(G: Tensor) -> Tensor:
+                return epoch.echoed(G, U, turned, S)
+
+        return spread(self, self.batches, State(w, y.nu, y.t), g, U, draws, echo)
+
+    def _still(
+        self,
+        y: State,
+        loss: float,
+        g: Tensor,
+        U: Tensor,
+        HU: Tensor,
+        M: Array,
+        draws: Tensor | None,
+        epoch: Epoch | None,
+    ) -> Look:
+        """What is seen where nothing oscillates."""
+        seen = self._spread(y, y.w, g, U, draws, epoch)
+        outer, kicks = (None, None) if draws is None else (torch.zeros_like(seen.kicks), seen.kicks)
+        bend, N = times(self.factor, seen.bend), self.factor * seen.block
+        noise = self.factor * seen.total
+        return Look(loss, g, torch.zeros_like(g), N, noise, 0.0, 0.0, 0.0, bend, HU, M, outer, kicks)
+
+    def _bend(self, y: State, g: Tensor, inner: Tensor, outer: list[Tensor], parts: list[tuple[float, Spread]]) -> Nu:
+        """½∇²_g f[HΣH + N], HΣH of the gradients in the block [d, k] and of those of paths outside it."""
+        if self.calculus.stateless:
+            return y.nu
+        bend = combined([self.factor * weight for weight, _ in parts], [one.bend for _, one in parts])
+        rows = torch.stack([*inner.T, *(one / len(outer) ** 0.5 for one in outer)])
+        return pytree.tree_map(torch.add, bend, self.calculus.f_curvature_of(y.nu, y.t, g, rows))
 
     def updated(self, y: State, look: Look) -> Nu:
         """ν after the update at y: ν + f(ν, g) + ½∇²_g f[HΣH + N]."""
@@ -188,14 +240,32 @@ class NoisyFlow(CompiledFlow):
         f = self.calculus.metric.at(y.t).f(y.nu, look.g)
         return pytree.tree_map(lambda nu, change, bend: nu + change + bend, y.nu, f, look.bend)
 
-    def _tried(self, R: Array, t: float) -> Array:
-        """Members of the oscillation in the block [k, pairs]: all principal ones, or random ones."""
+    def members(self, U: Tensor, X: Array, t: float) -> Array:
+        """Members of the oscillation in the block [k, pairs]: all principal ones, or random ones.
+
+        A random member is U X^½ z.  z is a projection of a random vector of weights on the block, so that the member
+        does not depend on the basis of the block, which rounding may turn.
+        """
+        R = _root(X)
         if self.sampling.pairs == "all":
             kept: Array = R[:, np.square(R).sum(axis=0) > 0]
             return kept
-        draw = torch.randn(R.shape[1], self.sampling.pairs, generator=generator(self.sampling.seed, round(t)))
-        out: Array = R @ draw.double().numpy()
+        source = generator(self.sampling.seed, round(t))
+        xi = torch.randn(len(U), self.sampling.pairs, generator=source, dtype=torch.float64).to(U)
+        if not len(X):
+            return np.zeros((0, self.sampling.pairs))
+        overlap, z = host(U.T @ U, U.T @ xi)
+        sizes, V = np.linalg.eigh(overlap)
+        out: Array = _symmetric_root(X) @ (V / np.sqrt(sizes)) @ (V.T @ z)
         return out
+
+    def drawn(self, path: Path, t: float) -> Tensor:
+        """How often each example is in the batch that a path sees at t, over its size [m, n]."""
+        n, D = self.batches.n, path.D
+        own = replace(self.sampling, replicas=D.shape[1], seed=-1 - self.sampling.seed)  # not those of the runs
+        chosen = own.draw(self.batch_size, n, round(t)).to(D.device)
+        ones = torch.full(chosen.shape, 1 / self.batch_size, dtype=D.dtype, device=D.device)
+        return D.new_zeros(len(chosen), n).scatter_add_(1, chosen, ones)
 
     # ---- when to trust it ------------------------------------------------------------------------------
 
@@ -231,68 +301,25 @@ class NoisyFlow(CompiledFlow):
         return 1 - inside / total if total > 0 else 0.0
 
 
-def spread(flow: CompiledFlow, batches: MiniBatches, y: State, g: Tensor, U: Tensor) -> Spread:
-    """The spread of the gradients of single examples at y's weights.
-
-    Args:
-        flow: whose f is bent by it.
-        batches: the examples.
-        y: weights, and the ν and the time at which f is read.
-        g: the gradient [d] at which f is read.
-        U: the block [d, k].
-    """
-    calculus, n = flow.calculus, batches.n
-    loss, mean, squares = y.w.new_zeros(()), torch.zeros_like(y.w), torch.zeros_like(y.w)
-    projected: list[Tensor] = []
-    bent: Nu = pytree.tree_map(torch.zeros_like, y.nu)
-    coupled = not calculus.stateless and not calculus.local
-    try:
-        for losses, G in batches.each(y.w):
-            loss, mean = loss + losses.sum() / n, mean + G.sum(dim=0) / n
-            squares += torch.linalg.vector_norm(G, dim=0).square() / n
-            projected.append(G @ U)
-            if coupled:
-                bent = _combined([1.0, 1.0 / n], [bent, calculus.f_curvature_of(y.nu, y.t, g, G)])
-    except NotFiniteError as error:
-        raise LossLeftDomainError(f"At t = {y.t:g}: {error}") from None
-    variances = (squares - mean.square()).clamp(min=0)
-    value, total, GU, mU = host(loss, variances.sum(), torch.cat(projected), U.T @ mean)
-    GU = GU - mU
-    if coupled:
-        bent = _combined([1.0, -1.0], [bent, calculus.f_curvature_of(y.nu, y.t, g, mean[None])])
-    elif not calculus.stateless:
-        bent = calculus.f_curvature_at(y.nu, y.t, g, variances)
-    return Spread(float(value), mean, GU.T @ GU / n, float(total), bent)
+def _root(X: Array) -> Array:
+    """R with RRᵀ = X, its columns along X's eigenvectors; eigenvalues below zero count as zero."""
+    size, V = np.linalg.eigh(X) if len(X) else (np.zeros(0), np.zeros((0, 0)))
+    R: Array = V * np.sqrt(size.clip(min=0))
+    return R
 
 
-def noisy_start(flow: CompiledFlow, batches: MiniBatches, factor: float) -> State:
-    """The flow's initial state, with ν as it is on average after a first update with a mini-batch's gradient."""
-    y = flow.initial
-    if flow.calculus.stateless or factor == 0:
-        return y
-    with flow.problem.ledger.paused():
-        _, g = flow.problem.value_and_grad(y.w)
-        before = State(y.w, flow.method.at(0.0).init(y.w), 0.0)
-        bend = spread(flow, batches, before, g, y.w.new_zeros(len(y.w), 0)).bend
-    nu = pytree.tree_map(lambda x, b: x + factor * b, y.nu, bend)
-    return State(y.w, nu, y.t, y.m)
+def _symmetric_root(X: Array) -> Array:
+    size, V = np.linalg.eigh(X)
+    R: Array = (V * np.sqrt(size.clip(min=0))) @ V.T
+    return R
 
 
-def _secant(M: Array, HU: Tensor, c: Array, y: Array, Hd: Tensor) -> tuple[Array, Tensor]:
-    """M and HU, changed as little as it takes for Mc = y and HUc = Hd (M stays symmetric: Powell's update)."""
+def _secant(M: Array, c: Array, y: Array) -> Array:
+    """M, changed as little as it takes for Mc = y (it stays symmetric: Powell's update)."""
     size = float(c @ c)
     r = (y - M @ c) / size
     M = M + np.outer(r, c) + np.outer(c, r) - float(c @ r) / size * np.outer(c, c)
-    x = like(c, HU)
-    return 0.5 * (M + M.T), HU + torch.outer(Hd - HU @ x, x / size)
-
-
-def _times(factor: float, tree: Nu) -> Nu:
-    return pytree.tree_map(lambda x: factor * x, tree)
-
-
-def _combined(weights: list[float], trees: list[Nu]) -> Nu:
-    return pytree.tree_map(lambda *leaves: sum(c * x for c, x in zip(weights, leaves, strict=True)), *trees)
+    return 0.5 * (M + M.T)
 
 
 def noisy_flow(
@@ -320,17 +347,11 @@ def noisy_flow(
     Raises:
         ProblemError: if the problem has no examples, or they do not count the same.
         SpecError: if the declaration is wrong.
-        ValueError: if the batch size, or a setting, is out of its range; and for epochs, of whose flow only the real
-            optimizer is there.
+        ValueError: if the batch size, or a setting, is out of its range.
     """
     if sampling is not None and settings:
         raise ValueError("Give sampling=dvi.Sampling(…) or its fields, not both.")
     chosen = sampling or Sampling(**settings)
-    if chosen.epochs:
-        raise ValueError(
-            "The flow of batches that pass through all examples in epochs is not there: their noise is correlated from "
-            'one step to the next. Take independent batches, or run the optimizer itself (runs=("sgd",)).'
-        )
     problem, method = bind(problem, method)  # the batches are of the loss that is minimised, from where it begins
     batches: MiniBatches = problem.mini_batches(chosen.max_gib)
     chosen.check(batch_size, batches.n)
@@ -342,4 +363,4 @@ def noisy_flow(
     return NoisyFlow(problem, method, batch_size, chosen, batches, check=check, max_gib=max_gib)
 
 
-__all__ = ["Look", "NoisyFlow", "Spread", "noisy_flow", "noisy_start", "spread"]
+__all__ = ["Look", "NoisyFlow", "noisy_flow"]

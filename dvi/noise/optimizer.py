@@ -14,8 +14,8 @@ from dvi.compiler.flows import Check
 from dvi.compiler.optimizer import Discrete, OptimizerDivergedError, at_lr, kept
 from dvi.interop.binding import MethodLike
 from dvi.methods import Method, Nu
-from dvi.noise.flow import noisy_start
 from dvi.noise.sampling import Sampling
+from dvi.noise.spread import noisy_start
 from dvi.problems import MiniBatches, NotFiniteError, Problem
 from dvi.solvers.protocol import State
 

@@ -23,11 +23,12 @@ class Sampling:
         seed: of the batches, and of the directions that the flow tries.
         window: standard deviation of the Gaussian that averages runs over time, unit times.  The flow counts as
             oscillation what relaxes within this time: directions with effective eigenvalue above 1/window.
-        max_directions: the largest number of directions in which oscillations are followed.  Those with the largest
-            eigenvalues are taken.
+        max_directions: the largest number of directions in which oscillations are followed by their covariance.  Those
+            with the largest eigenvalues are taken; one path of the optimizer stands for the others.
         every: unit times between two searches for these directions.
         pairs: how many pairs w ± d of the oscillation are tried per step, d a random member of it; or "all" for one
-            pair along each direction of the block, which is without chance and costs 2k gradients.
+            pair along each direction of the block, which is without chance and without paths outside it, and costs 2k
+            gradients.
         tol: residual at which an eigenvector counts as found, of effective eigenvalues of order 2.
         trust_every: unit times between two looks at the spectral radius of the map of X, each 2k gradients; 0: never.
         trust: the flow ends where the next Taylor term of the averaged loss is this many times the one that it keeps.

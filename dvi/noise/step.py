@@ -6,11 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dvi.compiler.decay import entrywise
 from dvi.noise.companion import Companion, remembered
+from dvi.noise.epochs import Epoch, curvature, in_epoch
 from dvi.noise.flow import Look, NoisyFlow
+from dvi.noise.path import Path
 from dvi.solvers.eigen.block_method import CriticalSubspace, Eigenblock
 from dvi.solvers.errors import StepError
 from dvi.solvers.integrator import IntegratorBase
@@ -18,6 +21,9 @@ from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, hos
 
 #: Steps below which the average of what single pairs show is not to be trusted, whatever the window.
 _FEW = 10.0
+#: Share of the newest look in the curvature outside the block, which is read off one random vector.
+_RENEWED = 0.2
+_REMEDY = "take larger batches or a smaller lr"
 
 
 class ChaosError(StepError):
@@ -31,6 +37,7 @@ class NoisyNode(Node):
     Attributes:
         rest: what the averaged loss has beyond L + ½⟨H, Σ⟩.
         noise: tr N, which the squared norm of a mini-batch's gradient has beyond that of the gradient.
+        D, HD: the paths outside the block and H times them [d, m]; None without paths.
         taylor: the next Taylor term of the averaged loss over the one that is kept, averaged over the window.
         radius: the spectral radius of the map of X; NaN where it was not looked at.
         outside: the share of a step's noise that falls outside the block; NaN where it was not looked at.
@@ -39,10 +46,22 @@ class NoisyNode(Node):
 
     rest: float = 0.0
     noise: float = 0.0
+    D: Tensor | None = None
+    HD: Tensor | None = None
     taylor: float = np.nan
     radius: float = np.nan
     outside: float = np.nan
     lowest: float = np.nan
+
+    @property
+    def oscillation(self) -> tuple[Tensor, Array]:
+        """The block and the paths [d, k + m], with X and, for each of m paths, 1/m."""
+        if self.D is None:
+            return self.U, self.X
+        k, m = self.k, self.D.shape[1]
+        X = np.zeros((k + m, k + m))
+        X[:k, :k], X[range(k, k + m), range(k, k + m)] = self.X, 1 / m
+        return torch.cat([self.U, self.D], dim=1), X
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,6 @@ class Block:
     Attributes:
         found: the eigenpairs that were sought, of which the block is the leading part.
         U, HU: [d, k], with UᵀP̃U = I where they were found; M: UᵀHU [k, k], both kept up to date along pairs.
-        first: M where the directions were found.
         t: when.
         sought: how many eigenpairs are sought.
     """
@@ -61,7 +79,6 @@ class Block:
     U: Tensor
     HU: Tensor
     M: Array
-    first: Array
     t: float
     sought: int
 
@@ -74,25 +91,42 @@ class NoisyMemory:
         block: the directions.
         Z: covariance of (x, the filter's memory) in the block.
         look: what was seen at the present state.
-        rest, kept: averages over the window of the next Taylor term, and of the one that is kept.
+        path: what oscillates outside the block.
+        epoch, drift, curved: what an epoch remembers, what it adds to the average gradient [d], and the curvature
+            outside the block, where batches come in epochs.
+        risen, sloped: averages over the window of what :class:`Look` has of these names.
         began: when the run began, unit times; checked: when the trust was last looked at.
         radius, outside: what was seen there.
     """
 
     block: Block
     Z: Array
+    path: Path | None
     look: Look
-    rest: float
-    kept: float
+    risen: float
+    sloped: float
     began: float
+    epoch: Epoch | None = None
+    drift: Tensor | None = None
+    curved: float = 0.0
     checked: float = field(default=-np.inf)
     radius: float = field(default=np.nan)
     outside: float = field(default=np.nan)
 
+    @property
+    def kept(self) -> float:
+        """What the loss rises by to second order, at least.
+
+        Along a pair it rises by as² + bs⁴, at the ends by a + b, where ½δ·∇L is a + 2b.  So a is 2·risen − sloped; or
+        sloped, where the loss levels off and no polynomial describes it.
+        """
+        return min(2 * self.risen - self.sloped, self.sloped)
+
     def taylor(self, window: float, t: float) -> float:
         """The next Taylor term of the averaged loss over the one that is kept; NaN before averages are filled."""
-        filled = t >= self.began + max(window, _FEW) - 1e-9
-        return abs(self.rest) / self.kept if filled and self.kept > 0 else np.nan
+        if t < self.began + max(window, _FEW) - 1e-9 or self.risen == self.sloped == 0:
+            return np.nan
+        return abs(self.sloped - self.risen) / self.kept if self.kept > 0 else np.inf
 
 
 @dataclass(frozen=True)
@@ -121,9 +155,13 @@ class NoisyStep(IntegratorBase):
         flow = cast(NoisyFlow, flow)
         block = search(flow, y, None)
         k = len(block.M)
-        size = (1 + remembered(flow.calculus.metric.at(y.t).Q())) * k
-        look = flow.look(y, block.U, block.HU, block.M, np.zeros((k, k)))  # no pair is tried, M stays as it is
-        return NoisyMemory(block, np.zeros((size, size)), look, 0.0, 0.0, y.t)
+        size = _copies(flow, y) * k
+        pairs = flow.sampling.pairs
+        path = None if pairs == "all" else Path.start(flow, y, pairs)
+        epoch = self._epoch(flow, block, y, 0.0)
+        look = flow.look(y, block.U, block.HU, block.M, np.zeros((k, k)), path, epoch)  # no pair is tried
+        memory = NoisyMemory(block, np.zeros((size, size)), path, look, 0.0, 0.0, y.t, epoch)
+        return self._drifting(flow, memory, y)
 
     def step(self, flow: Flow, memory: NoisyMemory, y: State, h: float) -> StepResult:
         """One step of the optimizer.
@@ -143,12 +181,23 @@ class NoisyStep(IntegratorBase):
         w = y.w + velocity
         Z = memory.Z
         if len(block.M):
-            Z = _map(flow, block, y).step(Z, look.N)
+            map, share = _map(flow, block, y), 1.0
+            if flow.parts > 1:
+                map, share = in_epoch(map, round(y.t - memory.began) % flow.parts, flow.parts)
+            Z = map.step(Z, share * look.N)
+            if not np.isfinite(Z).all():
+                raise ChaosError(f"After t = {y.t:g} the oscillation has grown beyond all bounds: {_REMEDY}")
         after = State(w, y.nu, y.t + 1, filtered)
-        if after.t >= block.t + flow.sampling.every - 1e-9:
+        moved = after.t >= block.t + flow.sampling.every - 1e-9
+        epoch = memory.epoch
+        if moved:
             block, Z = self._moved(flow, after, block, Z)
-        k = len(block.M)
-        seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k], block.first)
+            epoch = self._epoch(flow, block, after, memory.curved)
+        k, path = len(block.M), memory.path
+        if path is not None and look.outer is not None and look.kicks is not None:
+            path = path.step(flow, y, look.outer + look.kicks, flow.sampling.window)
+            path = path.outside(block.U, flow.precondition(after, block.U))
+        seen = flow.look(after, block.U, block.HU, block.M, Z[:k, :k], path, epoch)
         after = replace(after, nu=flow.updated(after, seen))
         block = replace(block, HU=seen.HU, M=seen.M)
         part = 1 / max(flow.sampling.window, _FEW)
@@ -156,10 +205,14 @@ class NoisyStep(IntegratorBase):
             memory,
             block=block,
             Z=Z,
+            path=path,
+            epoch=epoch,
             look=seen,
-            rest=(1 - part) * memory.rest + part * seen.beyond,
-            kept=(1 - part) * memory.kept + part * seen.drawn,
+            risen=(1 - part) * memory.risen + part * seen.risen,
+            sloped=(1 - part) * memory.sloped + part * seen.sloped,
         )
+        if moved:
+            following = self._drifting(flow, following, after)
 
         def inside(t: float) -> State:
             s = min(max(t - y.t, 0.0), 1.0)
@@ -190,6 +243,8 @@ class NoisyStep(IntegratorBase):
             rate=Rate(_stride(flow, memory, y)[0], y.nu),
             rest=look.rest,
             noise=look.noise,
+            D=None if memory.path is None else memory.path.D,
+            HD=look.outer,
             taylor=memory.taylor(flow.sampling.window, y.t),
             radius=memory.radius,
             outside=memory.outside,
@@ -202,7 +257,7 @@ class NoisyStep(IntegratorBase):
         PU = flow.precondition(y, block.U)
         over, S = host(new.U.T @ PU, block.U.T @ PU)
         k, into = len(block.M), len(new.M)
-        copies = len(Z) // k if k else 1 + remembered(flow.calculus.metric.at(y.t).Q())
+        copies = _copies(flow, y)
         # x is a vector in the frame, what the filter remembers are gradients: g = PU(UᵀPU)⁻¹ĝ
         turn = np.zeros((copies * into, copies * k))
         gradients = over @ np.linalg.inv(S) if k else over
@@ -210,6 +265,24 @@ class NoisyStep(IntegratorBase):
             turn[i * into : (i + 1) * into, i * k : (i + 1) * k] = gradients if i else over
         Z = turn @ Z @ turn.T
         return new, 0.5 * (Z + Z.T)
+
+    def _drifting(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyMemory:
+        """What batches in epochs add to the average gradient, from here on."""
+        if memory.epoch is None:
+            return memory
+        block, look, curved = memory.block, memory.look, memory.curved
+        if look.kicks is not None:
+            now = float(np.mean([curvature(flow, y, e, block.U) for e in look.kicks.T]))
+            curved = now if memory.drift is None else curved + _RENEWED * (now - curved)
+        epoch = self._epoch(flow, block, y, curved)
+        assert epoch is not None
+        drift = epoch.drift(flow, flow.batches, y, look.g, block.U)
+        return replace(memory, epoch=epoch, drift=drift, curved=curved)
+
+    def _epoch(self, flow: NoisyFlow, block: Block, y: State, curved: float) -> Epoch | None:
+        if flow.parts == 1:
+            return None
+        return Epoch.of(flow, y.t, _map(flow, block, y), block.M, flow.parts, curved)
 
     def _trusted(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyMemory:
         """Look at the spectral radius of X's map, and at what falls outside the block, if it is time."""
@@ -224,25 +297,32 @@ class NoisyStep(IntegratorBase):
 
     def _refuse_chaos(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> None:
         ratio = memory.taylor(flow.sampling.window, y.t)
-        if not np.isfinite(memory.rest + memory.kept):
+        if not np.isfinite(memory.risen + memory.sloped):
             ratio = np.inf
         if ratio > flow.sampling.trust:
             raise ChaosError(
                 f"At t = {y.t:g} the oscillation is so large that the next Taylor terms of the averaged loss are "
                 f"{ratio:.2g} times the one that the flow keeps (½⟨H, Σ⟩ = {memory.kept:.3g}). Runs with batches of "
-                f"{flow.batch_size} jump about here, and no flow in w and Σ describes them: take larger batches or a "
-                "smaller lr, or raise trust= to go on all the same."
+                f"{flow.batch_size} jump about here, and no flow in w and Σ describes them: {_REMEDY}, or raise trust= "
+                "to go on all the same."
             )
 
 
 def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any]:
     """The optimizer's own step −γw − P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
     now, g = flow.calculus.metric.at(y.t), memory.look.g + memory.look.force
+    if memory.drift is not None:
+        g = g + memory.drift
     P = now.P(y.nu)
     flow.calculus.require(P, y.t, memory.look.g)
     m, filtered = (g, None) if y.m is None else now.Q().step(g, y.m)
     decay = flow.calculus.decay(y.t)
     return -P.solve(m) if decay is None else -P.solve(m) - decay.gamma * y.w, filtered
+
+
+def _copies(flow: NoisyFlow, y: State) -> int:
+    """How many vectors there are in the state of a deviation: itself, what the filter and the epoch remember."""
+    return 1 + remembered(flow.calculus.metric.at(y.t).Q()) + (flow.parts > 1)
 
 
 def _map(flow: NoisyFlow, block: Block, y: State) -> Companion:
@@ -279,7 +359,7 @@ def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
     k = min(above, most)
     frame = flow.frame(y, found.V[:, :k], found.AV[:, :k], third=False)
     spare = sought if above >= sought - 2 else max(1, above + 1)
-    return Block(found, frame.U, frame.HU, frame.M, frame.M, y.t, spare)
+    return Block(found, frame.U, frame.HU, frame.M, y.t, spare)
 
 
 __all__ = ["Block", "ChaosError", "NoisyMemory", "NoisyNode", "NoisyStep", "search"]

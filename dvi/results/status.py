@@ -56,7 +56,7 @@ class Status(Enum):
         "weights (changed data, random numbers, a counter). The result cannot be trusted."
     )
     OVER_BUDGET = (
-        "The flow cost more per unit time than its budget, even in steps of one unit: many directions oscillate, or "
+        "The flow cost more per unit time than its budget, whatever the steps: many directions oscillate, or "
         "the loss has kinks there, or the optimizer itself is about to diverge. Lower lr, smooth the loss, or raise "
         "the integrator's budget=."
     )

@@ -141,9 +141,9 @@ class Observer:
             return {}
         outputs = flow.problem.outputs(y.w, self.test_inputs)
         added = torch.zeros_like(outputs)
-        if node.k and node.X.any():
-            X = like(node.X, node.U)
-            added = flow.problem.output_curvature(y.w, self.test_inputs, node.U, X)
+        U, X = node.oscillation
+        if X.any():
+            added = flow.problem.output_curvature(y.w, self.test_inputs, U, like(X, U))
         value, osc = host(outputs, added)
         return {"outputs": value, "osc_outputs": osc}
 

@@ -116,16 +116,17 @@ class EigenTracker:
         """
         A = flow.effective_hessian(y)
         if last is None:
-            block = self.subspace.start(A, y.w, want=CRITICAL - 1.2 * min(1.0, max(h, 0.1)))
+            block = self.subspace.start(A, y.w, want=CRITICAL - CONSTANTS.reach * min(1.0, max(h, 0.1)))
             rates, below = np.full(block.size, CONSTANTS.unknown_rate), float(block.eigenvalues[-1])
             return SpectrumEstimate(block, rates, y.t, y.t, below=below)
         fastest = max(0.0, float(last.rates.max()))
-        want = CRITICAL - float(np.clip(2 * fastest * h, max(0.1, 1.5 * self.band), 1.2))
+        want = CRITICAL - float(np.clip(2 * fastest * h, 2 * self.band, CONSTANTS.reach))
         # Far from 2 the eigenvectors only serve to predict an arrival, so they need not be accurate.
         distance = CRITICAL - float(last.eigenvalues[0]) - self.lookahead * fastest * (h + y.t - last.t)
         # But the residual must be small beside the eigenvalue: if most eigenvalues are small, any vector has a small
         # one.
-        tol = max(self.subspace.tol, min(0.2, 0.15 * distance, 0.05 * abs(float(last.eigenvalues[0]))))
+        part, most = CONSTANTS.far
+        tol = max(self.subspace.tol, min(most, part * distance, CONSTANTS.beside * abs(float(last.eigenvalues[0]))))
         block = last.block if guess is None else replace(last.block, V=guess)
         block = self.subspace.follow(A, block, want, tol)
         surveyed, below, size = last.surveyed, last.below, block.size
@@ -208,14 +209,14 @@ class EigenTracker:
 
         A measured speed is trusted up to the factor ``CONSTANTS.sudden``.  It is extrapolated over at most
         ``CONSTANTS.believed`` times the interval of its measurement, so the intervals grow as the flow calms down.  It
-        is also extrapolated over at most six steps of the present length h, since steps are short when something moves
-        fast.  If the speeds have grown since the last update, the growth is expected twice more: a measured speed
-        belongs to the middle of its interval.
+        is also extrapolated over at most ``CONSTANTS.steps`` steps of the present length h, since steps are short when
+        something moves fast.  If the speeds have grown since the last update, the growth is expected twice more: a
+        measured speed belongs to the middle of its interval.
         """
         speeds = speeds * max(1.0, float(speeds.max()) / max(last.speed, 1e-12)) ** 2
         room = CRITICAL - self.band - block.eigenvalues - block.residuals
         time = float(np.min(room / np.maximum(CONSTANTS.sudden * speeds, 1e-12)))
-        return t + max(0.0, min(time, CONSTANTS.believed * (t - last.t), 6 * h, self.patience))
+        return t + max(0.0, min(time, CONSTANTS.believed * (t - last.t), CONSTANTS.steps * h, self.patience))
 
     @property
     def _rough(self) -> float:
@@ -227,8 +228,8 @@ class EigenTracker:
 
         Vectors are recognised by their overlap with the last ones.  An unknown vector is assumed to be as fast as the
         fastest.  A vector found by a random search came from below the bound of the last search.  It is assumed to be
-        1.5 times as fast as that implies, so that another update comes before it arrives.  The bound is larger for
-        unknown vectors.
+        ``lookahead`` times as fast as that implies, so that another update comes before it arrives.  The bound is
+        larger for unknown vectors.
         """
         elapsed = t - last.t
         if elapsed <= 0:
@@ -238,19 +239,19 @@ class EigenTracker:
         match = overlap.argmax(axis=0)
         rates = (block.eigenvalues - last.eigenvalues[match]) / elapsed
         # the error of a Ritz value is about residual²/gap, at most the residual: if that is large, its rate is useless
-        limit = 0.05 * np.maximum(CONSTANTS.rough, CRITICAL - block.eigenvalues) + self._rough
+        limit = CONSTANTS.beside * np.maximum(CONSTANTS.rough, CRITICAL - block.eigenvalues) + self._rough
         rough = np.maximum(block.residuals, last.block.residuals[match])
         known = (overlap.max(axis=0) > SAME) & (rough < limit)
         fastest = max(0.0, rates[known].max()) if known.any() else max(0.0, float(last.rates.max()))
         others = np.full(block.size, fastest)
         if found and last.surveyed < t and np.isfinite(last.below):
-            others = np.maximum(others, 1.5 * (block.eigenvalues - last.below) / (t - last.surveyed))
+            others = np.maximum(others, self.lookahead * (block.eigenvalues - last.below) / (t - last.surveyed))
         return np.where(known, rates, others), np.abs(rates) + np.where(known, 0.0, 2 * rough / elapsed)
 
 
 def shown(block: Eigenblock) -> Array:
     """The eigenvalues to report: the leading one, and the next ones whose vectors are known to a few percent."""
-    return block.eigenvalues[: 1 + leading(block.residuals[1:] <= 0.05)]
+    return block.eigenvalues[: 1 + leading(block.residuals[1:] <= CONSTANTS.beside)]
 
 
 def landing_at(now: SpectrumEstimate, t: float, h: float, shortest: float, approach: Approach | None = None) -> float:

@@ -56,7 +56,9 @@ class MacroMemory:
         amplitude: √tr Σ, smoothed over steps; 0 where oscillations do not act on w, which then hide nothing.
         needless: updates in a row at the end of steps that resolve less than is worth it.
         unit: of the unit steps that are being taken (None: none are).
-        left: when the last unit steps ended, and how many they were planned for.
+        left: when the last unit steps ended, and for how long they were planned.
+        over: since when the last ``window`` units have cost more than the budget (None: they have not).
+        dear: when unit steps last gave way, because they cost more than that.
         spent: what the last steps have cost.
     """
 
@@ -66,6 +68,8 @@ class MacroMemory:
     needless: int = 0
     unit: UnitMemory | None = None
     left: tuple[float, float] = (-np.inf, 0.0)
+    over: float | None = None
+    dear: float = -np.inf
     spent: Spending = field(default_factory=Spending)
 
     def amplitude_with(self, now: float) -> float:
@@ -161,28 +165,30 @@ class MacroStep(IntegratorBase):
 
         Raises:
             StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if longer steps cost more than the budget and so do the unit steps in their place, on average
-                over their first ``window`` units or later.
+            BudgetError: if the last ``window`` units have cost more than the budget for twice that time, whatever the
+                steps.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
-        now = result.memory
-        now = replace(now, spent=now.spent.after(result.y.t, flow.spent() - before))
-        cost = now.spent.per_unit_time(result.y.t)
-        if flow.constrained and cost > self.limit:
-            if not memory.unit:
-                now = now if now.unit else self._entered(now, result.y.t, last_resort=True)
-            elif result.y.t >= memory.unit.begin + CONSTANTS.window:
-                if not memory.unit.last_resort and now.unit:  # dearer than what they were taken in place of: back to it
-                    stretch = result.y.t - memory.unit.begin
-                    unit = replace(now.unit, until=result.y.t, stretch=stretch)
-                    return replace(result, memory=replace(now, unit=unit, spent=Spending()))
-                raise BudgetError(
-                    f"MacroStep at t = {y.t:g}: even steps of one unit cost {cost:.0f} gradients per unit "
-                    f"time, and budget={self.limit:g} are allowed ({result.node.k} directions are held). Lower lr, or "
-                    "raise budget."
-                )
-        return replace(result, memory=now)
+        now = replace(result.memory, spent=memory.spent.after(result.y.t, flow.spent() - before))
+        return replace(result, memory=self._within_budget(now, result) if flow.constrained else now)
+
+    def _within_budget(self, now: MacroMemory, result: StepResult) -> MacroMemory:
+        """The memory after a step; steps that exceed the budget by themselves give way to those of the other kind."""
+        t, cost = result.y.t, now.spent.per_unit_time(result.y.t)
+        if cost <= self.limit:
+            return replace(now, over=None)
+        over = t if now.over is None else now.over
+        if t >= over + 2 * CONSTANTS.window:  # time for either kind of steps to show what it costs
+            raise BudgetError(
+                f"MacroStep at t = {t:g}: steps of one unit, and longer ones where these cost more, take {cost:.0f} "
+                f"gradients per unit time, and budget={self.limit:g} are allowed ({result.node.k} directions are "
+                "held). Lower lr, or raise budget."
+            )
+        now = replace(now, over=over)
+        if now.spent.since(now.unit.begin if now.unit else now.left[0]) <= self.limit * CONSTANTS.window:
+            return now
+        return replace(now, dear=t, unit=replace(now.unit, until=t)) if now.unit else self._entered(now, t)
 
     def observe(self, flow: ConstrainedFlow, memory: MacroMemory, y: State) -> Node:
         """What is known at y, eigenvalues after a look if need be; X is that of the last CCP of Baumgarte type."""
@@ -200,15 +206,19 @@ class MacroStep(IntegratorBase):
 
     # ---- unit steps -----------------------------------------------------------------------------------
 
-    def _entered(self, memory: MacroMemory, t: float, last_resort: bool = False) -> MacroMemory:
+    def _free(self, memory: MacroMemory, t: float) -> bool:
+        """May unit steps begin though the budget is kept?  Not where they have just cost more than that."""
+        return self.tol is None and t >= memory.dear + CONSTANTS.window
+
+    def _entered(self, memory: MacroMemory, t: float) -> MacroMemory:
         """From here on unit steps, twice as many as the last time if that was just before."""
         left, stretch = memory.left
         stretch = 2 * stretch if t - left < CONSTANTS.unit_steps else CONSTANTS.unit_steps
         context = memory.context
         assert context is not None
         X = np.zeros((context.frame.k, context.frame.k))
-        unit = UnitMemory(context.spectrum, context.frame, X, t + stretch, stretch, last_resort=last_resort)
-        return replace(memory, context=None, needless=0, unit=unit, spent=Spending())
+        unit = UnitMemory(context.spectrum, context.frame, X, begin=t, until=t + stretch)
+        return replace(memory, context=None, needless=0, unit=unit)
 
     def _unit_step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         assert memory.unit is not None
@@ -216,7 +226,7 @@ class MacroStep(IntegratorBase):
         if self.watch is None:
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
         # half the budget may go into steps that shrink where the sharpness overshoots
-        shortest = 0.5 if memory.spent.per_unit_time(y.t) > 0.5 * self.limit else 0.0
+        shortest = 0.5 if memory.spent.since(memory.unit.begin) > 0.5 * self.limit * CONSTANTS.window else 0.0
         end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         rate = seen.rate
         assert rate is not None
@@ -224,8 +234,7 @@ class MacroStep(IntegratorBase):
         now = replace(memory, unit=unit, amplitude=memory.amplitude_with(size))
         if end.t >= unit.until - 1e-9 or not seen.k:
             context = evaluate(flow, tracker, end, unit.spectrum, 1.0)
-            # longer steps are judged by what they cost themselves
-            now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.stretch), spent=Spending())
+            now = replace(now, h=1.0, context=context, unit=None, left=(end.t, unit.until - unit.begin))
         return StepResult(end, now, seen, lambda t: y.moved(rate, t - y.t), unit=True)
 
     # ---- macro steps ----------------------------------------------------------------------------------
@@ -256,7 +265,7 @@ class MacroStep(IntegratorBase):
                     ) from error
                 tried = length / 2
             if isinstance(tried, float):
-                if self.tol is None and attempt >= 2 and memory.amplitude and context.frame.k:
+                if attempt >= 2 and self._free(memory, y.t) and memory.amplitude and context.frame.k:
                     return self._unit_step(flow, self._entered(replace(memory, context=context), y.t), y, h)
                 size, landing = max(self.h_min, tried), False
                 # What was taken on trust may be why: look.  With directions held, the step's own error comes first.
@@ -354,7 +363,7 @@ class MacroStep(IntegratorBase):
             amplitude=memory.amplitude_with(size),
             needless=self._needless(memory, y, max(length, h), available, new),
         )
-        if now.needless >= 2 and self.tol is None:
+        if now.needless >= 2 and self._free(now, new.y.t):
             now = self._entered(now, new.y.t)
         largest = max(new.error, new.late)
         begin = node(

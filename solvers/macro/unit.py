@@ -6,8 +6,8 @@ not see.  One step takes X from the constraint at its end, as Euler's does, with
     T̄ ← ½ (T + R T̄),    X ⪰ 0  ⟂  gap/dt + β[X] − α ⪰ 0,    dt = 1,
 
 R the transport from the last frame (new directions take T itself).  The mean damps what would alternate: Euler's limit
-on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots, and dt is halved, as
-long as the budget allows.
+on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots.  Where it
+still rises, dt is halved, as long as the budget allows.
 """
 
 from __future__ import annotations
@@ -35,26 +35,18 @@ class UnitMemory:
     Attributes:
         spectrum: the eigenpairs as last seen.
         frame, X: the last frame, with the averaged T, and the oscillation in it [k, k].
-        until: when a longer step is to be tried again.
-        stretch: for how many unit steps this has been planned.
+        begin, until: since when unit steps are taken, and when a longer step is to be tried again.
         dt: the next step, at most one unit.
         partial: how many steps it has been since all third derivatives were taken.
-        last_resort: were longer steps too dear?  Then there is nothing to go back to.
     """
 
     spectrum: SpectrumEstimate
     frame: Frame
     X: Array
+    begin: float
     until: float
-    stretch: float
     dt: float = 1.0
     partial: int = 0
-    last_resort: bool = False
-
-    @property
-    def begin(self) -> float:
-        """When unit steps were begun."""
-        return self.until - self.stretch
 
 
 def unit_step(
@@ -65,7 +57,7 @@ def unit_step(
     Args:
         flow, tracker, memory, y: as everywhere.
         h: the longest that is asked for.
-        shortest: no step is halved to less.
+        shortest: no step is shorter, unless h is.
 
     Raises:
         StepError: if it leaves the finite numbers.
@@ -75,7 +67,11 @@ def unit_step(
     soon = CONSTANTS.unit_ahead * memory.dt
     now = tracker.update(flow, y, memory.spectrum, soon)
     above, dt = now.eigenvalues[0] - CRITICAL, memory.dt
-    dt = max(0.5 * dt, shortest) if above > CONSTANTS.overshoot else min(1.0, 2 * dt) if above < CONSTANTS.band else dt
+    if above < CONSTANTS.band:
+        dt = min(1.0, 2 * dt)
+    elif above > CONSTANTS.overshoot and now.eigenvalues[0] > memory.spectrum.eigenvalues[0]:
+        dt = 0.5 * dt  # what falls already needs no shorter steps
+    dt = max(dt, shortest)
     h = h if h <= dt * (1 + 1e-9) else dt
     k = tracker.critical(now, soon)
     frame = now.frame(flow, y, k, third=False)

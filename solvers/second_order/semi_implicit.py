@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from dvi.solvers import ccp
+from dvi.solvers.budget import Spending
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate, landing_at
-from dvi.solvers.errors import DomainError, StepError
+from dvi.solvers.errors import BudgetError, DomainError, StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.model import Slope, StepContext, critical_frame, evaluate, settled, transport
 from dvi.solvers.macro.refresh import growth
 from dvi.solvers.macro.stage import SHARE, displacement
 from dvi.solvers.nodes import node
-from dvi.solvers.numbers import with_numbers
+from dvi.solvers.numbers import named_only, with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import smat, svec
@@ -44,20 +45,24 @@ class SemiImplicitMemory:
         s: momentum and ν at half-steps (None: not started).
         dt: the substep by which they are staggered.
         context: the evaluations at the current state.
+        spent: what the last blocks have cost.
     """
 
     h: float
     s: Staggered | None = None
     dt: float = 0.0
     context: StepContext | None = None
+    spent: Spending = field(default_factory=Spending)
 
 
-@dataclass(frozen=True)
+@named_only
+@dataclass(frozen=True, kw_only=True)
 class SemiImplicit(IntegratorBase):
     """Semi-implicit steps of dt in blocks of adaptive length; the integrator of flows of second order.
 
     The method is of second order in dt.  It takes one gradient a step, and one update of eigenvectors and third
-    derivatives a block.
+    derivatives a block.  Its arguments are given by name, because ``dt`` and ``tol`` are both small numbers, and other
+    integrators take one or the other as their first argument.
 
     Args:
         dt: unit times per step, at most 1 (where the flow becomes the optimizer's own map plus the force of Σ).
@@ -66,9 +71,11 @@ class SemiImplicit(IntegratorBase):
         h_max: longest block, unit times.
         watch: the tracker of the critical eigenpairs.
         max_rejections: rejections in a row before :class:`StepError`.
+        budget: gradient equivalents per unit time, averaged over 20 units; a run that exceeds it ends (None: no bound).
 
     Raises:
-        ValueError: if dt is not in (0, 1], tol is negative or h_max is shorter than dt.
+        TypeError: if a number has no name.
+        ValueError: if dt is not in (0, 1], tol is negative, h_max is shorter than dt, or budget is not positive.
     """
 
     dt: float = 0.5
@@ -76,6 +83,7 @@ class SemiImplicit(IntegratorBase):
     h_max: float = 20.0
     watch: EigenTracker = field(default_factory=lambda: EigenTracker(survey_every=100.0))
     max_rejections: int = 25
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         with_numbers(self)
@@ -83,6 +91,8 @@ class SemiImplicit(IntegratorBase):
             raise ValueError(f"SemiImplicit(dt={self.dt}): dt must be in (0, 1], in unit times.")
         if not self.tol >= 0 or not self.h_max >= self.dt:
             raise ValueError(f"SemiImplicit(tol={self.tol}, h_max={self.h_max}): need tol >= 0 and h_max >= dt.")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"SemiImplicit(budget={self.budget}): a budget is positive, in gradients per unit time.")
 
     def init(self, flow: Flow, y: State) -> SemiImplicitMemory:
         """The first block is one step."""
@@ -118,9 +128,24 @@ class SemiImplicit(IntegratorBase):
 
         Raises:
             StepError: if a single step leaves the finite numbers or the domain of P, or the flow has no momentum state.
+            BudgetError: if the last ``window`` units cost more than the budget.
         """
         if not flow.inertial:
             raise StepError('SemiImplicit is for flows of accuracy="second-order"; take MacroStep for this one.')
+        before = flow.spent()
+        result = self._block(flow, memory, y, h)
+        spent = memory.spent.after(result.y.t, flow.spent() - before)
+        cost = spent.per_unit_time(result.y.t)
+        if self.budget is not None and cost > self.budget:
+            raise BudgetError(
+                f"SemiImplicit at t = {y.t:g}: the last {CONSTANTS.window:g} units cost {cost:.0f} gradients each, and "
+                f"budget={self.budget:g} are allowed ({result.node.k} directions are held). Raise budget, tol or dt, "
+                "or lower lr."
+            )
+        return replace(result, memory=replace(result.memory, spent=spent))
+
+    def _block(self, flow: Flow, memory: SemiImplicitMemory, y: State, h: float) -> StepResult:
+        """One accepted block."""
         context = memory.context or evaluate(flow, self.watch, y, None, memory.h)
         dt = (
             min(self.dt, flow.longest_step(y, 1.2 * float(context.spectrum.eigenvalues[0])))
