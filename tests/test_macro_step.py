@@ -425,6 +425,25 @@ def test_a_cost_per_unit_time_holds_the_first_step_and_all_later_ones():
     assert halves == pytest.approx(expected)
 
 
+def late_riser(w):
+    """x is held at the edge from t = 10 on, and nothing else happens until the curvature of y rises about t = 150."""
+    x, y, z, u = w
+    curvature = 0.5 + 4 * torch.sigmoid((u - 1.5) / 0.06)
+    return ((2 + 0.2 * z) * x * x + curvature * y * y) / 2 - 0.05 * z - 0.01 * u
+
+
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_a_direction_that_rises_after_a_long_calm_is_held_in_time(tol):
+    problem = dvi.Problem(late_riser, torch.tensor([0.0, 0.0, -0.5, 0.0], dtype=torch.float64))
+    flow = dvi.central_flow(problem, dvi.methods.GradientDescent(1.0))
+    run = dvi.solve(flow, 170, integrator=dvi.MacroStep(tol), eigen_every=0, progress=False)
+    arrival = (1.5 + 0.06 * np.log(1.5 / 2.5)) / 0.01  # where 0.5 + 4 sigmoid((0.01 t − 1.5)/0.06) = 2: at t = 146.9
+    assert np.nanmax(run.eigenvalues) < 2.01
+    assert [k for _, _, k in run.breakpoints] == [1, 2]
+    assert run.breakpoints[1][0] == pytest.approx(arrival, abs=3)
+    assert not run.notes
+
+
 def test_an_arrival_within_a_step_is_dated_by_its_share_of_X():
     """X is the mean over a step: a tenth of the next one's means that the direction arrived in its last tenth."""
 

@@ -234,14 +234,12 @@ class FlowProcess(Process):
         self.between = between
         if result.strain:
             self.strained.append((start.t - self.origin, result.strain))
-        if result.unit:
+        seen_at = [(node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes] + [(reached, result.missed)]
+        if result.unit:  # unit steps do not hold it to a hundredth; the first of them begins where others ended
+            others = not self.unit_steps or self.unit_steps[-1][1] < nodes[0]["t"]
+            seen_at = seen_at[: int(others)]
             self.unit_steps.append((start.t - self.origin, reached))
-        for t, sharpness in [
-            *((node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes),
-            (reached, result.missed),
-        ]:
-            if result.unit:  # unit steps do not hold it to a hundredth
-                continue
+        for t, sharpness in seen_at:
             if self.flow.constrained and sharpness > max(MISSED, base + 1e-6):
                 self.missed.append((float(t), float(sharpness)))
         # in the last two units, a longer run may find that a table continues smoothly where it ends here

@@ -94,7 +94,7 @@ class EigenTracker:
         survey_every: longest time between random searches for an eigenvalue that the block has missed, in unit times.
         survey_soonest: shortest such time.  It applies if a missed eigenvalue, rising twice as fast as the known ones,
             may have reached 2.
-        patience: longest time for which a spectrum far from 2 is trusted, in unit times.
+        patience: longest time for which a spectrum is trusted, in unit times; a longer step ends with an update.
     """
 
     subspace: CriticalSubspace = field(default_factory=CriticalSubspace)

@@ -51,7 +51,8 @@ def kept_until(
     if not k:
         return np.inf if tracker.trusted(flow, step.y, context.spectrum, 0, end + following) else end
     keeps = (
-        end + following <= context.spectrum.t + context.interval
+        # a long calm tells nothing of how an eigenvalue below the edge will go on
+        end + following <= context.spectrum.t + min(context.interval, tracker.patience)
         and context.slope is not None
         and context.slope.covers(moments.zeroth)
         # of what had not acted before, no defect is known
