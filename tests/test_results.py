@@ -344,7 +344,7 @@ def test_a_finished_run_can_be_made_longer_bit_for_bit(name, what, tmp_path, mon
     longer = run(9, **keep)
     assert tell_apart(whole, longer) == ""
     assert tell_apart(whole, dvi.load(path)) == ""
-    with pytest.raises(dvi.StoreError, match=r"of 9 steps, and 5 are asked for.*as many steps or more"):
+    with pytest.raises(dvi.StoreError, match=r"of 9 steps, but 5 are asked for.*as many steps or more"):
         run(5, **keep)
 
 

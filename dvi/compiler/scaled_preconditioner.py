@@ -105,8 +105,8 @@ class Metric:
             def p(leaf: Tensor) -> Tensor:
                 return self._p(method, pytree.tree_unflatten([*leaves[:i], leaf, *leaves[i + 1 :]], spec))
 
-            # no tangent is zero at the start: what is still is told by the changes that these slopes are multiplied by
-            found: Tensor = torch.func.jvp(p, (leaves[i],), (torch.ones_like(leaves[i]),))[1]
+            # a tangent may be zero within p: of √(v c(t)) at v = 0 along t
+            found: Tensor = derivative(p, leaves[i], torch.ones_like(leaves[i]))
             return found
 
         return [slope(i) for i in range(len(leaves))]
