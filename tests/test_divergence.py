@@ -92,7 +92,7 @@ def test_throw_is_honoured_in_the_warm_start(tmp_path):
         assert result.status is Status.DIVERGED
         assert len(result.t) == 0
         assert "The optimizer itself diverges at lr=10" in result.notes[-1]
-    with pytest.raises(dvi.StoreError, match="a run cannot continue from it"):  # not from a start that was never warmed up
+    with pytest.raises(dvi.StoreError, match="cannot continue from it"):  # not from a start that was never warmed up
         dvi.compare(quartic(), GradientDescent(0.01), 5, check=False, path=tmp_path / "race.h5", resume=True, **options)
 
 
