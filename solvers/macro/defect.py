@@ -1,11 +1,11 @@
-"""The defect: what holding the model over an interval has been wrong by, measured at its end, in w, and made up for.
+"""The defect: the error in w that the model has caused over an interval, measured at the end, and its correction.
 
     δ = ∫ (F − F̂) dt
 
-F̂ is the flow with the model of the last update.  Two things make δ.  T has bent otherwise than foreseen; the moments of
-X times its change make up for that, exactly for a T that is quadratic in time.  And a gap is left, which a *signed*
-correction of the impulse closes; a one-sided one overshoots after an entry, and leaves the eigenvalue below 2 for tens
-of units.
+F̂ is the flow with the model of the last update.  δ has two causes.  First, T did not change as predicted.  The moments
+of X, times the error of T, correct that; the correction is exact if T is quadratic in time.  Second, a gap remains.  A
+*signed* correction of the impulse closes it.  A one-sided correction overshoots after an entry and leaves the
+eigenvalue below 2 for tens of units.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Corrected:
 
     Attributes:
         y: the state.
-        X: the mean of X over the last step, in the new frame, with its share of the correction.
-        bend: what the bend of T has been worth, in the norm of w, over the root of the interval's length H.
-        slip: the same of the correction of the impulse.
-        sag: by how much an effective eigenvalue was above 2 before it.
-        measured: whether there was anything to measure: something has oscillated.
+        X: mean of X over the last step, in the new frame, with its share of the correction.
+        bend: the part of the defect that comes from T, in the norm of w, divided by the root of the interval's length
+            H.
+        slip: the same for the correction of the impulse.
+        sag: how far an effective eigenvalue was above 2 before the correction.
+        measured: whether something has oscillated, so that there was a defect to measure.
     """
 
     y: State
@@ -43,23 +44,23 @@ class Corrected:
     measured: bool = False
 
     def ratio(self, tol: float) -> float:
-        """The defect over what an interval may leave to its end: the tolerance, and 2 passed by a little."""
+        """The defect divided by what an interval may leave: the tolerance, and an eigenvalue slightly above 2."""
         return max(self.bend / tol, self.slip / tol, self.sag / CONSTANTS.sag)
 
 
 def correct(
     flow: ConstrainedFlow, context: StepContext, step: Pass, moments: Moments, new: Frame, R: Array
 ) -> Corrected:
-    """Make up for the model's error at the end of an interval.
+    """Correct the model's error at the end of an interval.
 
     Args:
-        context: the model, as of the interval's last step.
+        context: the model, as it was in the interval's last step.
         step: that step.
-        moments: of X over the interval.
-        new, R: the new frame, with T, and the rotation to it [k', k].
+        moments: moments of X over the interval.
+        new, R: the new frame, with T, and the rotation from the old frame to it [k', k].
 
     Raises:
-        DomainError: if that leaves the domain of P.
+        DomainError: if the corrected state is outside the domain of P.
     """
     if not new.k:
         return Corrected(step.y, np.zeros((0, 0)))

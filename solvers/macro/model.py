@@ -1,7 +1,7 @@
-"""The model of the constraint that a macro step holds: critical frame, slope of T, what the oscillation has done since.
+"""The model of the constraint that a macro step uses: critical frame, slope of T, and moments of the oscillation.
 
-Between two updates the gap is linear in w and exact in P(ν), T follows its slope, and moments of X are kept, from which
-the next update makes up for what T has bent meanwhile (:mod:`dvi.solvers.macro.defect`).
+Between two updates, the model's gap is linear in w and exact in P(ν), and T follows its slope.  The model keeps moments
+of X.  With these, the next update corrects for what T did differently (:mod:`dvi.solvers.macro.defect`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Change = tuple[Tensor, Any]
 
 
 def displaced(y: State, change: Change) -> State:
-    """The state with that change, at the same moment."""
+    """The state after this change, at the same time."""
     w, nu = combine([(1.0, y.parts), (1.0, change)])
     return State(w, nu, y.t)
 
 
 def partial_isometry(overlap: Array) -> Array:
-    """The rotation that an overlap of two frames stands for; zero on what they do not share."""
+    """The rotation nearest to an overlap of two frames; zero on directions that the frames do not share."""
     left, size, right = np.linalg.svd(overlap, full_matrices=False)
     shared = size > SAME
     nearest: Array = left[:, shared] @ right[shared]
@@ -39,7 +39,7 @@ def partial_isometry(overlap: Array) -> Array:
 
 
 def transport(flow: ConstrainedFlow, end: State, new: Frame, old: Frame) -> Array:
-    """The rotation from the old frame to the new one [k', k]: polar factor of U'ᵀPU, also when k changed."""
+    """The rotation from the old frame to the new one [k', k]: the polar factor of U'ᵀPU.  k may have changed."""
     if not new.k or not old.k:
         return np.zeros((new.k, old.k))
     return partial_isometry(host(new.U.T @ flow.precondition(end, old.U))[0])
@@ -47,13 +47,13 @@ def transport(flow: ConstrainedFlow, end: State, new: Frame, old: Frame) -> Arra
 
 @dataclass(frozen=True)
 class Slope:
-    """How T and the eigenvectors changed from one update to the next, per unit time.
+    """The change of T and of the eigenvectors from one update to the next, per unit time.
 
     Attributes:
-        T: [n, d], in the later frame; zero for pairs of which one direction is new.
+        T: [n, d], in the later frame; zero for pairs with a new direction.
         V: eigenvectors [d, m]; zero for new ones.
         span: unit times between the two updates.
-        known: projector [k, k] on the directions of which T's slope is known.
+        known: projector [k, k] on the directions for which the slope of T is known.
     """
 
     T: Tensor
@@ -63,7 +63,7 @@ class Slope:
 
     @classmethod
     def between(cls, old: Frame, before: SpectrumEstimate, new: Frame, now: SpectrumEstimate) -> Slope | None:
-        """From the frames and spectra of two updates; None if they were made at the same time."""
+        """The slope from the frames and spectra of two updates; None if both were made at the same time."""
         span = now.t - before.t
         if span <= 0:
             return None
@@ -80,18 +80,18 @@ class Slope:
         return cls(change / span, (V - V_old @ turned) * like(known / span, V), span, both)
 
     def covers(self, X: Array) -> bool:
-        """Is T's slope known wherever X oscillates (but for a quarter of it)?"""
+        """Whether the slope of T is known where X oscillates, up to a quarter of X."""
         size = float(np.abs(X).sum())
         return float(np.abs(X - self.known @ X @ self.known).sum()) <= 0.25 * size
 
     def within(self, s: float) -> float:
-        """How far ahead to extrapolate a time s after the update: no further than slopes are believed."""
+        """The time over which to extrapolate, s after the update: no longer than slopes are believed."""
         return min(s, CONSTANTS.believed * self.span)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """∫X sʲ ds for j = 0, 1, 2, s the time since the last update; in that frame, [k, k] each."""
+    """∫X sʲ ds for j = 0, 1, 2, where s is the time since the last update; in the frame of that update, [k, k] each."""
 
     zeroth: Array
     first: Array
@@ -99,19 +99,20 @@ class Moments:
 
     @classmethod
     def none(cls, k: int) -> Moments:
-        """No oscillation so far."""
+        """The moments before anything has oscillated."""
         return cls(*(np.zeros((k, k)) for _ in range(3)))
 
     def after(self, X: Array, s: float, h: float) -> Moments:
-        """With X constant from s to s + h."""
+        """The moments after a step from s to s + h with constant X."""
         first, second = h * (s + h / 2), h * (s * s + s * h + h * h / 3)
         return Moments(self.zeroth + h * X, self.first + first * X, self.second + second * X)
 
     def bent(self, H: float, slope: Slope | None) -> Array:
-        """The impulse on which what T is off at the end of an interval H, from its extrapolation, has acted.
+        """The impulse that must be multiplied by the error of T at the end of an interval H.
 
-        T is quadratic in time through the last three updates, and off by a part s(s + a)/H(H + a) of that at s, a the
-        length of the interval before; where its slope is not known it is linear, and off by s/H.
+        With a known slope, T is quadratic in time through the last three updates.  The error at s is then the part s(s
+        + a)/H(H + a) of that at H, where a is the length of the interval before.  Without a slope T is linear, and the
+        part is s/H.
         """
         linear: Array = self.first / H
         if slope is None:
@@ -123,12 +124,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Taken:
-    """Which third derivatives the last update took.
+    """Which third derivatives the last update computed.
 
     Attributes:
         axes: those along these orthonormal directions of its frame, [k, k]; None: all.
-        looks: how many updates it has been since all were taken.
-        whole: when that was.
+        looks: number of updates since all of them were computed.
+        whole: the time of that update.
     """
 
     axes: Array | None = None
@@ -141,15 +142,15 @@ class StepContext:
     """All that is known at the start of a step.
 
     Attributes:
-        loss, g: there.
-        spectrum, frame: the last look at the eigenvectors, and the critical frame then.
-        slope: how they had changed since the update before it, if there was one.
-        moments: of X since the update (None: it was made here).
-        approach: where the eigenvalues in the frame are, and go (None: not known).
-        until: the moment until which no update is needed.
-        interval: how long the next interval between updates may be (0: not known).
-        taken: which third derivatives the last update took (by default all of them).
-        measured: did the last update measure the model's error?
+        loss, g: loss and gradient there.
+        spectrum, frame: the eigenvectors and the critical frame of the last update.
+        slope: their change since the update before, if there was one.
+        moments: moments of X since the last update (None: the update was made here).
+        approach: the eigenvalues in the frame and their rates (None: not known).
+        until: no update is needed before this time.
+        interval: allowed length of the next interval between updates (0: not known).
+        taken: which third derivatives the last update computed (by default all).
+        measured: whether the last update measured the model's error.
     """
 
     loss: float
@@ -165,7 +166,7 @@ class StepContext:
     measured: bool = False
 
     def ahead(self, s: float) -> Frame:
-        """The frame a time s after its update: T extrapolated, where a slope is known."""
+        """The frame at a time s after its update, with T extrapolated if its slope is known."""
         if self.slope is None or not self.frame.k:
             return self.frame
         return replace(self.frame, T=self.frame.T + self.slope.within(s) * self.slope.T)
@@ -177,7 +178,7 @@ class StepContext:
         return self.spectrum.block.V + self.slope.within(t - self.spectrum.t) * self.slope.V
 
     def shown(self, flow: ConstrainedFlow, y: State, frame: Frame) -> Frame:
-        """The frame with U (and HU = 2PU, as on the edge) where it will be at y; for what is recorded."""
+        """The frame to record: with the U that it will have at y, and HU = 2PU as at the edge."""
         V = self.vectors_ahead(y.t)
         if V is None or not frame.k:
             return frame
@@ -193,7 +194,7 @@ def evaluate(
     h: float,
     known: tuple[float, Tensor] | None = None,
 ) -> StepContext:
-    """All that a step from y needs to know; ``known``: loss and gradient, if at hand."""
+    """All that a step from y needs to know; ``known`` is the loss and the gradient, if they were computed already."""
     if known is None:
         loss, g = flow.value_and_grad(y)
         known = float(loss), g
@@ -204,16 +205,17 @@ def evaluate(
 
 
 def critical_frame(flow: ConstrainedFlow, y: State, spectrum: SpectrumEstimate, k: int, third: bool = True) -> Frame:
-    """The frame of k critical eigenvectors; where oscillations act on ν inside a step, the eigenvalue is 2."""
+    """The frame of the k critical eigenvectors.  If oscillations act on ν within a step, it takes HU = 2PU."""
     return replace(spectrum.frame(flow, y, k, third), on_edge=True)
 
 
 def third_derivatives(flow: ConstrainedFlow, y: State, frame: Frame, foreseen: Tensor, axes: Array | None) -> Tensor:
-    """T [n, d] of a frame: all of it, or the nearest to a foreseen T that has the true T[q, q] on orthonormal ``axes``.
+    """T [n, d] of a frame: all of it, or a prediction corrected along some orthonormal ``axes``.
 
-    T of k directions is k(k+1)/2 contractions of ∇³L, most of what an update costs.  But w is pushed by T[X] alone, by
-    T[q, q] along the k axes q of the oscillation.  The others only say how X answers to the gap.  There T as foreseen
-    serves, as an old Jacobian serves Newton's method: what that leaves of the gap, the next update sees.
+    For k directions, T consists of k(k+1)/2 contractions of ∇³L, which are most of an update's cost.  But only T[X]
+    pushes w, that is T[q, q] for the k axes q of the oscillation.  The other entries only determine how X responds to
+    the gap.  A prediction is good enough for them, as an old Jacobian is for Newton's method: the next update sees the
+    remaining gap.
     """
     if axes is None:
         return flow.third_derivatives(y, frame.U)
@@ -223,7 +225,7 @@ def third_derivatives(flow: ConstrainedFlow, y: State, frame: Frame, foreseen: T
 
 
 def oscillating(X: Array) -> Array:
-    """The axes of X [k, k] along which it oscillates, [k, a]."""
+    """The axes of X [k, k] along which there is an oscillation, [k, a]."""
     if not X.any():
         return np.zeros((len(X), 0))
     x, Q = np.linalg.eigh(X)
@@ -231,7 +233,7 @@ def oscillating(X: Array) -> Array:
 
 
 def baumgarte(h: float) -> float:
-    """The rate at which a gap is closed, per unit time."""
+    """The rate at which a step of h closes the gap, per unit time."""
     return 4 / max(h, 2.0)
 
 
@@ -242,7 +244,7 @@ def multiplier(
     warm: list[ccp.CCPResult | None] | None = None,
     on: Array | None = None,
 ) -> Array:
-    """X of Baumgarte type, γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0; if ``on`` [k, a] is given, on the span of its columns only."""
+    """X of Baumgarte type: γ gap + β[X] − α ⪰ 0 ⟂ X ⪰ 0.  If ``on`` [k, a] is given, X acts on its columns only."""
     alpha, beta = lin.alpha - gamma * lin.gap, lin.beta
     if on is not None:
         S = skron(on.T)
@@ -257,7 +259,7 @@ def multiplier(
 
 
 def anchored(flow: ConstrainedFlow, y: State, frame: Frame, gap: Array) -> Frame:
-    """The frame with its gap at y, where w is: from there on it is linear in w anew."""
+    """The frame with this gap at y.  From there on, the gap is linear in the displacement of w from y."""
     M = 2 * host(frame.U.T @ flow.precondition(y, frame.U))[0] - gap
     return replace(frame, w=y.w, M=0.5 * (M + M.T))
 
@@ -265,7 +267,7 @@ def anchored(flow: ConstrainedFlow, y: State, frame: Frame, gap: Array) -> Frame
 def settled(
     flow: ConstrainedFlow, moved: State, new: Frame, gap: Array, spectrum: SpectrumEstimate, h: float
 ) -> tuple[Frame, SpectrumEstimate]:
-    """Frame and eigenvalues after the small displacement by the corrections of a step of h, to first order."""
+    """The frame and the eigenvalues after the small correction of the state, to first order."""
     values = spectrum.eigenvalues.copy()
     values[: new.k] = 2 - np.linalg.eigvalsh(gap)
     shift = (values - spectrum.eigenvalues) / h
@@ -274,7 +276,7 @@ def settled(
 
 
 def amplitude(X: Array, frame: Frame) -> float:
-    """The root of tr Σ = tr UXUᵀ: how far w oscillates."""
+    """The amplitude of the oscillation in w: √tr Σ = √tr UXUᵀ."""
     if not frame.k:
         return 0.0
     (G,) = host(frame.U.T @ frame.U)

@@ -1,8 +1,8 @@
-"""When the model is made anew, and what of it.
+"""When to update the model, and which parts.
 
-An update costs a block of products with the Hessian and k to k(k+1)/2 third derivatives, a step some six gradients.  So
-it is made when it is needed: the defect at the end of one interval says how long the next one may be, by the same
-controller that chooses the step.
+An update costs a block of products with the Hessian and k to k(k+1)/2 third derivatives; a step costs about six
+gradients.  So the model is updated only when needed.  The defect at the end of one interval determines how long the
+next may be, by the same controller that chooses the step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dvi.solvers.svec import outer, skron, smat, svec
 
 
 def growth(ratio: float, most: float = CONSTANTS.change[1]) -> float:
-    """By how much the next step, or interval, may be longer than one with this ratio of error to tolerance.
+    """The factor by which the next step, or interval, may be longer, from this ratio of error to tolerance.
 
-    An estimate of order h³ against a tolerance of order √h falls like h^(5/2).
+    An error estimate of order h³ against a tolerance of order √h falls like h^(5/2).
     """
     factor = CONSTANTS.safety * max(ratio, 1e-300) ** (-1 / (3 - SHARE))
     return float(np.clip(factor, CONSTANTS.change[0], most))
@@ -44,8 +44,9 @@ def growth(ratio: float, most: float = CONSTANTS.change[1]) -> float:
 def kept_until(
     flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, step: Pass, moments: Moments, following: float
 ) -> float:
-    """The moment until which the next step, of length ``following``, may go on with this model; the end of ``step`` if
-    it may not.
+    """The time until which the next step, of length ``following``, may use this model.
+
+    It is the end of ``step`` if the next step may not.
     """
     k, end = context.frame.k, step.y.t
     if not k:
@@ -66,7 +67,7 @@ def kept_until(
 def carried(
     flow: ConstrainedFlow, context: StepContext, step: Pass, moments: Moments, h: float, until: float
 ) -> StepContext:
-    """The context at the end of a step without an update: the gap carried on, from there w moves along another T."""
+    """The context at the end of a step without an update.  The gap is that of the model; w goes on along the new T."""
     context = replace(context, loss=step.loss, g=step.g, until=until)
     if not context.frame.k:
         return context
@@ -115,13 +116,13 @@ def refreshed(
 
 
 def approaching(flow: ConstrainedFlow, lin: Linearised, rates_before: Array, ago: float) -> Approach | None:
-    """Where the eigenvalues in the frame are and go: with X on those at the edge only, on none that is on its way.
+    """The eigenvalues in the frame and their rates, with X acting on directions at the edge only.
 
     Args:
-        rates_before: of as many of the leading ones as are known, ``ago`` unit times ago.
+        rates_before: rates of the leading eigenvalues, as many as are known, ``ago`` unit times ago.
 
     Returns:
-        None if that cannot be said, because β is not monotone there.
+        None if the rates cannot be computed, because β is not monotone there.
     """
     gaps, C = np.linalg.eigh(lin.gap)
     try:
@@ -137,14 +138,14 @@ def approaching(flow: ConstrainedFlow, lin: Linearised, rates_before: Array, ago
 def with_thirds(
     flow: ConstrainedFlow, end: State, new: Frame, now: SpectrumEstimate, context: StepContext, R: Array, X: Array
 ) -> tuple[Frame, Taken]:
-    """The new frame with its third derivatives, and which of them were taken: all, or those along the axes of X.
+    """The new frame with its third derivatives, and which were computed: all, or those along the axes of X.
 
     Args:
         flow, end: where the update is made.
         new, now: the frame there, without T, and the spectrum.
-        context: what the last update knew.
-        R: the rotation from its frame to the new one, [k', k].
-        X: oscillation covariance at the end, in the last frame, [k, k].
+        context: the context before the update.
+        R: the rotation from the old frame to the new one, [k', k].
+        X: oscillation covariance at the end, in the old frame, [k, k].
     """
     axes = _axes(new.k, now, context, R, R @ X @ R.T)
     foreseen = like(skron(R), new.U) @ context.ahead(end.t - context.spectrum.t).T
@@ -155,9 +156,10 @@ def with_thirds(
 
 
 def _tempered(slope: Slope | None, context: StepContext, R: Array, t: float) -> Slope | None:
-    """The slope of T at t, where the last update did not take all of it.
+    """The slope of T at t, if the last update did not compute all of T.
 
-    By what it was off there, it had come to be off since all were taken, and not in the last interval alone.
+    The error that the update found in the other entries has grown since all of T was last computed, and not in the last
+    interval alone.
     """
     taken = context.taken
     if slope is None or context.slope is None or taken.axes is None:
@@ -169,9 +171,9 @@ def _tempered(slope: Slope | None, context: StepContext, R: Array, t: float) -> 
 
 
 def _axes(k: int, now: SpectrumEstimate, context: StepContext, R: Array, X: Array) -> Array | None:
-    """The axes of the oscillation X [k, k] in the new frame; None where all third derivatives are needed.
+    """The axes of the oscillation X [k, k] in the new frame; None if all third derivatives are needed.
 
-    That is where a direction is new, or has just arrived, where nothing oscillates, and once in 2k updates.
+    All are needed if a direction is new or has just arrived, if nothing oscillates, and once in 2k updates.
     """
     if k < 2 or context.slope is None or not X.any() or context.taken.looks >= CONSTANTS.whole * k:
         return None

@@ -1,7 +1,7 @@
 """Runge–Kutta–Chebyshev steps: explicit, second order, stable over a long stretch of the negative real axis.
 
-With s stages the stability interval is about 0.65 s², so the work for a step h on a mildly stiff problem with spectral
-radius ρ grows like √(hρ) instead of hρ (Sommeijer, Shampine & Verwer 1997, RKC2).
+With s stages, the stability interval is about 0.65 s².  The work for a step h on a mildly stiff problem of spectral
+radius ρ therefore grows like √(hρ), not like hρ.  Source: Sommeijer, Shampine and Verwer (1997), RKC2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def chebyshev(s: int) -> Chebyshev:
 
 
 def stages(h: float, radius: float) -> int:
-    """The least number of stages that is stable for a step h and a spectral radius."""
+    """The smallest number of stages that is stable for a step h and a spectral radius."""
     s = 2
     while chebyshev(s).reach < h * radius:
         s += 1
@@ -56,7 +56,7 @@ def stages(h: float, radius: float) -> int:
 
 
 def rkc(f: Callable[[Any], Any], y: Any, h: float, s: int, f0: Any) -> Any:
-    """One step of s stages for the pytree y, given f0 = f(y): s − 1 further evaluations."""
+    """One step of s stages for the pytree y, given f0 = f(y).  It evaluates f another s − 1 times."""
     c = chebyshev(s)
     before, now = y, combine([(1.0, y), (c.b[1] * c.w1 * h, f0)])
     for j in range(2, s + 1):

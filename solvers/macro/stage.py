@@ -1,4 +1,4 @@
-"""One pass of RKC2 over a step with the model held: (w, ν) and the impulse ∫X dt, one gradient and one CCP a stage."""
+"""One pass of RKC2 over a step with a fixed model: (w, ν) and the impulse ∫X dt, one gradient and one CCP a stage."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Pass:
-    """What the stages of a step have reached.
+    """The result of the stages of a step.
 
     Attributes:
-        y, loss, g: the state at the end, and the loss and gradient there.
+        y, loss, g: the state at the end, and the loss and the gradient there.
         first, last: dy/dt at both ends.
-        mean: of X over the step, in the model's frame [k, k]; X: at the end.
+        mean, X: mean of X over the step, and X at the end, in the model's frame [k, k].
         lin: the flow linearised at the end, in the model's frame.
-        error: the embedded estimate in the norm of w, over √h.
-        repaired: sets states of this step back into the domain of P.
+        error: the embedded estimate in the norm of w, divided by √h.
+        repaired: moves states of this step back into the domain of P.
     """
 
     y: State
@@ -52,12 +52,15 @@ class Pass:
 
 
 def silent(context: StepContext, h: float) -> bool:
-    """Is none at the edge in a step of h?  Baumgarte's term, which acts over a part of it, would push too early."""
+    """Whether no direction is at the edge during a step of h.  Then X must be zero.
+
+    Baumgarte's term acts over a part of the step, so it would push before the arrival.
+    """
     return context.approach is not None and context.approach.none_within(h)
 
 
 def run_stages(flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, y: State, h: float) -> Pass:
-    """A step of h from y, with T at its middle.
+    """A step of h from y, with T at the middle of the step.
 
     Raises:
         DomainError: if a stage leaves the domain of the loss or of P.
@@ -104,7 +107,7 @@ def run_stages(flow: ConstrainedFlow, tracker: EigenTracker, context: StepContex
 
 
 def displacement(flow: ConstrainedFlow, y: State, g: Tensor, change: Change, H: float) -> float:
-    """How far a change of (w, ν) moves w: by itself, and by what half of its ν does to P over H unit times."""
+    """How far a change of (w, ν) moves w: directly, and through the effect of half the change of ν on P over H."""
     size: float = torch.linalg.vector_norm(change[0]).item()
     if not np.isfinite(size) or not pytree.tree_leaves(y.nu):
         return size
@@ -116,7 +119,7 @@ def displacement(flow: ConstrainedFlow, y: State, g: Tensor, change: Change, H: 
 
 
 def _sharpness(flow: ConstrainedFlow, tracker: EigenTracker, context: StepContext, end: float) -> float:
-    """The largest effective eigenvalue in a step, at most: the spectral radius of the flow's Jacobian in w."""
+    """An upper bound of the effective eigenvalues in a step: the spectral radius of the flow's Jacobian in w."""
     now = context.spectrum
     top = float(now.eigenvalues[0])
     if not flow.constrained or context.frame.k or end > now.until:

@@ -1,17 +1,19 @@
 """The macro step: a central flow for about the price of training.
 
-Between breakpoints the flow is smooth and mildly stiff (its Jacobian has spectrum in [−2, small], because the effective
-sharpness is at most 2), so a stabilised explicit method can take steps of many units.  What is expensive, eigenvectors
-and third derivatives, is made when it is needed; in between the constraint is a model.  So a step goes:
+Between breakpoints the flow is smooth and mildly stiff: the spectrum of its Jacobian is in [−2, small], because the
+effective sharpness is at most 2.  A stabilised explicit method can therefore take steps of many units.  Eigenvectors
+and third derivatives are expensive, so they are computed only when needed; in between, a model replaces the constraint.
 
-    1  RKC2 with the model held (:mod:`dvi.solvers.macro.stage`): each stage costs one gradient and one CCP;
-    2  its embedded error decides whether it is taken, before anything expensive is done;
-    3  on with the same model, or an update (:mod:`dvi.solvers.macro.refresh`);
-    4  at an update the defect of the model is measured and made up for (:mod:`dvi.solvers.macro.defect`);
-    5  one controller chooses the next step from the error, and the next interval between updates from the defect.
+A step consists of these parts:
 
-A step ends where an eigenvalue is predicted to arrive at 2.  Unit steps take over (:mod:`dvi.solvers.macro.unit`) where
-steps are shorter than one of the optimizer and yet follow less than the oscillation resolves, or the budget is spent.
+    1  RKC2 with a fixed model (:mod:`dvi.solvers.macro.stage`).  Each stage costs one gradient and one CCP.
+    2  The embedded error decides whether the step is accepted, before anything expensive is computed.
+    3  The model is kept, or updated (:mod:`dvi.solvers.macro.refresh`).
+    4  An update measures the model's defect and corrects it (:mod:`dvi.solvers.macro.defect`).
+    5  One controller chooses the next step from the error, and the next interval between updates from the defect.
+
+A step ends where an eigenvalue is predicted to reach 2.  Unit steps (:mod:`dvi.solvers.macro.unit`) replace macro steps
+in two cases: the steps are shorter than one unit but resolve less than the oscillation hides, or the budget is spent.
 """
 
 from __future__ import annotations
@@ -48,18 +50,18 @@ from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, Stat
 
 @dataclass(frozen=True)
 class MacroMemory:
-    """What the macro step wants to be given back.
+    """The state of the macro step between two calls.
 
     Attributes:
         h: the next step to try.
         context: what is known at the current state.
-        amplitude: √tr Σ, smoothed over steps; 0 where oscillations do not act on w, which then hide nothing.
-        needless: updates in a row at the end of steps that resolve less than is worth it.
-        unit: of the unit steps that are being taken (None: none are).
-        left: when the last unit steps ended, and for how long they were planned.
-        over: since when the last ``window`` units have cost more than the budget (None: they have not).
-        dear: when unit steps last gave way, because they cost more than that.
-        spent: what the last steps have cost.
+        amplitude: √tr Σ, smoothed over steps; 0 if oscillations do not act on w, because they then hide nothing.
+        needless: number of successive updates after steps that resolve less than the oscillation hides.
+        unit: memory of the unit steps in progress (None: there are none).
+        left: when the last unit steps ended, and how long they were planned to last.
+        over: since when the last ``window`` units have exceeded the budget (None: they do not).
+        dear: when unit steps last gave way because they exceeded the budget.
+        spent: cost of the last steps.
     """
 
     h: float
@@ -73,13 +75,13 @@ class MacroMemory:
     spent: Spending = field(default_factory=Spending)
 
     def amplitude_with(self, now: float) -> float:
-        """The amplitude after a step with this one: smoothed where there is one, halved where nothing oscillates."""
+        """The amplitude after a step: the mean of the old value and this one, once something has oscillated."""
         return now if not self.amplitude else 0.5 * (self.amplitude + now)
 
 
 @dataclass(frozen=True)
 class _Accepted:
-    """A step that was taken: its end, the context there, X in its frame, the rates, and errors over the tolerance."""
+    """An accepted step: its end, the context there, X in its frame, the rates, and errors divided by the tolerance."""
 
     y: State
     context: StepContext
@@ -95,20 +97,20 @@ class _Accepted:
 
 @dataclass(frozen=True)
 class MacroStep(IntegratorBase):
-    """Adaptive macro steps with an RKC2 inside; the default integrator.
+    """Adaptive macro steps with RKC2 inside; the default integrator.
 
     Args:
-        tol: error allowed in a step of one unit time, in the norm of w (tol·√h in a step of h).  Default: 0.3 √tr Σ, as
-            fine as the oscillation itself resolves, within 1e-3 and 1.
-        h_min, h_max: bounds on the step, unit times.
-        h_start: first step; a random initialisation has a transient.
-        watch: how the critical eigenpairs are followed (default: as sharply as tol asks for).
-        max_rejections: in a row, before giving up.
-        budget: gradient equivalents per unit time, averaged over 20 units, from which on unit steps are taken; if those
-            cost more, too, the run ends.  Default: 100, and no bound where tol is given.
+        tol: error allowed in a step of one unit time, in the norm of w (tol·√h in a step of h).  Default: 0.3 √tr Σ,
+            within 1e-3 and 1, which is as fine as the oscillation resolves.
+        h_min, h_max: bounds on the step, in unit times.
+        h_start: first step, in unit times.  A random initialisation has a transient, so it is short.
+        watch: how to follow the critical eigenpairs.  Default: as accurately as tol requires.
+        max_rejections: number of successive rejections after which the run ends.
+        budget: gradient equivalents per unit time, averaged over 20 units.  Above it, unit steps replace macro steps;
+            if they exceed it, too, the run ends.  Default: 100, or no bound if tol is given.
 
     Raises:
-        ValueError: if tol or budget is not positive or the bounds are not 0 < h_min ≤ h_start ≤ h_max.
+        ValueError: if tol or budget is not positive, or the bounds are not 0 < h_min ≤ h_start ≤ h_max.
     """
 
     tol: float | None = None
@@ -144,7 +146,7 @@ class MacroStep(IntegratorBase):
         return float(np.clip(CONSTANTS.resolved * memory.amplitude, *CONSTANTS.tolerances))
 
     def tracker(self, tol: float) -> EigenTracker:
-        """How the critical eigenpairs are followed."""
+        """The tracker of the critical eigenpairs for this tolerance."""
         if self.watch is not None:
             return self.watch
         sharp = min(CONSTANTS.band, CONSTANTS.sharp * (tol / 1e-3) ** 0.5)
@@ -153,20 +155,19 @@ class MacroStep(IntegratorBase):
         return EigenTracker(CriticalSubspace(tol=sharp, krylov=8), survey_every=100.0, survey_soonest=25.0)
 
     def init(self, flow: ConstrainedFlow, y: State) -> MacroMemory:
-        """The first step is short."""
+        """The memory at the start, for a short first step."""
         return MacroMemory(self.h_start)
 
     def horizon(self, memory: MacroMemory) -> float:
-        """How near the end decides about a step: it is reached in two steps rather than in a long and a tiny one."""
+        """The end of the run affects a step that is nearer to it than this: it halves the rest."""
         return 1.001 if memory.unit else 2.0 * min(memory.h, self.h_max)
 
     def step(self, flow: ConstrainedFlow, memory: MacroMemory, y: State, h: float) -> StepResult:
         """One accepted step of at most h unit times.
 
         Raises:
-            StepError: if a step of h_min still leaves the finite numbers or the domain of P.
-            BudgetError: if the last ``window`` units have cost more than the budget for twice that time, whatever the
-                steps.
+            StepError: if a step of h_min still gives numbers that are not finite, or leaves the domain of P.
+            BudgetError: if the cost, averaged over ``window`` units, has exceeded the budget for twice that time.
         """
         before = flow.spent()
         result = self._unit_step(flow, memory, y, h) if memory.unit else self._macro_step(flow, memory, y, h)
@@ -174,7 +175,7 @@ class MacroStep(IntegratorBase):
         return replace(result, memory=self._within_budget(now, result) if flow.constrained else now)
 
     def _within_budget(self, now: MacroMemory, result: StepResult) -> MacroMemory:
-        """The memory after a step; steps that exceed the budget by themselves give way to those of the other kind."""
+        """The memory after a step.  Steps that exceed the budget by themselves give way to the other kind."""
         t, cost = result.y.t, now.spent.per_unit_time(result.y.t)
         if cost <= self.limit:
             return replace(now, over=None)
@@ -191,7 +192,7 @@ class MacroStep(IntegratorBase):
         return replace(now, dear=t, unit=replace(now.unit, until=t)) if now.unit else self._entered(now, t)
 
     def observe(self, flow: ConstrainedFlow, memory: MacroMemory, y: State) -> Node:
-        """What is known at y, eigenvalues after a look if need be; X is that of the last CCP of Baumgarte type."""
+        """The node at y.  Eigenvalues are updated if they are older; X solves the last CCP of Baumgarte type."""
         tracker = self.tracker(self.tolerance(memory))
         context = memory.context
         if memory.unit:
@@ -207,11 +208,11 @@ class MacroStep(IntegratorBase):
     # ---- unit steps -----------------------------------------------------------------------------------
 
     def _free(self, memory: MacroMemory, t: float) -> bool:
-        """May unit steps begin though the budget is kept?  Not where they have just cost more than that."""
+        """Whether unit steps may begin within the budget.  They may not if they have just exceeded it."""
         return self.tol is None and t >= memory.dear + CONSTANTS.window
 
     def _entered(self, memory: MacroMemory, t: float) -> MacroMemory:
-        """From here on unit steps, twice as many as the last time if that was just before."""
+        """The memory with which unit steps begin.  If they ended just before, they last twice as long this time."""
         left, stretch = memory.left
         stretch = 2 * stretch if t - left < CONSTANTS.unit_steps else CONSTANTS.unit_steps
         context = memory.context
@@ -290,11 +291,11 @@ class MacroStep(IntegratorBase):
         final: bool,
         closing: bool,
     ) -> _Accepted | float:
-        """One try of a step: what was reached, or (a float) the length to try instead.
+        """One attempt at a step: the accepted step, or the length (a float) to try instead.
 
         Args:
-            final: as short as allowed: accept whatever is finite.
-            closing: update the model at its end, needed or not.
+            final: the step is as short as allowed, so any finite result is accepted.
+            closing: update the model at the end of the step in any case.
         """
         k, since = context.frame.k, y.t - context.spectrum.t
         step = run_stages(flow, tracker, context, y, h)
@@ -383,8 +384,9 @@ class MacroStep(IntegratorBase):
         return StepResult(new.y, now, begin, inside, strain, new.missed)
 
     def _needless(self, memory: MacroMemory, y: State, longest: float, available: float, new: _Accepted) -> int:
-        """How many updates in a row have come after steps shorter than one unit that move w by less than the
-        oscillation resolves: the force there is stiff, or the oscillation hides what such steps follow.
+        """Number of successive updates after steps shorter than one unit that move w less than the oscillation hides.
+
+        Then the force is stiff, or the oscillation hides what such steps resolve.
         """
         if not new.updated:
             return memory.needless
@@ -394,7 +396,7 @@ class MacroStep(IntegratorBase):
 
 
 def _shorter(h: float, error: float, final: bool) -> float:
-    """The length to try instead of h, after an error (over the tolerance) that is too large."""
+    """The length to try instead of h, after an error (divided by the tolerance) that is too large."""
     if np.isfinite(error):
         return h * growth(error)
     if final:

@@ -1,13 +1,13 @@
-"""Unit steps: where the force of the oscillation is too stiff to follow, one explicit step per step of the optimizer.
+"""Unit steps: one explicit step per step of the optimizer, where the oscillation's force is too stiff to resolve.
 
-There what a finer step resolves is a feature many times finer than the oscillation itself, which the optimizer does
-not see.  One step takes X from the constraint at its end, as Euler's does, with averaged third derivatives,
+There, a finer step would resolve a feature many times smaller than the oscillation itself, which the optimizer does not
+see.  A unit step takes X from the constraint at its end, as Euler's method does, but with averaged third derivatives:
 
     T̄ ← ½ (T + R T̄),    X ⪰ 0  ⟂  gap/dt + β[X] − α ⪰ 0,    dt = 1,
 
-R the transport from the last frame (new directions take T itself).  The mean damps what would alternate: Euler's limit
-on the force's rate rises from 2 to 6 per unit time.  Beyond it the effective sharpness overshoots.  Where it
-still rises, dt is halved, as long as the budget allows.
+where R is the transport from the last frame (new directions take T itself).  The average damps alternating errors: the
+largest stable rate of the force rises from 2 to 6 per unit time.  Above that rate the effective sharpness overshoots.
+While it still rises, dt is halved, as long as the budget allows.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dvi.solvers.svec import skron
 
 @dataclass(frozen=True)
 class UnitMemory:
-    """What unit steps want to be given back.
+    """The state of unit steps between two calls.
 
     Attributes:
-        spectrum: the eigenpairs as last seen.
+        spectrum: the eigenpairs of the last step.
         frame, X: the last frame, with the averaged T, and the oscillation in it [k, k].
-        begin, until: since when unit steps are taken, and when a longer step is to be tried again.
+        begin, until: when unit steps began, and when to try a longer step again.
         dt: the next step, at most one unit.
-        partial: how many steps it has been since all third derivatives were taken.
+        partial: number of steps since all third derivatives were computed.
     """
 
     spectrum: SpectrumEstimate
@@ -52,15 +52,15 @@ class UnitMemory:
 def unit_step(
     flow: ConstrainedFlow, tracker: EigenTracker, memory: UnitMemory, y: State, h: float, shortest: float = 0.0
 ) -> tuple[State, UnitMemory, Node]:
-    """One step of at most one unit: its end, the memory there, and what was seen at its beginning.
+    """One step of at most one unit: its end, the memory there, and the node at its beginning.
 
     Args:
-        flow, tracker, memory, y: as everywhere.
-        h: the longest that is asked for.
-        shortest: no step is shorter, unless h is.
+        flow, tracker, memory, y: the flow, how its eigenpairs are followed, the memory, and the state.
+        h: the longest step asked for.
+        shortest: the shortest step allowed, unless h is shorter.
 
     Raises:
-        StepError: if it leaves the finite numbers.
+        StepError: if the result is not finite.
     """
     loss, g = flow.value_and_grad(y)
     # Overshooting makes the eigenvalues' rates noisy: they are believed for a part of the step only.
