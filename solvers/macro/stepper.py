@@ -152,8 +152,8 @@ class MacroStep(IntegratorBase):
         sharp = min(CONSTANTS.band, CONSTANTS.sharp * (tol / 1e-3) ** 0.5)
         # Of 200 look-arounds with eight products (d = 3,000) all find an eigenvalue 0.5 above ten others, 95 % one 0.2
         # above them.
-        # A spectrum is trusted for as long as the longest step. With 10 as with 25 units, a direction that rises after a
-        # long calm is held in time (an RNN on sorting, and a toy); 10 cost up to a twelfth more on digits.
+        # A spectrum is trusted for as long as the longest step. With 10 as with 25 units, a direction that rises after
+        # a long calm is held in time (an RNN on sorting, and a toy); 10 cost up to a twelfth more on digits.
         followed = CriticalSubspace(tol=sharp, krylov=8)
         return EigenTracker(followed, survey_every=100.0, survey_soonest=25.0, patience=20.0)
 
