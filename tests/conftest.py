@@ -84,6 +84,18 @@ def orthogonal(rng, d):
     return np.linalg.qr(rng.normal(size=(d, d)))[0]
 
 
+def noisy_quadratic(start=0.0, d=4, n=6):
+    """ℓᵢ = ½wᵀHw + cᵢ·w with Σcᵢ = 0: noise of covariance C = Σ cᵢcᵢᵀ/n, whatever w.  The problem, H and C."""
+    rng = np.random.default_rng(3)
+    R = orthogonal(rng, d)
+    H = torch.from_numpy(R @ np.diag([1.6, 0.9, 0.5, 0.4]) @ R.T)
+    c = rng.normal(size=(n, d))
+    c = torch.from_numpy(c - c.mean(axis=0))
+    w0 = torch.full((d,), start, dtype=torch.float64)
+    problem = dvi.Problem.from_examples(lambda w, c: 0.5 * w @ H @ w + c @ w, c, w0)
+    return problem, H.numpy(), (c.T @ c / n).numpy()
+
+
 def frame_of(flow, y, U):
     """The frame of directions U [d, k] at y that need be no eigenvectors, nor normalised."""
     HU = flow.problem.hvp(y.w, U)

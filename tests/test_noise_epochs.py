@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import orthogonal
+from conftest import noisy_quadratic
 
 import dvi
 from dvi.methods import GradientDescent, HeavyBall
@@ -59,20 +59,9 @@ def _sum(j, m):
     return j * (m - j) / (m - 1)
 
 
-def quadratic(d=4, n=6):
-    rng = np.random.default_rng(3)
-    R = orthogonal(rng, d)
-    H = torch.from_numpy(R @ np.diag([1.6, 0.9, 0.5, 0.4]) @ R.T)
-    c = rng.normal(size=(n, d))
-    c = torch.from_numpy(c - c.mean(axis=0))
-    w0 = torch.zeros(d, dtype=torch.float64)
-    problem = dvi.Problem.from_examples(lambda w, c: 0.5 * w @ H @ w + c @ w, c, w0)
-    return problem, H.numpy(), (c.T @ c / n).numpy()
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_on_a_quadratic_the_flow_is_exact_at_every_batch_of_an_epoch(beta):
-    problem, H, C = quadratic()
+    problem, H, C = noisy_quadratic()
     method = HeavyBall(1.0, beta) if beta else GradientDescent(1.0)
     flow = dvi.noisy_flow(problem, method, 2, **EXACT, check=False)  # at the minimum there is no slope to compare
     m = flow.parts

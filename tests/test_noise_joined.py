@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import orthogonal
+from conftest import noisy_quadratic
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -89,24 +89,13 @@ def test_decay_of_gradient_descent_is_a_penalty_for_replicas():
     assert float((replicas(plain, GradientDescent(lr), 3, 20, replicas=3) - a).abs().max()) > 1e-2
 
 
-def quadratic(d=4, n=6):
-    """ℓᵢ = ½wᵀHw + cᵢ·w with Σcᵢ = 0: noise of covariance Σ cᵢcᵢᵀ/n, whatever w."""
-    rng = np.random.default_rng(3)
-    R = orthogonal(rng, d)
-    H = torch.from_numpy(R @ np.diag([1.6, 0.9, 0.5, 0.4]) @ R.T)
-    c = rng.normal(size=(n, d))
-    c = torch.from_numpy(c - c.mean(axis=0))
-    w0 = torch.full((d,), 0.1, dtype=torch.float64)
-    return dvi.Problem.from_examples(lambda w, c: 0.5 * w @ H @ w + c @ w, c, w0), H.numpy(), (c.T @ c / n).numpy()
-
-
 UNEQUAL = torch.tensor([0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(0.0, 0.1), (0.0, UNEQUAL), (0.5, UNEQUAL)], ids=str)
 def test_x_settles_where_the_closed_form_says_with_decay(beta, gamma):
     """Σ = AΣAᵀ + φηCη of the whole state (w, buffer), against the flow and against 2,000 replicas."""
-    problem, H, C = quadratic()
+    problem, H, C = noisy_quadratic(0.1)
     method = HeavyBallW(1.0, beta, gamma=gamma) if beta else GDW(1.0, gamma)
     G = np.diag(np.ones(4) * (gamma.numpy() if isinstance(gamma, torch.Tensor) else gamma))
     eye = np.eye(4)

@@ -3,24 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import orthogonal
+from conftest import noisy_quadratic, orthogonal
 from scipy.linalg import solve_discrete_lyapunov
 
 import dvi
 from dvi.methods import GradientDescent, HeavyBall, RMSProp
 from dvi.noise.path import Path, leak
 from dvi.noise.step import NoisyStep, search
-
-
-def quadratic(d=4, n=6):
-    """ℓᵢ = ½wᵀHw + cᵢ·w with Σcᵢ = 0, from its minimum: noise of covariance Σ cᵢcᵢᵀ/n, whatever w."""
-    rng = np.random.default_rng(3)
-    R = orthogonal(rng, d)
-    H = torch.from_numpy(R @ np.diag([1.6, 0.9, 0.5, 0.4]) @ R.T)
-    c = rng.normal(size=(n, d))
-    c = torch.from_numpy(c - c.mean(axis=0))
-    w0 = torch.zeros(d, dtype=torch.float64)
-    return dvi.Problem.from_examples(lambda w, c: 0.5 * w @ H @ w + c @ w, c, w0), H, (c.T @ c / n).numpy()
 
 
 @pytest.mark.parametrize("turn", ["signs", "rotation"])
@@ -61,7 +50,7 @@ def test_members_of_the_block_have_its_covariance():
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 def test_paths_settle_at_the_covariance_of_the_optimizer_outside_the_block(beta):
     """3,000 paths, with a leak: Σ = AΣAᵀ + B(φC)Bᵀ of (δ, buffer), projected."""
-    problem, H, C = quadratic()
+    problem, H, C = noisy_quadratic()
     method = HeavyBall(1.0, beta) if beta else GradientDescent(1.0)
     flow = dvi.noisy_flow(problem, method, 2, max_directions=1, window=4.0, check=False)
     y = flow.initial
@@ -72,16 +61,16 @@ def test_paths_settle_at_the_covariance_of_the_optimizer_outside_the_block(beta)
     G = torch.cat([G for _, G in flow.batches.each(y.w)])
     for t in range(60):
         draws = flow.drawn(path, float(t))
-        path = path.step(flow, y, H @ path.D + (draws @ G).T - g[:, None], 4.0).outside(U, turned)
+        path = path.step(flow, y, torch.from_numpy(H) @ path.D + (draws @ G).T - g[:, None], 4.0).outside(U, turned)
     assert float((turned.T @ path.D).abs().max()) < 1e-12
     out = np.eye(4) - u @ u.T
     N = flow.factor * out @ C @ out
     eye, kappa = np.eye(4), leak(4.0)
-    A = np.block([[(1 - kappa) * eye - H.numpy(), -beta * eye], [H.numpy(), beta * eye]])
+    A = np.block([[(1 - kappa) * eye - H, -beta * eye], [H, beta * eye]])
     B = np.vstack([-eye, eye])
     expected = (out @ solve_discrete_lyapunov(A, B @ N @ B.T)[:4, :4] @ out) if beta else None
     if not beta:
-        A = (1 - kappa) * eye - H.numpy()
+        A = (1 - kappa) * eye - H
         expected = out @ solve_discrete_lyapunov(A, N) @ out
     found = (path.D @ path.D.T / paths).numpy()
     size = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
@@ -104,9 +93,9 @@ def test_the_leak_keeps_what_a_gaussian_average_leaves(rate):
 
 def test_the_averaged_loss_counts_what_is_outside_the_block():
     """On a quadratic with one direction in the block, ½⟨H, Σ⟩ in three quarters of the time."""
-    problem, H, C = quadratic()
+    problem, H, C = noisy_quadratic()
     settings = {"window": 50.0, "trust_every": 0, "max_directions": 1}
-    exact = 0.5 * np.trace(H.numpy() @ solve_discrete_lyapunov(np.eye(4) - H.numpy(), C * 4 / 10))
+    exact = 0.5 * np.trace(H @ solve_discrete_lyapunov(np.eye(4) - H, C * 4 / 10))
 
     def averaged(**more):
         flow = dvi.noisy_flow(problem, GradientDescent(1.0), 2, **settings, **more, check=False)
