@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dvi.compiler.flows import CompiledFlow
 from dvi.noise.companion import Companion
+from dvi.noise.spread import inside
 from dvi.problems import MiniBatches
 from dvi.solvers.protocol import Array, State, host, like
 
@@ -80,11 +81,11 @@ class Epoch:
         decay = flow.calculus.decay(t)
         kept = None if decay is None else np.array([[1 - float(decay.gamma.mean())]])
         alone = Companion.of(flow.calculus.metric.at(t).Q(), np.array([[curved]]), np.eye(1), kept)
-        inside, outside = memory(map, parts), float(memory(alone, parts)[0, 0])
-        A = 2 / (parts - 1) * M @ inside
+        within, outside = memory(map, parts), float(memory(alone, parts)[0, 0])
+        A = 2 / (parts - 1) * M @ within
         echo = np.real(sqrtm(np.eye(len(M)) + A)) if len(M) else A
         more = 2 / (parts - 1) * curved * outside
-        return cls(parts, curved, inside, outside, echo, float(np.sqrt(max(0.0, 1 + more))))
+        return cls(parts, curved, within, outside, echo, float(np.sqrt(max(0.0, 1 + more))))
 
     def echoed(self, G: Tensor, U: Tensor, turned: Tensor, S: Tensor) -> Tensor:
         """Gradients [c, d] whose spread has what the epoch adds to that of G [c, d]; turned is P̃U."""
@@ -98,15 +99,13 @@ class Epoch:
     def drift(self, flow: CompiledFlow, batches: MiniBatches, y: State, g: Tensor, U: Tensor) -> Tensor:
         """What epochs add to the average gradient [d] at y, where it is g; costs two gradients."""
         P, n = flow.calculus.metric.at(y.t).P(y.nu), batches.n
-        inside, turned = like(self.inside, U), flow.precondition(y, U)
-        S = U.T @ turned
+        turned, within = flow.precondition(y, U), like(self.inside, U)
         found, done = torch.zeros_like(y.w), 0
         size = torch.finfo(y.w.dtype).eps ** 0.5 * max(1.0, float(torch.linalg.vector_norm(y.w)))
         for _, G in batches.each(y.w):
             C = G - g
-            CU = C @ U
-            rest = C - torch.linalg.solve(S, CU.T).T @ turned.T if U.shape[1] else C
-            V = CU @ inside.T @ U.T + self.outside * P.solve(rest.T.contiguous()).T
+            rest = C.T - inside(C.T, U, turned)
+            V = C @ U @ within.T @ U.T + self.outside * P.solve(rest.contiguous()).T
             h = size / max(float(torch.linalg.vector_norm(V, dim=1).max()), torch.finfo(V.dtype).tiny)
             chosen = torch.arange(done, done + len(G), device=y.w.device)[:, None]
             _, moved = batches.batches(y.w + h * V, chosen)
@@ -117,9 +116,7 @@ class Epoch:
 def curvature(flow: CompiledFlow, y: State, e: Tensor, U: Tensor) -> float:
     """The effective eigenvalue of H along the step that noise e [d] makes outside the block; costs an HVP."""
     P = flow.calculus.metric.at(y.t).P(y.nu)
-    turned = flow.precondition(y, U)
-    if U.shape[1]:
-        e = e - turned @ torch.linalg.solve(U.T @ turned, U.T @ e)
+    e = e - inside(e, U, flow.precondition(y, U))
     q = P.solve(e)
     bent, size = host(q @ flow.problem.hvp(y.w, q[:, None])[:, 0], q @ e)
     return max(0.0, float(bent / size)) if float(size) > 0 else 0.0

@@ -15,6 +15,7 @@ one step of the optimizer at a time.  With momentum, X is a part of the covarian
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from dvi.methods import Nu
 from dvi.noise.epochs import Epoch
 from dvi.noise.path import Path
 from dvi.noise.sampling import Sampling, generator
-from dvi.noise.spread import Spread, combined, noisy_start, spread, times
+from dvi.noise.spread import Echo, Spread, combined, inside, noisy_start, spread, times
 from dvi.problems import MiniBatches, Problem
 from dvi.solvers.protocol import Array, State, host, like
 
@@ -142,25 +143,26 @@ class NoisyFlow(CompiledFlow):
             epoch: what epochs remember; None where batches are independent.
         """
         loss, g = self.value_and_grad(y)
+        turned = self.precondition(y, U)
+        S = U.T @ turned
+        echo = None if epoch is None else partial(epoch.echoed, U=U, turned=turned, S=S)
         members = self.members(U, X, y.t)
         draws = None if path is None else self.drawn(path, y.t)
         if not members.any() and (path is None or not bool(path.D.any())):
-            return self._still(y, float(loss), g, U, HU, M, draws, epoch)
+            return self._still(y, float(loss), g, U, HU, M, draws, echo)
         whole = self.sampling.pairs == "all"
         share = 1.0 if whole else 1.0 / members.shape[1]  # of each pair in the average
         centre = 1.0 - share * members.shape[1]  # of what is at w itself
-        at = self._spread(y, y.w, g, U, None, epoch) if abs(centre) > 1e-12 else None
+        at = self._spread(y, y.w, g, U, None, echo) if abs(centre) > 1e-12 else None
         parts: list[tuple[float, Spread]] = [] if at is None else [(centre, at)]
         rest = risen = sloped = 0.0
         outer, kicks = [], []
-        turned = self.precondition(y, U)
-        S = U.T @ turned
         for j, c in enumerate(members.T):
             away = None if path is None else path.D[:, j]
             d = U @ like(c, U) if away is None else U @ like(c, U) + away
             which = None if draws is None else draws[j : j + 1]
-            ahead = self._spread(y, y.w + d, g, U, which, epoch)
-            behind = self._spread(y, y.w - d, g, U, None, epoch)
+            ahead = self._spread(y, y.w + d, g, U, which, echo)
+            behind = self._spread(y, y.w - d, g, U, None, echo)
             parts += [(0.5 * share, ahead), (0.5 * share, behind)]
             Hd = 0.5 * (ahead.g - behind.g)
             seen = U.T @ Hd if away is None else U.T @ Hd - HU.T @ away
@@ -170,7 +172,7 @@ class NoisyFlow(CompiledFlow):
                 HU = HU + turned @ torch.linalg.solve(S, like(M - before, U))
             if path is not None:
                 HD = Hd - HU @ like(c, U)
-                outer.append(HD - turned @ torch.linalg.solve(S, U.T @ HD) if len(M) else HD)
+                outer.append(HD - inside(HD, U, turned))
                 kicks.append(ahead.kicks)
             up = 0.5 * (ahead.loss + behind.loss) - float(loss)
             risen, sloped = risen + share * up, sloped + share * float(slope)
@@ -195,16 +197,8 @@ class NoisyFlow(CompiledFlow):
             kicks=torch.cat(kicks, dim=1) if kicks else None,
         )
 
-    def _spread(self, y: State, w: Tensor, g: Tensor, U: Tensor, draws: Tensor | None, epoch: Epoch | None) -> Spread:
+    def _spread(self, y: State, w: Tensor, g: Tensor, U: Tensor, draws: Tensor | None, echo: Echo) -> Spread:
         """The spread of gradients at w; ν, and the metric of the block, are those at y."""
-        echo = None
-        if epoch is not None:
-            turned = self.precondition(y, U)
-            S = U.T @ turned
-
-            def echo(G: Tensor) -> Tensor:
-                return epoch.echoed(G, U, turned, S)
-
         return spread(self, self.batches, State(w, y.nu, y.t), g, U, draws, echo)
 
     def _still(
@@ -216,10 +210,10 @@ class NoisyFlow(CompiledFlow):
         HU: Tensor,
         M: Array,
         draws: Tensor | None,
-        epoch: Epoch | None,
+        echo: Echo,
     ) -> Look:
         """What is seen where nothing oscillates."""
-        seen = self._spread(y, y.w, g, U, draws, epoch)
+        seen = self._spread(y, y.w, g, U, draws, echo)
         outer, kicks = (None, None) if draws is None else (torch.zeros_like(seen.kicks), seen.kicks)
         bend, N = times(self.factor, seen.bend), self.factor * seen.block
         noise = self.factor * seen.total

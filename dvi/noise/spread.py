@@ -15,6 +15,9 @@ from dvi.methods import Nu
 from dvi.problems import MiniBatches, NotFiniteError
 from dvi.solvers.protocol import Array, State, host
 
+#: A linear map of gradients [c, d]; None stands for the gradients themselves.
+Echo = Callable[[Tensor], Tensor] | None
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -43,7 +46,7 @@ def spread(
     g: Tensor,
     U: Tensor,
     draws: Tensor | None = None,
-    echo: Callable[[Tensor], Tensor] | None = None,
+    echo: Echo = None,
 ) -> Spread:
     """The spread of the gradients of single examples at y's weights.
 
@@ -99,6 +102,11 @@ def noisy_start(flow: CompiledFlow, batches: MiniBatches, factor: float) -> Stat
     return State(y.w, nu, y.t, y.m)
 
 
+def inside(G: Tensor, U: Tensor, turned: Tensor) -> Tensor:
+    """The part of gradients G [d, c] that lies in the block U [d, k]: P̃U(UᵀP̃U)⁻¹UᵀG, where turned is P̃U."""
+    return turned @ torch.linalg.solve(U.T @ turned, U.T @ G) if U.shape[1] else torch.zeros_like(G)
+
+
 def times(factor: float, tree: Nu) -> Nu:
     """A multiple of a state like ν."""
     return pytree.tree_map(lambda x: factor * x, tree)
@@ -109,4 +117,4 @@ def combined(weights: list[float], trees: list[Nu]) -> Nu:
     return pytree.tree_map(lambda *leaves: sum(c * x for c, x in zip(weights, leaves, strict=True)), *trees)
 
 
-__all__ = ["Spread", "combined", "noisy_start", "spread", "times"]
+__all__ = ["Echo", "Spread", "combined", "inside", "noisy_start", "spread", "times"]

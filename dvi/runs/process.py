@@ -237,7 +237,7 @@ class FlowProcess(Process):
         seen_at = [(node["t"], node["eigenvalues"].max(initial=0.0)) for node in nodes] + [(reached, result.missed)]
         if result.unit:  # unit steps do not hold it to a hundredth; the first of them begins where others ended
             others = not self.unit_steps or self.unit_steps[-1][1] < nodes[0]["t"]
-            seen_at = seen_at[: int(others)]
+            seen_at = seen_at[:1] if others else []
             self.unit_steps.append((start.t - self.origin, reached))
         for t, sharpness in seen_at:
             if self.flow.constrained and sharpness > max(MISSED, base + 1e-6):

@@ -61,9 +61,9 @@ class Search:
             if found is None:
                 return None
             block = balance.survey(found.nu, found.block) if self.survey else found.block
-            if block.eigenvalues[0] <= CRITICAL + 10 * self.tol:
-                return balance.point(found.D, found.HD, found.nu, block, found.residual, found.rounds, self.tol)
             start = balance.point(found.D, found.HD, found.nu, block, found.residual, found.rounds, self.tol)
+            if block.eigenvalues[0] <= CRITICAL + 10 * self.tol:
+                return start
         return None
 
     def _iterated(self, start: StationaryPoint | None) -> StationaryPoint:

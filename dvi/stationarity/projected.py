@@ -77,12 +77,13 @@ def _search(balance: Balance, start: StationaryPoint, tol: float) -> Reached | N
     (C,) = host(V.T @ first.sqrt(start.D))
     nu, residual = balance.root(start.nu, HS @ like(C, S)), 1.0
     for rounds in range(_ROUNDS):
-        C, nu = _solved(balance, S, HS, C, nu, tol, max(tol, residual))
+        (M,) = host(S.T @ HS)
+        C, nu = _solved(balance, S, HS, M, C, nu, tol, max(tol, residual))
         D, HD = S @ like(C, S), HS @ like(C, S)
         P = calculus.checked_P(nu, t, balance.g)
         off, size = host((P.sqrt(0.5 * P.solve(HD) - D) ** 2).sum(), (P.sqrt(D) ** 2).sum())
         residual = float(np.sqrt(off / size)) if size > 0 else 0.0
-        values, coefficients, _ = _ritz(balance, nu, S, HS)
+        values, coefficients, _ = _ritz(balance, nu, S, M)
         held = C.shape[1]
         values, Q = values[: held + _SHOWN], like(coefficients[:, : held + _SHOWN], S)
         Z, AZ = upright(P.sqrt(S @ Q)), upright(P.inv_sqrt(HS @ Q))
@@ -106,8 +107,10 @@ def _search(balance: Balance, start: StationaryPoint, tol: float) -> Reached | N
     return None
 
 
-def _solved(balance: Balance, S: Tensor, HS: Tensor, C: Array, nu: Nu, tol: float, residual: float) -> tuple[Array, Nu]:
-    """C [m, r] and ν with Σ = SCCᵀSᵀ, stationary as far as span(S) goes.
+def _solved(
+    balance: Balance, S: Tensor, HS: Tensor, M: Array, C: Array, nu: Nu, tol: float, residual: float
+) -> tuple[Array, Nu]:
+    """C [m, r] and ν with Σ = SCCᵀSᵀ, stationary as far as span(S) goes; M is SᵀHS.
 
     Raises:
         CCPError: if the variances have no solution.
@@ -115,7 +118,7 @@ def _solved(balance: Balance, S: Tensor, HS: Tensor, C: Array, nu: Nu, tol: floa
     calculus, t = balance.flow.calculus, balance.t
     share, last = 1.0, np.inf
     for _ in range(_NEWTON):
-        values, Q, G = _ritz(balance, nu, S, HS)
+        values, Q, G = _ritz(balance, nu, S, M)
         kept = min(max(1, int((values > CRITICAL - _MARGIN).sum())), _VARIANCES, len(values))
         Q, before = Q[:, :kept], nu
         U, root = S @ like(Q, S), Q.T @ G @ C
@@ -138,9 +141,9 @@ def _solved(balance: Balance, S: Tensor, HS: Tensor, C: Array, nu: Nu, tol: floa
     return C, nu
 
 
-def _ritz(balance: Balance, nu: Nu, S: Tensor, HS: Tensor) -> tuple[Array, Array, Array]:
-    """Ritz values of P⁻¹H in span(S), descending; their vectors' coefficients [m, m]; and G = SᵀPS."""
-    G, M = host(S.T @ balance.flow.calculus.P(nu, balance.t).apply(S), S.T @ HS)
+def _ritz(balance: Balance, nu: Nu, S: Tensor, M: Array) -> tuple[Array, Array, Array]:
+    """Ritz values of P⁻¹H in span(S), descending, with M = SᵀHS; their vectors' coefficients [m, m]; and G = SᵀPS."""
+    (G,) = host(S.T @ balance.flow.calculus.P(nu, balance.t).apply(S))
     values, Q = eigh(0.5 * (M + M.T), 0.5 * (G + G.T))
     return values[::-1].copy(), Q[:, ::-1], G
 
