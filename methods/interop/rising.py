@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dvi.methods.filter import Filter
+from dvi.methods.moments import averaged, corrected, zero_average
 from dvi.methods.preconditioners.diagonal import Diagonal, Scalar
 from dvi.methods.spec import Hyperparameter, Method, Nu
 
@@ -64,16 +65,15 @@ class RisingNAdam(Method):
 
     def init(self, w: Tensor) -> Nu:
         """Zero v [d], and t = 0."""
-        return _counted(w)
+        return zero_average(torch.zeros_like(w), counted=True)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(g⊙² − v), and one more step."""
-        return _averaged(nu, g, self.beta2)
+        return averaged(nu, g**2, self.beta2)
 
     def P(self, nu: Nu) -> Diagonal:
         """diag(√v̂ + ε)/η."""
-        v = nu["v"] / (1 - self.beta2 ** nu["t"])
-        return Diagonal((v**0.5 + self.eps) / self.lr)
+        return Diagonal((corrected(nu, self.beta2) ** 0.5 + self.eps) / self.lr)
 
     def Q(self) -> Filter:
         """Q = a + b(1−β₁)/(1−β₁x), with the output of the step before in place of the average."""
@@ -84,8 +84,7 @@ class RisingNAdam(Method):
 
     def decay(self) -> Any:
         """ηλ; None if λ is the number 0."""
-        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
-        return None if none else self.lr * self.weight_decay
+        return _decoupled(self.lr, self.weight_decay)
 
 
 class RectifiedAdam(Method):
@@ -108,11 +107,11 @@ class RectifiedAdam(Method):
 
     def init(self, w: Tensor) -> Nu:
         """Zero v [d], and t = 0."""
-        return _counted(w)
+        return zero_average(torch.zeros_like(w), counted=True)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(g⊙² − v), and one more step."""
-        return _averaged(nu, g, self.beta2)
+        return averaged(nu, g**2, self.beta2)
 
     def P(self, nu: Nu) -> Diagonal:
         """diag(√v + ε)/(ηr√(1−β₂ᵗ)) once rectified, I/η before, times 1 − β₁ᵗ."""
@@ -126,14 +125,10 @@ class RectifiedAdam(Method):
 
     def decay(self) -> Any:
         """ηλ; None if λ is the number 0."""
-        none = isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0
-        return None if none else self.lr * self.weight_decay
+        return _decoupled(self.lr, self.weight_decay)
 
 
-def _counted(w: Tensor) -> Nu:
-    """Zero v [d], and t = 0, the number of steps that the bias corrections need."""
-    return {"v": torch.zeros_like(w), "t": w.new_zeros(())}
-
-
-def _averaged(nu: Nu, g: Tensor, beta2: Hyperparameter) -> Nu:
-    return {"v": (1 - beta2) * (g**2 - nu["v"]), "t": torch.ones_like(nu["t"])}
+def _decoupled(lr: Hyperparameter, weight_decay: Hyperparameter) -> Any:
+    """The decoupled weight decay ηλ; None if λ is the number 0."""
+    none = isinstance(weight_decay, (int, float)) and weight_decay == 0
+    return None if none else lr * weight_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dvi.methods.moments import averaged, corrected, zero_average
 from dvi.methods.preconditioners.diagonal import Diagonal
 from dvi.methods.spec import Hyperparameter, Method, Nu
 
@@ -26,15 +27,12 @@ class RMSProp(Method):
 
     def init(self, w: Tensor) -> Nu:
         """Zero v [d] and, with bias correction, t = 0."""
-        v = torch.zeros_like(w)
-        return {"v": v, "t": w.new_zeros(())} if self.bias_correction else {"v": v}
+        return zero_average(torch.zeros_like(w), counted=self.bias_correction)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(g⊙² − v)."""
-        change = {"v": (1 - self.beta2) * (g**2 - nu["v"])}
-        return change | {"t": torch.ones_like(nu["t"])} if self.bias_correction else change
+        return averaged(nu, g**2, self.beta2)
 
     def P(self, nu: Nu) -> Diagonal:
         """diag(√v̂ + ε)/η."""
-        v = nu["v"] / (1 - self.beta2 ** nu["t"]) if self.bias_correction else nu["v"]
-        return Diagonal((v**0.5 + self.eps) / self.lr)
+        return Diagonal((corrected(nu, self.beta2) ** 0.5 + self.eps) / self.lr)

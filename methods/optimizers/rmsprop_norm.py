@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from dvi.methods.moments import averaged, corrected, zero_average
 from dvi.methods.preconditioners.diagonal import Scalar
 from dvi.methods.spec import Hyperparameter, Method, Nu
 
@@ -26,15 +26,12 @@ class RMSPropNorm(Method):
 
     def init(self, w: Tensor) -> Nu:
         """Zero v [] and, with bias correction, t = 0."""
-        zero = w.new_zeros(())
-        return {"v": zero, "t": zero.clone()} if self.bias_correction else {"v": zero}
+        return zero_average(w.new_zeros(()), counted=self.bias_correction)
 
     def f(self, nu: Nu, g: Tensor) -> Nu:
         """(1−β₂)(‖g‖² − v)."""
-        change = {"v": (1 - self.beta2) * ((g**2).sum() - nu["v"])}
-        return change | {"t": torch.ones_like(nu["t"])} if self.bias_correction else change
+        return averaged(nu, (g**2).sum(), self.beta2)
 
     def P(self, nu: Nu) -> Scalar:
         """(√v̂ + ε)/η · I."""
-        v = nu["v"] / (1 - self.beta2 ** nu["t"]) if self.bias_correction else nu["v"]
-        return Scalar((v**0.5 + self.eps) / self.lr)
+        return Scalar((corrected(nu, self.beta2) ** 0.5 + self.eps) / self.lr)
