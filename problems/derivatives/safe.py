@@ -81,20 +81,6 @@ def _batch_norm(
     return _channel_norm(input, running_mean, running_var, weight, bias, [0] if own else [], eps)
 
 
-def _torch_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
 def _instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -110,18 +96,25 @@ def _instance_norm(
     return _channel_norm(input, running_mean, running_var, weight, bias, [], eps)
 
 
-def _torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+def _torch_order(composition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A composition with the argument order of ``torch.batch_norm`` and ``torch.instance_norm``.
+
+    These take weight and bias before the statistics, and one more argument at the end, ``cudnn_enabled``.
+    """
+
+    def composed(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *more: Any,
+        cudnn_enabled: bool = True,
+        **named: Any,
+    ) -> Tensor:
+        return composition(input, running_mean, running_var, weight, bias, *more[:3], **named)
+
+    return composed
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -173,9 +166,9 @@ _COMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.layer_norm: _layer_norm,
     torch.native_layer_norm: _native_layer_norm,
     F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    torch.batch_norm: _torch_order(_batch_norm),
     F.instance_norm: _instance_norm,
-    torch.instance_norm: _torch_instance_norm,
+    torch.instance_norm: _torch_order(_instance_norm),
     torch._weight_norm: _weight_norm,
     F.hardsigmoid: _hardsigmoid,
 }
