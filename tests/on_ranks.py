@@ -320,11 +320,35 @@ def off_by_an_ulp(group, where):
     if problem.ranks.rank == 1:
         flat = changed.view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(9.0, dtype=D))
+    return _asked(problem, w, V, where)
+
+
+def exchanged(group, where):
+    """Rank 1 asks with the first two weights, or the first two rows of the directions, in each other's place."""
+    problem = dvi.distribute(small(), group)
+    w, V = problem.w0.clone(), torch.eye(problem.dim, 2, dtype=D)
+    changed = V if where == "directions" else w
+    if problem.ranks.rank == 1:
+        changed[[0, 1]] = changed[[1, 0]]
+    return _asked(problem, w, V, where)
+
+
+def negated(group, where):
+    """Rank 1 asks with the other sign of one number, which changes its highest bit alone."""
+    problem = dvi.distribute(small(), group)
+    w, V = problem.w0.clone(), torch.eye(problem.dim, 2, dtype=D)
+    changed = V.view(-1) if where == "directions" else w
+    if problem.ranks.rank == 1:
+        changed[0] = -changed[0]
+    return _asked(problem, w, V, where)
+
+
+def _asked(problem, w, V, where):
     if where == "weights":
         return problem.value_and_grad(w)
     if where == "directions":
         return problem.hvp(problem.w0, V)
-    t = 1.0 if where == "state" else float(np.nextafter(1.0, 1.0 + problem.ranks.rank))
+    t = float(np.nextafter(1.0, 1.0 + problem.ranks.rank)) if where == "clock" else 1.0
     return problem.ranks.agree({"w": w, "t": t}, "at t = 1")
 
 

@@ -245,6 +245,13 @@ def test_ranks_that_differ_in_a_last_bit_are_found_out(ranks, where):
         assert "do not have the same weights" in found
 
 
+@pytest.mark.parametrize("where", ["weights", "directions", "state"])
+@pytest.mark.parametrize("how", [on_ranks.exchanged, on_ranks.negated])
+def test_ranks_with_the_same_numbers_in_other_places_or_of_other_sign_are_found_out(ranks, how, where):
+    for found in words(ranks(2, how, where), dvi.RanksError):
+        assert "do not have the same weights" in found
+
+
 def test_a_rank_that_does_not_answer_ends_the_others(ranks):
     first, second = ranks(on_ranks.SPARE, on_ranks.late)
     assert isinstance(first, dvi.RanksError)

@@ -97,6 +97,8 @@ ALONE = Ranks()
 
 PIECE = 2**24  # bytes sent at a time to make a fingerprint of data
 
+_MARKED = 2**22  # numbers in one piece of a checksum, whose copies take 64 MiB
+
 
 class Group(Ranks):
     """The processes of a group of ``torch.distributed``.
@@ -239,13 +241,29 @@ class Group(Ranks):
 
 
 def _mark(tensors: Iterable[Tensor]) -> Tensor:
-    """A checksum [1]: the sum of the tensors' bits read as whole numbers, which does not depend on the order of
-    addition.
+    """A checksum [1] of the bits of tensors and of the place of each number; it is the same on every device.
+
+    It is a sum of whole numbers that wrap, so the order of addition does not matter.  Numbers that change their places
+    change the sum, and a change of any bit reaches its low bits, which are those that are sent.
     """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     mark = torch.zeros(1, dtype=torch.int64)
     for x in tensors:
         real = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
         bits = real.contiguous().reshape(-1).view(kinds[real.element_size()])
-        mark = 1_000_003 * mark.to(x.device) + bits.sum(dtype=torch.int64)  # wraps, on every device alike
+        mark = 1_000_003 * mark.to(x.device)
+        for start in range(0, len(bits), _MARKED):
+            mark = mark + _mixed(bits[start : start + _MARKED], start).sum(dtype=torch.int64)
     return mark
+
+
+def _mixed(bits: Tensor, start: int) -> Tensor:
+    """Whole numbers [n] that each depend on all bits of a number and on its place, counted from ``start``.
+
+    This is the mixing function of SplitMix64 (Steele, Lea and Flood, 2014), whose shifts here repeat the sign.
+    """
+    mixed = torch.arange(start + 1, start + 1 + len(bits), dtype=torch.int64, device=bits.device)
+    mixed.mul_(-0x61C8864680B583EB).add_(bits)  # 0x9E3779B97F4A7C15 as a signed number
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed.bitwise_xor_(mixed >> shift).mul_(factor)
+    return mixed.bitwise_xor_(mixed >> 31)
