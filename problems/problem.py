@@ -64,7 +64,8 @@ class Problem:
     """
 
     #: ``from_module(model, criterion, inputs, targets, …)``: the loss of a module as a function of its parameters.
-    #: It is set to :class:`~dvi.problems.ModuleProblem` when that class is defined.
+    #: It is set to :class:`~dvi.problems.ModuleProblem` when that class is defined.  That file imports this one, so
+    #: this annotation cannot name the class; with ``Problem`` for the result, a type checker would not see its methods.
     from_module: ClassVar[Callable[..., Any]]
 
     #: The largest λ of a penalty ½λw² that was added to the loss by ``weight_decay`` or :meth:`penalised`.
