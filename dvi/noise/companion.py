@@ -1,12 +1,14 @@
 """How the covariance of an oscillation changes in one step of an optimizer with momentum, and where it settles.
 
-In a frame U [d, k] with M = UᵀHU and S = UᵀPU, the deviation Ux and the filter's memory obey a linear map,
+Let U [d, k] be a frame with M = UᵀHU and S = UᵀPU.  The deviation Ux and the filter's memory obey a linear map,
 
-    ĝ = Mx + ε,      m̂ = Q ĝ,      x⁺ = Kx − S⁻¹ m̂,      E εεᵀ = N = Uᵀ(noise)U,
+    ĝ = Mx + ε,      m̂ = Q ĝ,      x⁺ = Kx − S⁻¹ m̂,      E εεᵀ = N = Uᵀ(noise)U.
 
-so that z = (x, past ĝ, past m̂) has z⁺ = Fz + Gε, and its covariance Z⁺ = FZFᵀ + GNGᵀ.  Without momentum, and in a frame
-of eigenvectors with UᵀPU = I, that is X⁺ = (I−Λ)X(I−Λ) + N.  Weight decay Γ makes K = S⁻¹ UᵀP(I−Γ)U of K = I: without
-momentum P⁻¹(P(I−Γ) − H) is symmetric in the metric of P, so P and not P̃ projects on the frame.
+For z = (x, past ĝ, past m̂) it is z⁺ = Fz + Gε, so the covariance of z changes by Z⁺ = FZFᵀ + GNGᵀ.  Without momentum,
+and in a frame of eigenvectors with UᵀPU = I, this is X⁺ = (I−Λ)X(I−Λ) + N.
+
+Without weight decay, K = I.  Weight decay Γ gives K = S⁻¹ UᵀP(I−Γ)U.  The projection on the frame then uses P and not
+P̃, because without momentum the map of a step, P⁻¹(P(I−Γ) − H), is symmetric in the metric of P.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from dvi.solvers.protocol import Array
 
 
 def remembered(Q: Filter) -> int:
-    """How many past vectors belong to z beside x."""
+    """The number of past vectors in z, beside x."""
     return 0 if Q.trivial else len(Q.numerator) - 1 + max(1, len(Q.denominator) - 1)
 
 
 @dataclass(frozen=True)
 class Companion:
-    """The map of z: z⁺ = Fz + Gε."""
+    """The linear map of z: z⁺ = Fz + Gε."""
 
     F: Array
     G: Array
@@ -36,10 +38,10 @@ class Companion:
         """The map of an optimizer in a frame.
 
         Args:
-            Q: a filter with numbers for coefficients.
+            Q: the filter; its coefficients are numbers.
             M: UᵀHU [k, k].
             S: UᵀPU [k, k].
-            kept: UᵀP(I−Γ)U [k, k] with weight decay Γ; None: the weights do not decay.
+            kept: UᵀP(I−Γ)U [k, k] with weight decay Γ; None if the weights do not decay.
         """
         k = len(M)
         eye = np.eye(k)
@@ -54,7 +56,7 @@ class Companion:
         def place(i: int) -> slice:
             return slice(i * k, (i + 1) * k)
 
-        now = np.zeros((k, size * k))  # ĝ as a function of z
+        now = np.zeros((k, size * k))  # ĝ without noise, as a function of z
         now[:, place(0)] = M
         m = n[0] * now
         for i in range(1, inputs + 1):
@@ -76,23 +78,23 @@ class Companion:
         return cls(F, G)
 
     def step(self, Z: Array, N: Array) -> Array:
-        """Z after a step with noise N [k, k].
+        """The covariance after a step with noise N [k, k].
 
-        Z is made symmetric: in exact arithmetic it is, and in floating point its antisymmetric part would grow.
+        The result is made symmetric.  It is symmetric in exact arithmetic, but rounding errors would grow.
         """
         Z = self.F @ Z @ self.F.T + self.G @ N @ self.G.T
         return 0.5 * (Z + Z.T)
 
     def stationary(self, N: Array) -> Array:
-        """The covariance X [k, k] of x that a constant noise N [k, k] holds up.
+        """The stationary covariance X [k, k] of x under constant noise N [k, k].
 
         Raises:
-            ValueError: if there is none, because the map is not stable.
+            ValueError: if the map is not stable, so that there is no stationary covariance.
         """
         from scipy.linalg import solve_discrete_lyapunov
 
         if np.abs(np.linalg.eigvals(self.F)).max() >= 1:
-            raise ValueError("The optimizer is not stable here (effective sharpness at or above 2): X grows for ever.")
+            raise ValueError("The optimizer is not stable here (effective sharpness at or above 2): X grows forever.")
         k = len(N)
         return np.asarray(solve_discrete_lyapunov(self.F, self.G @ N @ self.G.T)[:k, :k], dtype=np.float64)
 
@@ -100,8 +102,8 @@ class Companion:
         """The spectral radius of Z ↦ FZFᵀ + G T(X) Gᵀ, T(X)_ad = Σ spread_abcd X_bc, by power iteration.
 
         Args:
-            spread: [k, k, k, k]: how noise grows with the oscillation (the second term of N).
-            steps: of the power iteration, at most.
+            spread: [k, k, k, k]: how the noise grows with the oscillation (the second term of N).
+            steps: the largest number of iterations.
         """
         k = len(spread)
         Z, size = np.eye(len(self.F)), 1.0

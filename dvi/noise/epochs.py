@@ -1,20 +1,20 @@
-"""Batches that pass through all examples: their noise sums to zero over an epoch, which changes X, w and ν.
+"""Batches in epochs, each of which passes through all examples: noise that sums to zero changes X, w and ν.
 
-An epoch has m = n/B batches.  The noise of each has covariance N, and that of two of them −N/(m−1).  So the noise that
-is still to come makes up for the sum s of what has come: after j batches,
+An epoch has m = n/B batches.  The noise of one batch has covariance N.  The noises of two batches are correlated, with
+covariance −N/(m−1).  So the noise of later batches compensates for the sum s of earlier noise.  After j batches,
 
-    e_j = −s/(m−j) + ξ,      E ξξᵀ = N·m(m−j−1)/((m−1)(m−j)),      s⁺ = s + e_j,
+    e_j = −s/(m−j) + ξ,      E ξξᵀ = N·m(m−j−1)/((m−1)(m−j)),      s⁺ = s + e_j.
 
-which is a linear map once s is followed beside the deviation and the filter's memory.
+This is a linear map of s, the deviation and the filter's memory together.
 
-The deviation δ is made of batches whose examples the present one excludes.  Let K_l be what the optimizer has made of a
-unit of gradient after l more steps, (I − P⁻¹H)ˡP⁻¹ without momentum, and 𝓜 the mean over j < m of Σ_{l<j} K_l.  On
-average over an epoch
+Earlier batches of the epoch contribute to the deviation δ, and the present batch contains none of their examples.  A
+gradient e has changed δ by −K_l e after l more steps; without momentum K_l = (I − P⁻¹H)ˡP⁻¹.  Let 𝓜 be the mean over
+j < m of Σ_{l<j} K_l.  On average over an epoch
 
     the gradient of a batch is larger by                1/(n(n−1)) Σᵢ Hᵢ 𝓜(gᵢ − g),
     and its covariance, beside HΣH + N, by              (H𝓜N + N𝓜ᵀH)/(m−1).
 
-Outside the block one number stands for the eigenvalues in 𝓜.
+Outside the block, one number replaces all eigenvalues in 𝓜.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dvi.solvers.protocol import Array, State, host, like
 
 
 def in_epoch(map: Companion, part: int, parts: int) -> tuple[Companion, float]:
-    """The map of (z, s) at the batch number ``part`` of ``parts``, and which share of N is new noise."""
+    """The map of (z, s) at batch number ``part`` of ``parts``, and the factor of N that gives the covariance of ξ."""
     k, size = map.G.shape[1], len(map.F)
     pull = 1 / (parts - part)
     F, G = np.zeros((size + k, size + k)), np.vstack([map.G, np.eye(k)])
@@ -56,14 +56,15 @@ def memory(map: Companion, parts: int) -> Array:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch remembers of its batches, in a block U [d, k] with S = UᵀP̃U.
+    """How the batches of an epoch depend on one another, in a block U [d, k] with S = UᵀP̃U.
 
     Attributes:
         parts: m.
-        curved: the effective eigenvalue that stands for all directions outside the block.
+        curved: one effective eigenvalue for all directions outside the block.
         inside: 𝓜 in the block [k, k].
-        outside: 𝓜P outside it.
-        echo: the root of I + 2H𝓜/(m−1) on gradients in the block [k, k]; echo_outside: outside it.
+        outside: 𝓜P outside the block, a number.
+        echo: the square root of I + 2H𝓜/(m−1), for gradients in the block [k, k].
+        echo_outside: the same outside the block, a number.
     """
 
     parts: int
@@ -75,7 +76,7 @@ class Epoch:
 
     @classmethod
     def of(cls, flow: CompiledFlow, t: float, map: Companion, M: Array, parts: int, curved: float) -> Epoch:
-        """For the map of a deviation in the block, where UᵀHU is M [k, k]."""
+        """At time t, from the map of a deviation in the block and M = UᵀHU [k, k] there."""
         from scipy.linalg import sqrtm
 
         decay = flow.calculus.decay(t)
@@ -88,7 +89,7 @@ class Epoch:
         return cls(parts, curved, within, outside, echo, float(np.sqrt(max(0.0, 1 + more))))
 
     def echoed(self, G: Tensor, U: Tensor, turned: Tensor, S: Tensor) -> Tensor:
-        """Gradients [c, d] whose spread has what the epoch adds to that of G [c, d]; turned is P̃U."""
+        """Gradients [c, d] with the covariance of G [c, d] and the epoch's correction; turned is P̃U, S is UᵀP̃U."""
         if not U.shape[1]:
             return self.echo_outside * G
         GU = G @ U
@@ -97,7 +98,7 @@ class Epoch:
         return self.echo_outside * G + more
 
     def drift(self, flow: CompiledFlow, batches: MiniBatches, y: State, g: Tensor, U: Tensor) -> Tensor:
-        """What epochs add to the average gradient [d] at y, where it is g; costs two gradients."""
+        """What epochs add to the average gradient [d] at y, where the full gradient is g; costs two gradients."""
         P, n = flow.calculus.metric.at(y.t).P(y.nu), batches.n
         turned, within = flow.precondition(y, U), like(self.inside, U)
         found, done = torch.zeros_like(y.w), 0
@@ -114,7 +115,7 @@ class Epoch:
 
 
 def curvature(flow: CompiledFlow, y: State, e: Tensor, U: Tensor) -> float:
-    """The effective eigenvalue of H along the step that noise e [d] makes outside the block; costs an HVP."""
+    """The effective eigenvalue of H along the step that noise e [d] causes outside the block; costs one HVP."""
     P = flow.calculus.metric.at(y.t).P(y.nu)
     e = e - inside(e, U, flow.precondition(y, U))
     q = P.solve(e)

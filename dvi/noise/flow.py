@@ -1,15 +1,16 @@
-"""The central flow with mini-batch noise: an optimizer whose batches keep it oscillating below the edge, too.
+"""The central flow with mini-batch noise: batches keep the optimizer oscillating, also below the edge of stability.
 
-Iterates are w + δ with E δ = 0 and E δδᵀ = Σ = UXUᵀ, gᵢ and Hᵢ are the gradient and the Hessian of example i:
+The iterates are w + δ with E δ = 0 and E δδᵀ = Σ = UXUᵀ.  Let gᵢ and Hᵢ be the gradient and the Hessian of example i.
+One step of the optimizer, which is also a step of the flow, gives
 
     w⁺ = (1−γ)w − P(ν)⁻¹ Q[∇L + ½∇³L[Σ]],
     ν⁺ = ν + f(ν, g) + ½∇²_g f[HΣH + N],
-    X⁺ = (I−Λ) X (I−Λ) + UᵀNU,            N = φ ( cov gᵢ + cov Hᵢδ ),
+    X⁺ = (I−Λ) X (I−Λ) + UᵀNU,            N = φ ( cov gᵢ + cov Hᵢδ ).
 
-one step of the optimizer at a time.  With momentum, X is a part of the covariance of (δ, the filter's memory), see
-:mod:`dvi.noise.companion`, where weight decay γ is, too.  Outside the block one path stands for the oscillation, see
-:mod:`dvi.noise.path`.  Where batches come in epochs, see :mod:`dvi.noise.epochs`.  Pairs w ± d of the oscillation give
-½∇³L[Σ], both terms of N, and the averaged loss.
+With momentum, X is a part of the covariance of δ and the filter's memory.  :mod:`dvi.noise.companion` has the map of
+this covariance, also with weight decay γ.  Outside the block, one path represents the oscillation
+(:mod:`dvi.noise.path`).  :mod:`dvi.noise.epochs` treats batches in epochs.  The gradients at pairs w ± d, where d is a
+member of the oscillation, give ½∇³L[Σ], both terms of N, and the averaged loss.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from dvi.solvers.protocol import Array, State, host, like
 
 @dataclass(frozen=True)
 class Look:
-    """What a flow with noise sees at a state; averages are over the oscillation.
+    """What a flow with noise measures at a state; averages are over the oscillation.
 
     Attributes:
         loss, g: L(w), and ∇L(w) [d].
         force: the average of ∇L(w+δ) − ∇L(w) [d], to second order ½∇³L[Σ].
         N: UᵀNU [k, k].
         noise: tr N.
-        rest: the average of L(w+δ) − L(w), less ½⟨H, Σ⟩ in the block; a random pair is the average in expectation only.
-        risen: the average of L(w+δ) − L(w) for the pairs that were tried; sloped: that of ½δ·∇L(w+δ).  For a quadratic
-            loss they are the same.
+        rest: the average of L(w+δ) − L(w), less ½⟨H, Σ⟩ in the block.  A random pair gives it in expectation only.
+        risen: the average of L(w+δ) − L(w) over the pairs that were tried.
+        sloped: the average of ½δ·∇L(w+δ) over the same pairs.  For a quadratic loss it equals ``risen``.
         bend: ½∇²_g f[HΣH + N], like ν.
-        HU, M: H times the block [d, k] and UᵀHU [k, k], brought up to date along the pairs: their gradients differ by
-            2Hd, which costs nothing more.  HU changes in the span of P̃U only.
-        outer, kicks: HD [d, m] of the paths outside the block, and the noise that their batches add to it; None
-            without paths.
+        HU, M: H times the block [d, k] and UᵀHU [k, k], updated along the pairs.  The gradients of a pair differ by
+            2Hd, so the update costs nothing more.  HU changes in the span of P̃U only.
+        outer: the part of HD [d, m] outside the block, where D are the paths; None without paths.
+        kicks: the noise [d, m] that the paths' batches add to it; None without paths.
     """
 
     loss: float
@@ -74,10 +75,10 @@ class NoisyFlow(CompiledFlow):
 
     Attributes:
         batch_size: B.
-        sampling: how batches are drawn, and how closely the flow looks.
+        sampling: how batches are drawn, and the settings of the flow.
         batches: the problem's examples.
-        factor: φ, the covariance of a batch's gradient over that of an example's.
-        parts: m, how many batches an epoch has; 1 where batches are independent.
+        factor: φ, the covariance of a batch's gradient divided by that of an example's gradient.
+        parts: m, the number of batches in an epoch; 1 if batches are independent.
     """
 
     name = "noisy"
@@ -102,14 +103,14 @@ class NoisyFlow(CompiledFlow):
         self.initial = noisy_start(self, self.batches, self.factor)
 
     def cut(self, t: float) -> float:
-        """Effective eigenvalues above this relax within the window, of whatever weights: κ(1 − γ/2)λ + γ > 1/window."""
+        """Effective eigenvalues above this relax within the window: κ(1 − γ/2)λ + γ > 1/window, with the smallest γ."""
         decay = self.calculus.decay(t)
         return float(self._cut(t, np.array(0.0 if decay is None else float(decay.gamma.min()))))
 
     def cuts(self, t: float, V: Tensor) -> Array:
-        """The same for each of some orthonormal eigenvectors V [d, k] of P̃^{−1/2}HP̃^{−1/2}: [k].
+        """The same for each of k orthonormal eigenvectors V [d, k] of P̃^{−1/2}HP̃^{−1/2}: [k].
 
-        Where γ differs between weights, an eigenvector has a mean of them.
+        If γ differs between weights, an eigenvector has their mean, weighted by the squares of its components.
         """
         decay = self.calculus.decay(t)
         gamma = np.zeros(V.shape[1])
@@ -120,7 +121,7 @@ class NoisyFlow(CompiledFlow):
     def _cut(self, t: float, gamma: Array) -> Array:
         return (1 / self.sampling.window - gamma) / (self.calculus.speed(t) * (1 - gamma / 2))
 
-    # ---- what a step asks ------------------------------------------------------------------------------
+    # ---- what a step needs -----------------------------------------------------------------------------
 
     def look(
         self,
@@ -132,15 +133,15 @@ class NoisyFlow(CompiledFlow):
         path: Path | None = None,
         epoch: Epoch | None = None,
     ) -> Look:
-        """What is seen at y with oscillation covariance UXUᵀ in the block and a path outside it, by pairs w ± d.
+        """Measure at y by pairs w ± d, where UXUᵀ is the oscillation's covariance in the block and a path is outside.
 
         Args:
-            y: where; ν before the update that the gradient at y makes.
+            y: the state; its ν is from before the update with the gradient at y.
             U, HU: the block and H times it [d, k].
             M: UᵀHU [k, k].
             X: [k, k], positive semidefinite.
-            path: what oscillates outside the block, one for each pair; None: nothing does.
-            epoch: what epochs remember; None where batches are independent.
+            path: the deviations outside the block, one for each pair; None if nothing oscillates there.
+            epoch: how the batches of an epoch depend on one another; None if batches are independent.
         """
         loss, g = self.value_and_grad(y)
         turned = self.precondition(y, U)
@@ -151,8 +152,8 @@ class NoisyFlow(CompiledFlow):
         if not members.any() and (path is None or not bool(path.D.any())):
             return self._still(y, float(loss), g, U, HU, M, draws, echo)
         whole = self.sampling.pairs == "all"
-        share = 1.0 if whole else 1.0 / members.shape[1]  # of each pair in the average
-        centre = 1.0 - share * members.shape[1]  # of what is at w itself
+        share = 1.0 if whole else 1.0 / members.shape[1]  # weight of each pair in the average
+        centre = 1.0 - share * members.shape[1]  # weight of w itself in the average
         at = self._spread(y, y.w, g, U, None, echo) if abs(centre) > 1e-12 else None
         parts: list[tuple[float, Spread]] = [] if at is None else [(centre, at)]
         rest = risen = sloped = 0.0
@@ -198,7 +199,7 @@ class NoisyFlow(CompiledFlow):
         )
 
     def _spread(self, y: State, w: Tensor, g: Tensor, U: Tensor, draws: Tensor | None, echo: Echo) -> Spread:
-        """The spread of gradients at w; ν, and the metric of the block, are those at y."""
+        """The spread of gradients at w; ν and the metric of the block are those at y."""
         return spread(self, self.batches, State(w, y.nu, y.t), g, U, draws, echo)
 
     def _still(
@@ -212,7 +213,7 @@ class NoisyFlow(CompiledFlow):
         draws: Tensor | None,
         echo: Echo,
     ) -> Look:
-        """What is seen where nothing oscillates."""
+        """The measurement at a state where nothing oscillates."""
         seen = self._spread(y, y.w, g, U, draws, echo)
         outer, kicks = (None, None) if draws is None else (torch.zeros_like(seen.kicks), seen.kicks)
         bend, N = times(self.factor, seen.bend), self.factor * seen.block
@@ -220,7 +221,7 @@ class NoisyFlow(CompiledFlow):
         return Look(loss, g, torch.zeros_like(g), N, noise, 0.0, 0.0, 0.0, bend, HU, M, outer, kicks)
 
     def _bend(self, y: State, g: Tensor, inner: Tensor, outer: list[Tensor], parts: list[tuple[float, Spread]]) -> Nu:
-        """½∇²_g f[HΣH + N], HΣH of the gradients in the block [d, k] and of those of paths outside it."""
+        """½∇²_g f[HΣH + N]; HΣH is the sum of rows of ``inner`` [d, k], of the block, and ``outer``, of the paths."""
         if self.calculus.stateless:
             return y.nu
         bend = combined([self.factor * weight for weight, _ in parts], [one.bend for _, one in parts])
@@ -235,10 +236,10 @@ class NoisyFlow(CompiledFlow):
         return pytree.tree_map(lambda nu, change, bend: nu + change + bend, y.nu, f, look.bend)
 
     def members(self, U: Tensor, X: Array, t: float) -> Array:
-        """Members of the oscillation in the block [k, pairs]: all principal ones, or random ones.
+        """Members of the oscillation in the block [k, pairs]: one along each principal direction, or random ones.
 
-        A random member is U X^½ z.  z is a projection of a random vector of weights on the block, so that the member
-        does not depend on the basis of the block, which rounding may turn.
+        A random member is U X^½ z, where z is the projection of a random vector of weights on the block.  So the member
+        does not depend on the basis of the block, which rounding errors may rotate.
         """
         R = _root(X)
         if self.sampling.pairs == "all":
@@ -254,19 +255,20 @@ class NoisyFlow(CompiledFlow):
         return out
 
     def drawn(self, path: Path, t: float) -> Tensor:
-        """How often each example is in the batch that a path sees at t, over its size [m, n]."""
+        """How often each example is in the batch of each path at t, divided by the batch size [m, n]."""
         n, D = self.batches.n, path.D
-        own = replace(self.sampling, replicas=D.shape[1], seed=-1 - self.sampling.seed)  # not those of the runs
+        own = replace(self.sampling, replicas=D.shape[1], seed=-1 - self.sampling.seed)  # not the runs' batches
         chosen = own.draw(self.batch_size, n, round(t)).to(D.device)
         ones = torch.full(chosen.shape, 1 / self.batch_size, dtype=D.dtype, device=D.device)
         return D.new_zeros(len(chosen), n).scatter_add_(1, chosen, ones)
 
-    # ---- when to trust it ------------------------------------------------------------------------------
+    # ---- how far to trust it ---------------------------------------------------------------------------
 
     def multiplied(self, y: State, U: Tensor) -> Array:
-        """How noise grows with the oscillation, [k, k, k, k]: φ·cov(UᵀHᵢUx)_ad = Σ_bc [abcd] X_bc.
+        """How the noise grows with the oscillation, [k, k, k, k]: φ·cov(UᵀHᵢUx)_ad = Σ_bc [abcd] X_bc.
 
-        The matrices Uᵀ(Hᵢ − H)U are differences of the gradients of single examples; 2k gradients.
+        The matrices Uᵀ(Hᵢ − H)U are computed from differences of the gradients of single examples; this costs 2k
+        gradients.
         """
         k = U.shape[1]
         step = torch.finfo(U.dtype).eps ** (1 / 3) * max(1.0, float(torch.linalg.vector_norm(y.w)))
@@ -296,7 +298,7 @@ class NoisyFlow(CompiledFlow):
 
 
 def _root(X: Array) -> Array:
-    """R with RRᵀ = X, its columns along X's eigenvectors; eigenvalues below zero count as zero."""
+    """R with RRᵀ = X; its columns lie along X's eigenvectors, and negative eigenvalues count as zero."""
     size, V = np.linalg.eigh(X) if len(X) else (np.zeros(0), np.zeros((0, 0)))
     R: Array = V * np.sqrt(size.clip(min=0))
     return R
@@ -309,7 +311,7 @@ def _symmetric_root(X: Array) -> Array:
 
 
 def _secant(M: Array, c: Array, y: Array) -> Array:
-    """M, changed as little as it takes for Mc = y (it stays symmetric: Powell's update)."""
+    """M after the smallest symmetric change that gives Mc = y (Powell's symmetric Broyden update)."""
     size = float(c @ c)
     r = (y - M @ c) / size
     M = M + np.outer(r, c) + np.outer(c, r) - float(c @ r) / size * np.outer(c, c)
@@ -326,33 +328,33 @@ def noisy_flow(
     max_gib: float = 4.0,
     **settings: Any,
 ) -> CompiledFlow:
-    """Compile the central flow of a method that takes mini-batches.
+    """Compile the central flow of a method on mini-batches.
 
     Args:
-        problem: one that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
+        problem: a problem that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
         method, check, max_gib: as for :func:`dvi.central_flow`.
-        batch_size: B, the examples in a batch.
-        sampling: how batches are drawn, and how closely the flow looks.
-        settings: fields of :class:`dvi.Sampling` in its place: ``replacement=True``, ``window=20``.
+        batch_size: B, the number of examples in a batch.
+        sampling: how batches are drawn, and the settings of the flow.
+        settings: instead of ``sampling``, fields of :class:`dvi.Sampling`: ``replacement=True``, ``window=20``.
 
     Returns:
-        a :class:`NoisyFlow`; or, where the batch is all examples and there is no noise, the :class:`dvi.CentralFlow`.
+        a :class:`NoisyFlow`.  If a batch has all examples, there is no noise; the result is a :class:`dvi.CentralFlow`.
 
     Raises:
-        ProblemError: if the problem has no examples, or they do not count the same.
-        SpecError: if the declaration is wrong.
-        ValueError: if the batch size, or a setting, is out of its range.
+        ProblemError: if the problem has no examples, or if some examples count for more than others.
+        SpecError: if the declaration of the method is wrong.
+        ValueError: if the batch size or a setting is out of its range.
     """
     if sampling is not None and settings:
         raise ValueError("Give sampling=dvi.Sampling(…) or its fields, not both.")
     chosen = sampling or Sampling(**settings)
-    problem, method = bind(problem, method)  # the batches are of the loss that is minimised, from where it begins
+    problem, method = bind(problem, method)  # an optimizer of torch has its own start, penalty or sign
     batches: MiniBatches = problem.mini_batches(chosen.max_gib)
     chosen.check(batch_size, batches.n)
     if chosen.factor(batch_size, batches.n) == 0:
         flow = CentralFlow(problem, method, check=check, max_gib=max_gib)
         flow.name = "noisy"
-        flow.notes.append("A batch is all examples: there is no noise, and this is the central flow.")
+        flow.notes.append("A batch has all examples, so there is no noise, and this is the central flow.")
         return flow
     return NoisyFlow(problem, method, batch_size, chosen, batches, check=check, max_gib=max_gib)
 

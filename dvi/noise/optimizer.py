@@ -1,4 +1,4 @@
-"""The real stochastic optimizer, many replicas at once."""
+"""The real stochastic optimizer, with many replicas at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dvi.solvers.protocol import State
 
 
 class MiniBatchOptimizer(Discrete):
-    """The optimizer as it was declared, on mini-batches: g_t is the gradient of the batch of step t.
+    """The declared optimizer on mini-batches: g_t is the gradient of the batch of step t.
 
-    All replicas start from one state, in which ν is as it is on average after a first update with a mini-batch, and
-    each draws batches of its own.
+    All replicas start from one state.  Its ν is the average over mini-batches after a first update.  Each replica draws
+    its own batches.
 
     Attributes:
         batch_size, sampling, batches: see :class:`dvi.NoisyFlow`.
@@ -37,7 +37,7 @@ class MiniBatchOptimizer(Discrete):
     ) -> None:
         super().__init__(problem, method, check="gradient" if check else False)
         self.batch_size, self.sampling = batch_size, sampling
-        # of the problem that is minimised: an optimizer of torch brings a start, a penalty or a sign of its own
+        # of the minimised problem: an optimizer of torch has its own start, penalty or sign
         self.batches: MiniBatches = self.problem.mini_batches(sampling.max_gib)
         sampling.check(batch_size, self.batches.n)
         self.initial = noisy_start(self, self.batches, sampling.factor(batch_size, self.batches.n))
@@ -45,16 +45,16 @@ class MiniBatchOptimizer(Discrete):
 
     @property
     def replicas(self) -> int:
-        """How many runs there are: one where batches are all examples, since all would be the same."""
+        """The number of runs: one if a batch has all examples, because all runs would be the same."""
         return self.sampling.replicas if self.noisy else 1
 
     @property
     def noisy(self) -> bool:
-        """Do batches differ?"""
+        """Whether batches differ."""
         return self.sampling.factor(self.batch_size, self.batches.n) > 0
 
     def spread_out(self, y: State) -> State:
-        """The state of all replicas [R, …], each that of y."""
+        """The state of all replicas [R, …]: R copies of y."""
         R = self.replicas
 
         def copies(tree: Any) -> Any:
@@ -71,7 +71,7 @@ class MiniBatchOptimizer(Discrete):
         """One step of all replicas from y, given their batches' gradients G [R, d]: state, losses [R], gradients.
 
         Raises:
-            OptimizerDivergedError: if weights, state, loss or gradient of a replica are not finite after it.
+            OptimizerDivergedError: if weights, state, loss or gradient of a replica are not finite after the step.
         """
         now, t = self.calculus.metric.at(y.t), y.t + 1
         m, memory = (G, None) if y.m is None else now.Q().step(G, y.m)
@@ -97,7 +97,7 @@ class MiniBatchOptimizer(Discrete):
         )
 
     def _each(self, function: Callable[[Nu, Tensor], Any], nu: Nu, G: Tensor) -> Any:
-        """function(ν, g) of every replica, stacked; one after the other where torch cannot vectorise it."""
+        """function(ν, g) of every replica, stacked; computed one by one if torch cannot vectorise the function."""
         if self.calculus.stateless:
             return vmap(lambda g: function(nu, g))(G)
         if self._vectorised:
@@ -121,15 +121,15 @@ def minibatch(
     Its :class:`dvi.Solution` holds averages over a window of time and over replicas, and their spread.
 
     Args:
-        problem: one that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
+        problem: a problem that is made of examples: ``Problem.from_module``, or ``Problem.from_examples``.
         method: a :class:`dvi.Method`, a triple of functions, or a ``torch.optim.Optimizer``.
-        batch_size: B, the examples in a batch.
-        sampling: how batches are drawn, how many replicas there are, and over what time they are averaged.
-        settings: fields of :class:`dvi.Sampling` in its place.
+        batch_size: B, the number of examples in a batch.
+        sampling: how batches are drawn, the number of replicas, and the window of time for averages.
+        settings: fields of :class:`dvi.Sampling`, instead of ``sampling``.
 
     Raises:
-        ProblemError: if the problem has no examples, or they do not count the same.
-        ValueError: if the batch size, or a setting, is out of its range.
+        ProblemError: if the problem has no examples, or if some examples count for more than others.
+        ValueError: if the batch size or a setting is out of its range.
     """
     if sampling is not None and settings:
         raise ValueError("Give sampling=dvi.Sampling(…) or its fields, not both.")

@@ -1,4 +1,4 @@
-"""How mini-batches are drawn, and how the flow that describes them is computed."""
+"""How mini-batches are drawn, and the settings of the flow with noise."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from dvi.solvers.numbers import number
 
 @dataclass(frozen=True)
 class Sampling:
-    """How mini-batches are drawn, how runs are averaged, and how closely the flow looks.
+    """How mini-batches are drawn, how runs are averaged, and how accurately the flow is computed.
 
     Args:
         replacement: draw each example of a batch from all n, so that one may come twice.  By default a batch has
-            distinct examples.  Either way, batches are independent of one another.
-        epochs: pass through all examples in a random order, batch by batch, and then in another order.
-        replicas: how many runs of the optimizer there are, each with its own batches.
-        seed: of the batches, and of the directions that the flow tries.
-        window: standard deviation of the Gaussian that averages runs over time, unit times.  The flow counts as
-            oscillation what relaxes within this time: directions with effective eigenvalue above 1/window.
-        max_directions: the largest number of directions in which oscillations are followed by their covariance.  Those
-            with the largest eigenvalues are taken; one path of the optimizer stands for the others.
+            distinct examples.  Batches are independent of one another in both cases.
+        epochs: pass through all examples in a random order, batch by batch, and then again in another order.
+        replicas: number of runs of the optimizer, each with its own batches.
+        seed: seed of the batches, and of the directions that the flow tries.
+        window: standard deviation of the Gaussian that averages runs over time, in unit times.  Directions that relax
+            within this time count as oscillation: their effective eigenvalue is above 1/window.
+        max_directions: largest number of directions in which oscillations are followed by their covariance.  These
+            are the directions with the largest eigenvalues.  One path of the optimizer represents the others.
         every: unit times between two searches for these directions.
-        pairs: how many pairs w ± d of the oscillation are tried per step, d a random member of it; or "all" for one
-            pair along each direction of the block, which is without chance and without paths outside it, and costs 2k
-            gradients.
-        tol: residual at which an eigenvector counts as found, of effective eigenvalues of order 2.
-        trust_every: unit times between two looks at the spectral radius of the map of X, each 2k gradients; 0: never.
-        trust: the flow ends where the next Taylor term of the averaged loss is this many times the one that it keeps.
-        max_gib: memory for the gradients of single examples.
+        pairs: number of pairs w ± d that are tried per step, where d is a random member of the oscillation.  Or "all":
+            one pair along each direction of the block.  This is not random, leaves out what is outside the block, and
+            costs 2k gradients.
+        tol: residual at which an eigenvector is accurate enough; effective eigenvalues are of order 2.
+        trust_every: unit times between two checks of the spectral radius of the map of X, which cost 2k gradients
+            each; 0: never.
+        trust: the run ends if the next Taylor term of the averaged loss exceeds this multiple of the term that the
+            flow keeps.
+        max_gib: memory in GiB for the gradients of single examples.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -62,21 +64,21 @@ class Sampling:
         for name, least in (("replicas", 1), ("max_directions", 1), ("every", 1), ("trust_every", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"Sampling({name}={value!r}): {name} is a whole number, at least {least}.")
+                raise ValueError(f"Sampling({name}={value!r}): {name} must be a whole number, at least {least}.")
         for name in ("window", "tol", "trust", "max_gib"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Sampling({name}={getattr(self, name)!r}): {name} must be positive.")
         if self.pairs != "all" and not (isinstance(self.pairs, int) and self.pairs >= 1):
-            raise ValueError(f'Sampling(pairs={self.pairs!r}): a number of pairs, at least 1, or "all".')
+            raise ValueError(f'Sampling(pairs={self.pairs!r}): pairs must be a whole number, at least 1, or "all".')
         if self.replacement and self.epochs:
             raise ValueError(
-                "Sampling(replacement=True, epochs=True): a pass through all examples draws each of them once. Choose "
-                "one of the two."
+                "Sampling(replacement=True, epochs=True): an epoch draws each example once, so it cannot draw with "
+                "replacement. Choose one of the two."
             )
 
     @property
     def in_words(self) -> str:
-        """How batches are drawn."""
+        """How batches are drawn, in words."""
         if self.epochs:
             return "in epochs"
         return f"independent, with{'' if self.replacement else 'out'} replacement"
@@ -84,18 +86,19 @@ class Sampling:
     def check(self, batch_size: int, n: int) -> None:
         """Raise ValueError unless batches of this size can be drawn from n examples."""
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: a number of examples, at least 1.")
+            raise ValueError(f"batch_size={batch_size!r}: must be a whole number of examples, at least 1.")
         if batch_size > n and not self.replacement:
             raise ValueError(f"batch_size={batch_size}: there are {n} examples to draw without replacement.")
         if self.epochs and n % batch_size:
             fits = max(b for b in range(1, batch_size + 1) if n % b == 0)
             raise ValueError(
-                f"batch_size={batch_size} does not divide the {n} examples, and batches of unequal size have no single "
-                f"noise: take batch_size={fits}, leave out {n % batch_size} examples, or draw independent batches."
+                f"batch_size={batch_size} does not divide the {n} examples, and batches of unequal size would have "
+                f"different noise. Take batch_size={fits}, leave out {n % batch_size} examples, or draw independent "
+                "batches."
             )
 
     def factor(self, batch_size: int, n: int) -> float:
-        """φ: the covariance of the gradient of a batch, over that of the gradient of an example; 0 without noise."""
+        """φ: the covariance of a batch's gradient divided by that of an example's gradient; 0 without noise."""
         return 1 / batch_size if self.replacement else (n - batch_size) / (batch_size * (n - 1))
 
     def draw(self, batch_size: int, n: int, step: int) -> Tensor:
@@ -111,5 +114,5 @@ class Sampling:
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """Random numbers that depend on these two alone, so that a run can be taken up anywhere."""
+    """Random numbers that depend on the two arguments only, so that a run can be resumed at any step."""
     return torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) * 7_919 + 1)

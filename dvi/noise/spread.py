@@ -1,4 +1,4 @@
-"""How the gradients of single examples spread at some weights: what a mini-batch adds to the gradient."""
+"""The spread of the gradients of single examples at some weights, from which the noise of a mini-batch comes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Echo = Callable[[Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class Spread:
-    """What the gradients of single examples are at some weights.
+    """Averages over the losses and gradients of single examples at some weights.
 
     Attributes:
-        loss: the mean of the losses; g: of the gradients [d].
-        block: covariance of Uᵀgᵢ [k, k].
+        loss: the mean of the losses.
+        g: the mean of the gradients gᵢ [d].
+        block: the covariance of Uᵀgᵢ [k, k].
         total: the trace of the covariance of gᵢ.
-        bend: ½∇²_g f[cov gᵢ], like ν; None for a method without state.
+        bend: ½∇²_g f[cov gᵢ], like ν.
         kicks: the gradients of some batches, less the mean [d, m].
     """
 
@@ -51,13 +52,13 @@ def spread(
     """The spread of the gradients of single examples at y's weights.
 
     Args:
-        flow: whose f is bent by it.
+        flow: the flow, whose f determines ``bend``.
         batches: the examples.
-        y: weights, and the ν and the time at which f is read.
-        g: the gradient [d] at which f is read.
+        y: the weights, and the ν and the time at which f is evaluated.
+        g: the gradient [d] at which f is evaluated.
         U: the block [d, k].
-        draws: how often each example is in each of m batches, over the size of a batch [m, n]; None: no batches.
-        echo: a linear map of gradients [c, d], which total and bend are taken of; None: of the gradients themselves.
+        draws: how often each example is in each of m batches, divided by the batch size [m, n]; None: no batches.
+        echo: a linear map that is applied to gradients [c, d] for ``total`` and ``bend``; None: the identity.
     """
     calculus, n = flow.calculus, batches.n
     loss, mean, heard, squares = y.w.new_zeros(()), *(torch.zeros_like(y.w) for _ in range(3))
@@ -90,7 +91,7 @@ def spread(
 
 
 def noisy_start(flow: CompiledFlow, batches: MiniBatches, factor: float) -> State:
-    """The flow's initial state, with ν as it is on average after a first update with a mini-batch's gradient."""
+    """The flow's initial state, whose ν is the average after a first update with a mini-batch's gradient."""
     y = flow.initial
     if flow.calculus.stateless or factor == 0:
         return y
@@ -113,7 +114,7 @@ def times(factor: float, tree: Nu) -> Nu:
 
 
 def combined(weights: list[float], trees: list[Nu]) -> Nu:
-    """A sum of states like ν with weights."""
+    """A weighted sum of states like ν."""
     return pytree.tree_map(lambda *leaves: sum(c * x for c, x in zip(weights, leaves, strict=True)), *trees)
 
 

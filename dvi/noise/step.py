@@ -1,4 +1,4 @@
-"""One step of the flow with noise: the optimizer's own step with the force of the oscillation, and X beside it."""
+"""One step of the flow with noise: the optimizer's own step with the force of the oscillation, and that of X."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from dvi.solvers.errors import StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.protocol import Array, Flow, Node, Rate, State, StepResult, host
 
-#: Steps below which the average of what single pairs show is not to be trusted, whatever the window.
+#: The results of single pairs are averaged over at least this many steps, whatever the window.
 _FEW = 10.0
-#: Share of the newest look in the curvature outside the block, which is read off one random vector.
+#: Share of the newest value in the curvature outside the block; each value comes from a few random vectors only.
 _RENEWED = 0.2
 _REMEDY = "take larger batches or a smaller lr"
 
 
 class ChaosError(StepError):
-    """The oscillation is too large for the terms that the flow keeps: the runs that it describes are chaotic."""
+    """The oscillation is too large for the terms that the flow keeps, because the runs are chaotic."""
 
 
 @dataclass(frozen=True)
 class NoisyNode(Node):
-    """What was seen at one moment, and what only a flow with noise has.
+    """What was measured at one moment.  The attributes here belong to flows with noise only.
 
     Attributes:
-        rest: what the averaged loss has beyond L + ½⟨H, Σ⟩.
-        noise: tr N, which the squared norm of a mini-batch's gradient has beyond that of the gradient.
-        D, HD: the paths outside the block and H times them [d, m]; None without paths.
-        taylor: the next Taylor term of the averaged loss over the one that is kept, averaged over the window.
-        radius: the spectral radius of the map of X; NaN where it was not looked at.
-        outside: the share of a step's noise that falls outside the block; NaN where it was not looked at.
-        lowest: the least effective eigenvalue in the block.
+        rest: the averaged loss, less L + ½⟨H, Σ⟩.
+        noise: tr N.  On average, the squared norm of a mini-batch's gradient exceeds that of the gradient by it.
+        D, HD: the paths outside the block [d, m], and the part of H times them outside it; None without paths.
+        taylor: the next Taylor term of the averaged loss divided by the one that is kept, averaged over the window.
+        radius: the spectral radius of the map of X; NaN if it was not computed.
+        outside: the share of a step's noise that falls outside the block; NaN if it was not computed.
+        lowest: the smallest effective eigenvalue in the block.
     """
 
     rest: float = 0.0
@@ -55,7 +55,7 @@ class NoisyNode(Node):
 
     @property
     def oscillation(self) -> tuple[Tensor, Array]:
-        """The block and the paths [d, k + m], with X and, for each of m paths, 1/m."""
+        """The block and the paths [d, k + m], and their covariance: X for the block and 1/m for each of the m paths."""
         if self.D is None:
             return self.U, self.X
         k, m = self.k, self.D.shape[1]
@@ -66,13 +66,14 @@ class NoisyNode(Node):
 
 @dataclass(frozen=True)
 class Block:
-    """The directions in which the oscillation is followed.
+    """The directions in which the oscillation is followed by its covariance.
 
     Attributes:
-        found: the eigenpairs that were sought, of which the block is the leading part.
-        U, HU: [d, k], with UᵀP̃U = I where they were found; M: UᵀHU [k, k], both kept up to date along pairs.
-        t: when.
-        sought: how many eigenpairs are sought.
+        found: the eigenpairs of the last search; the leading ones span the block.
+        U: the block [d, k], with UᵀP̃U = I at the time of the search.
+        HU, M: H times the block [d, k], and UᵀHU [k, k]; both are updated along the pairs.
+        t: the time of the search.
+        sought: the number of eigenpairs that the next search begins with.
     """
 
     found: Eigenblock
@@ -85,18 +86,20 @@ class Block:
 
 @dataclass(frozen=True)
 class NoisyMemory:
-    """What a step hands to the next.
+    """What a step passes to the next.
 
     Attributes:
         block: the directions.
-        Z: covariance of (x, the filter's memory) in the block.
-        look: what was seen at the present state.
-        path: what oscillates outside the block.
-        epoch, drift, curved: what an epoch remembers, what it adds to the average gradient [d], and the curvature
-            outside the block, where batches come in epochs.
-        risen, sloped: averages over the window of what :class:`Look` has of these names.
-        began: when the run began, unit times; checked: when the trust was last looked at.
-        radius, outside: what was seen there.
+        Z: covariance of x and of the memories of the filter and the epoch, in the block.
+        path: the deviations outside the block; None with ``pairs="all"``.
+        look: what was measured at the present state.
+        risen, sloped: averages over the window of the attributes of :class:`Look` with these names.
+        began: the time at which the run began, in unit times.
+        epoch: how the batches of an epoch depend on one another; None if batches are independent.
+        drift: what epochs add to the average gradient [d]; None if batches are independent.
+        curved: the effective eigenvalue outside the block, if batches come in epochs.
+        checked: the time at which ``radius`` and ``outside`` were last computed.
+        radius, outside: see :class:`NoisyNode`.
     """
 
     block: Block
@@ -115,15 +118,16 @@ class NoisyMemory:
 
     @property
     def kept(self) -> float:
-        """What the loss rises by to second order, at least.
+        """The rise of the loss to second order, estimated from below.
 
-        Along a pair it rises by as² + bs⁴, at the ends by a + b, where ½δ·∇L is a + 2b.  So a is 2·risen − sloped; or
-        sloped, where the loss levels off and no polynomial describes it.
+        Along a pair the loss rises by as² + bs⁴.  At the ends, s = 1, it has risen by a + b, and ½δ·∇L is a + 2b.  So a
+        is 2·risen − sloped.  If the loss levels off, this polynomial does not describe it, and the smaller ``sloped``
+        is taken.
         """
         return min(2 * self.risen - self.sloped, self.sloped)
 
     def taylor(self, window: float, t: float) -> float:
-        """The next Taylor term of the averaged loss over the one that is kept; NaN before averages are filled."""
+        """The next Taylor term of the averaged loss over the one that is kept; NaN until the averages are filled."""
         if t < self.began + max(window, _FEW) - 1e-9 or self.risen == self.sloped == 0:
             return np.nan
         return abs(self.sloped - self.risen) / self.kept if self.kept > 0 else np.inf
@@ -131,27 +135,27 @@ class NoisyMemory:
 
 @dataclass(frozen=True)
 class NoisyStep(IntegratorBase):
-    """The integrator of :class:`dvi.NoisyFlow`, and of no other: whole steps, with the settings that the flow has."""
+    """The integrator of :class:`dvi.NoisyFlow` only.  It takes whole steps, and the flow has its settings."""
 
     def accepts(self, flow: Flow) -> str:
-        """The flow with noise only."""
+        """Why it cannot drive the flow; "" for the flow with noise, which is the only one it drives."""
         return "" if isinstance(flow, NoisyFlow) else "NoisyStep drives dvi.noisy_flow only: leave integrator out."
 
     @property
     def fixed_steps(self) -> bool:
-        """Every step is one of the optimizer's."""
+        """True: every step is one step of the optimizer."""
         return True
 
     def horizon(self, memory: NoisyMemory) -> float:
-        """A step does not depend on where the run ends."""
+        """1: a step is a whole step of the optimizer, wherever the run ends."""
         return 1.0
 
     def restart(self, flow: Flow, memory: NoisyMemory, y: State) -> NoisyMemory:
-        """A jump of a schedule changes P, which the next step sees."""
+        """The same memory: a jump of a schedule changes P only, and the next step uses the new P."""
         return memory
 
     def init(self, flow: Flow, y: State) -> NoisyMemory:
-        """All runs start from one point: X = 0."""
+        """The memory at the start, with X = 0, because all runs start from one point."""
         flow = cast(NoisyFlow, flow)
         block = search(flow, y, None)
         k = len(block.M)
@@ -168,10 +172,10 @@ class NoisyStep(IntegratorBase):
 
         Raises:
             ChaosError: if the oscillation is too large for the terms that the flow keeps.
-            StepError: if less than a whole step is asked for.
+            StepError: if less than a whole step is requested.
         """
         if h < 1 - 1e-6:
-            raise StepError("The flow with noise is made of whole steps: let steps be a whole number.")
+            raise StepError("The flow with noise takes whole steps only: make steps a whole number.")
         flow = cast(NoisyFlow, flow)
         memory = self._trusted(flow, memory, y)
         self._refuse_chaos(flow, memory, y)
@@ -186,7 +190,7 @@ class NoisyStep(IntegratorBase):
                 map, share = in_epoch(map, round(y.t - memory.began) % flow.parts, flow.parts)
             Z = map.step(Z, share * look.N)
             if not np.isfinite(Z).all():
-                raise ChaosError(f"After t = {y.t:g} the oscillation has grown beyond all bounds: {_REMEDY}")
+                raise ChaosError(f"After t = {y.t:g} the oscillation has grown without bound: {_REMEDY}")
         after = State(w, y.nu, y.t + 1, filtered)
         moved = after.t >= block.t + flow.sampling.every - 1e-9
         epoch = memory.epoch
@@ -221,7 +225,7 @@ class NoisyStep(IntegratorBase):
         return StepResult(after, following, node, inside)
 
     def observe(self, flow: Flow, memory: NoisyMemory, y: State) -> Node:
-        """What the next step would begin with."""
+        """The node at y, with which the next step would begin."""
         flow = cast(NoisyFlow, flow)
         return self._node(flow, self._trusted(flow, memory, y), y)
 
@@ -252,13 +256,13 @@ class NoisyStep(IntegratorBase):
         )
 
     def _moved(self, flow: NoisyFlow, y: State, block: Block, Z: Array) -> tuple[Block, Array]:
-        """The block sought anew, and the covariance in its frame."""
+        """The block of a new search, and the covariance in its frame."""
         new = search(flow, y, block)
         PU = flow.precondition(y, block.U)
         over, S = host(new.U.T @ PU, block.U.T @ PU)
         k, into = len(block.M), len(new.M)
         copies = _copies(flow, y)
-        # x is a vector in the frame, what the filter remembers are gradients: g = PU(UᵀPU)⁻¹ĝ
+        # x is a vector in the frame, but the filter remembers gradients: g = PU(UᵀPU)⁻¹ĝ
         turn = np.zeros((copies * into, copies * k))
         gradients = over @ np.linalg.inv(S) if k else over
         for i in range(copies):
@@ -267,7 +271,7 @@ class NoisyStep(IntegratorBase):
         return new, 0.5 * (Z + Z.T)
 
     def _drifting(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyMemory:
-        """What batches in epochs add to the average gradient, from here on."""
+        """The memory with a new drift: what batches in epochs add to the average gradient from here on."""
         if memory.epoch is None:
             return memory
         block, look, curved = memory.block, memory.look, memory.curved
@@ -285,7 +289,7 @@ class NoisyStep(IntegratorBase):
         return Epoch.of(flow, y.t, _map(flow, block, y), block.M, flow.parts, curved)
 
     def _trusted(self, flow: NoisyFlow, memory: NoisyMemory, y: State) -> NoisyMemory:
-        """Look at the spectral radius of X's map, and at what falls outside the block, if it is time."""
+        """The memory with new values of ``radius`` and ``outside``, if these are due."""
         every = flow.sampling.trust_every
         if not every or y.t < memory.checked + every - 1e-9:
             return memory
@@ -304,12 +308,12 @@ class NoisyStep(IntegratorBase):
                 f"At t = {y.t:g} the oscillation is so large that the next Taylor terms of the averaged loss are "
                 f"{ratio:.2g} times the one that the flow keeps (½⟨H, Σ⟩ = {memory.kept:.3g}). Runs with batches of "
                 f"{flow.batch_size} jump about here, and no flow in w and Σ describes them: {_REMEDY}, or raise trust= "
-                "to go on all the same."
+                "to continue."
             )
 
 
 def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any]:
-    """The optimizer's own step −γw − P⁻¹m [d] with the force of the oscillation, and its filter's memory after it."""
+    """The optimizer's step −γw − P⁻¹m [d] with the force of the oscillation, and the filter's memory after it."""
     now, g = flow.calculus.metric.at(y.t), memory.look.g + memory.look.force
     if memory.drift is not None:
         g = g + memory.drift
@@ -321,12 +325,12 @@ def _stride(flow: NoisyFlow, memory: NoisyMemory, y: State) -> tuple[Tensor, Any
 
 
 def _copies(flow: NoisyFlow, y: State) -> int:
-    """How many vectors there are in the state of a deviation: itself, what the filter and the epoch remember."""
+    """The number of vectors in the state of a deviation: itself, and those that filter and epoch remember."""
     return 1 + remembered(flow.calculus.metric.at(y.t).Q()) + (flow.parts > 1)
 
 
 def _map(flow: NoisyFlow, block: Block, y: State) -> Companion:
-    """How the oscillation in the block changes in a step from y."""
+    """The map of the oscillation in the block for a step from y."""
     now, decay, U = flow.calculus.metric.at(y.t), flow.calculus.decay(y.t), block.U
     PU = now.P(y.nu).apply(U)
     if decay is None:
@@ -339,7 +343,7 @@ def _map(flow: NoisyFlow, block: Block, y: State) -> Companion:
 
 
 def search(flow: NoisyFlow, y: State, last: Block | None) -> Block:
-    """The directions at y that relax within the window, the leading ones if there are more than allowed."""
+    """The directions at y that relax within the window; the leading ones if there are more than ``max_directions``."""
     most = min(flow.sampling.max_directions, len(y.w))
     method = CriticalSubspace(tol=flow.sampling.tol, seed=flow.sampling.seed)
     A = flow.effective_hessian(y)
