@@ -93,8 +93,8 @@ def test_experiments_are_listed(tmp_path, capsys):
 
 def test_what_is_not_there_is_said(tmp_path, capsys):
     for words, told in (
-        (["list", "fig99"], "fig99 is no experiment"),
-        (["list", "fig14z"], "fig14z is no experiment"),
+        (["list", "fig99"], "fig99 is not an experiment"),
+        (["list", "fig14z"], "fig14z is not an experiment"),
         (["run"], "No experiment is given"),
         (["figure", "6", "--folder", str(tmp_path)], "dvi paper run fig6 --size small"),
         (["figure", "99", "--folder", str(tmp_path)], "There are no experiments of figure 99"),

@@ -75,7 +75,7 @@ def test_names_stand_for_rows():
     assert [row.name for row in table().chosen(["fig14b", "fig14"])] == ["fig14b", "fig14a", "fig14c"]
     assert [row.name for row in table().chosen(["5"])] == [row.name for row in table().of_figure(5)]
     for word in ("fig14d", "fig", "99", "all"):
-        with pytest.raises(ValueError, match="is no experiment"):
+        with pytest.raises(ValueError, match="is not an experiment"):
             table().chosen([word])
 
 

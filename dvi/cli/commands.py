@@ -229,7 +229,7 @@ def run_into(arguments: list[str], path: Path) -> dvi.Comparison:
 
 
 def not_meant(arguments: list[str]) -> list[str]:
-    """Values among the arguments of `dvi compare` that belong to no flag.
+    """The values among the arguments of `dvi compare` that belong to no flag.
 
     Raises:
         UsageError: if a flag is not known.
@@ -364,11 +364,11 @@ def _pictures(files: tuple[Path, ...], out: Path | None) -> list[Path]:
     return [out / f"{name}.png" for name in names]
 
 
-# ---- what is said ---------------------------------------------------------------------------------------
+# ---- messages and tables --------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print an error for the user; each of several ranks prints its own."""
+    """Print an error for the user; each rank prints its own errors."""
     print(f"dvi{who()}: {text}", file=sys.stderr)
 
 

@@ -4,8 +4,8 @@ Let U [d, k] be a frame with M = UᵀHU and S = UᵀPU.  The deviation Ux and th
 
     ĝ = Mx + ε,      m̂ = Q ĝ,      x⁺ = Kx − S⁻¹ m̂,      E εεᵀ = N = Uᵀ(noise)U.
 
-For z = (x, past ĝ, past m̂) it is z⁺ = Fz + Gε, so the covariance of z changes by Z⁺ = FZFᵀ + GNGᵀ.  Without momentum,
-and in a frame of eigenvectors with UᵀPU = I, this is X⁺ = (I−Λ)X(I−Λ) + N.
+For z = (x, past ĝ, past m̂) the map is z⁺ = Fz + Gε, and the covariance of z changes by Z⁺ = FZFᵀ + GNGᵀ.  Without
+momentum, and in a frame of eigenvectors with UᵀPU = I, this is X⁺ = (I−Λ)X(I−Λ) + N.
 
 Without weight decay, K = I.  Weight decay Γ gives K = S⁻¹ UᵀP(I−Γ)U.  The projection on the frame then uses P and not
 P̃, because without momentum the map of a step, P⁻¹(P(I−Γ) − H), is symmetric in the metric of P.
@@ -80,7 +80,7 @@ class Companion:
     def step(self, Z: Array, N: Array) -> Array:
         """The covariance after a step with noise N [k, k].
 
-        The result is made symmetric.  It is symmetric in exact arithmetic, but rounding errors would grow.
+        The result is made symmetric.  It is symmetric in exact arithmetic, but rounding errors that are not would grow.
         """
         Z = self.F @ Z @ self.F.T + self.G @ N @ self.G.T
         return 0.5 * (Z + Z.T)

@@ -221,7 +221,7 @@ class NoisyFlow(CompiledFlow):
         return Look(loss, g, torch.zeros_like(g), N, noise, 0.0, 0.0, 0.0, bend, HU, M, outer, kicks)
 
     def _bend(self, y: State, g: Tensor, inner: Tensor, outer: list[Tensor], parts: list[tuple[float, Spread]]) -> Nu:
-        """½∇²_g f[HΣH + N]; HΣH is the sum of rows of ``inner`` [d, k], of the block, and ``outer``, of the paths."""
+        """½∇²_g f[HΣH + N]; the columns of ``inner`` [d, k] (block) and of ``outer`` [d] (paths) make up HΣH."""
         if self.calculus.stateless:
             return y.nu
         bend = combined([self.factor * weight for weight, _ in parts], [one.bend for _, one in parts])

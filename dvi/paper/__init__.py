@@ -1,1 +1,1 @@
-"""The paper's experiments: a table of them, their runs as files, and the figures that are drawn from these."""
+"""The paper's experiments: a table of them, the files of their runs, and the figures that are drawn from the runs."""

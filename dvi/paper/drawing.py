@@ -1,4 +1,4 @@
-"""Which function draws which figure."""
+"""The functions that draw the figures, by figure number."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dvi.paper.table import Size
 
 logger = logging.getLogger("dvi")
 
-#: What draws a figure from its stored runs, by the names of their rows: it gives back a matplotlib figure.
+#: A function that draws a figure.  It gets the stored runs by the names of their rows and returns a matplotlib figure.
 Drawer = Callable[[dict[str, Stored]], Any]
 
 _DRAWERS: dict[str, Drawer] = {}
 
 
 def draws(*figures: str | int) -> Callable[[Drawer], Drawer]:
-    """Register a function as the one that draws these figures.
+    """Register a function that draws these figures.
 
     The function is given the runs of its figure (:func:`dvi.paper.stored.runs_of`) and returns a matplotlib figure.
     """
@@ -34,32 +34,34 @@ def draws(*figures: str | int) -> Callable[[Drawer], Drawer]:
 
 
 def drawers() -> dict[str, Drawer]:
-    """What draws each figure, by its number; the modules of ``dvi.paper.figures`` register themselves when imported."""
+    """The functions by figure number; those of ``dvi.paper.figures`` are registered when that module is imported."""
     if find_spec("dvi.paper.figures"):
         import_module("dvi.paper.figures")
     return dict(_DRAWERS)
 
 
 def draw(figure: str | int, out: Path, size: Size = "small", folder: Path | None = None) -> Path:
-    """Draw a figure from its stored runs into a file, whose ending says the format.
+    """Draw a figure from its stored runs into a file, whose ending determines the format.
 
-    Runs that are missing are told with the command that makes them, and the figure is drawn without them.
+    If runs are missing, the figure is drawn without them.  A warning names them and the command that makes them.
 
     Raises:
-        ValueError: if there is no such figure, or nothing draws it.
-        StoreError: if no run of it is there.
+        ValueError: if there is no such figure, or if no function draws it.
+        StoreError: if there is no run of it.
     """
     drawer = drawers().get(str(figure))
     stored = runs_of(figure, size, folder)
     if drawer is None:
-        raise ValueError(f"Nothing draws figure {figure}; there are {', '.join(sorted(drawers(), key=int))}.")
+        raise ValueError(
+            f"No function draws figure {figure}. There are functions for {', '.join(sorted(drawers(), key=int))}."
+        )
     from dvi.plotting import picture
 
     if absent := missing(figure, size, folder):
         where = "" if folder is None else f" --folder {folder}"
         logger.warning(
-            "Figure %s is drawn without %s, which are not made yet, or with other numbers (then add --overwrite). "
-            "Make them: dvi paper run %s --size %s%s",
+            "Figure %s is drawn without %s. These runs are not made yet, or were made with other numbers (then add "
+            "--overwrite). Make them: dvi paper run %s --size %s%s",
             *(figure, ", ".join(absent), " ".join(absent), size, where),
         )
     drawer(stored).savefig(picture(out), dpi=150)

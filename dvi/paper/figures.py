@@ -1,6 +1,6 @@
-"""The paper's figures: which panels of which runs stand where.
+"""The paper's figures: the layouts of their panels.
 
-One function draws one layout, of one figure or several.  The panels are those of :mod:`dvi.plotting`.
+Each function draws one layout, for one figure or several.  The panels are those of :mod:`dvi.plotting`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Runs = Mapping[str, Stored]
 
 _NETWORKS = {"cnn": "CNN", "resnet": "ResNet", "vit": "ViT", "transformer": "transformer", "rnn": "RNN"}
 _METHODS = {"gd": "gradient descent", "rmsprop-norm": "RMSProp-Norm", "rmsprop": "RMSProp"}
-_RATE_DECADES = 1.0  # rates fall by more than that early on, and what is late is to be read
-_LEADING = 6  # eigenvalues of each process that are drawn
+_RATE_DECADES = 1.0  # of the axis; rates fall by more early on, but the late ones must be readable
+_LEADING = 6  # number of eigenvalues drawn for each process
 
 
 # ---- one run: Figs. 1–4 and 6 ---------------------------------------------------------------------------
@@ -48,7 +48,7 @@ _LEADING = 6  # eigenvalues of each process that are drawn
 
 @draws(2, 4, 6)
 def overview(runs: Runs) -> Any:
-    """A run beside its flows: loss, eigenvalues, distances, an output; and what the method adapts."""
+    """A run beside its flows: loss, eigenvalues, distances, an output, and the quantities that the method adapts."""
     (run,) = runs.values()
     race, sigma = in_layers(run.race), _sigma(runs)
     panels = [*_usual(run, race, sigma), output(race, sigma)]
@@ -63,7 +63,7 @@ def overview(runs: Runs) -> Any:
 
 @draws(1)
 def weights(runs: Runs) -> Any:
-    """A run in the network's output and in single weights, which oscillate about the flow."""
+    """The loss of a run, the network's output and single weights, which oscillate about the flow."""
     (run,) = runs.values()
     race, sigma = in_layers(run.race), _sigma(runs)
     panels = [loss(race, sigma), output(race, sigma), *(coordinate_weight(race, sigma, i) for i in (0, 1))]
@@ -103,7 +103,7 @@ def acceleration(runs: Runs) -> Any:
 
 @draws(11)
 def stationary(runs: Runs) -> Any:
-    """The stationary flow and its ablation: loss, harmonic mean of the learning rates, sharpness; a row a problem."""
+    """The stationary flow and its ablation: loss, harmonic mean of the learning rates, sharpness; a row per problem."""
     looks = {
         "stationary": _line("stationary flow", COLOURS[0]),
         "stationary-ablated": _line("the same without curvature penalty", COLOURS[1]),
@@ -136,7 +136,7 @@ def _three(name: str, lines: list[tuple[Solution, Look]], rate: str, label: str)
 
 @draws(8)
 def cosine(runs: Runs) -> Any:
-    """The cosine of ν(t) and its stationary value along the central flow, a panel a problem."""
+    """The cosine of ν(t) and its stationary value along the central flow; a panel per problem."""
     look = _line("cosine of ν(t) and the stationary ν", "black")
     return _measured(runs, "Does ν become stationary?", "cosine", {"stationary_cosine": look}, sign=1.0)
 
@@ -181,7 +181,7 @@ def _measured(runs: Runs, title: str, label: str, looks: dict[str, Look], sign: 
 
 @draws(*range(12, 37))
 def family(runs: Runs) -> Any:
-    """Loss, eigenvalues and distances, a column a learning rate (or β₂)."""
+    """Loss, eigenvalues and distances; a column per learning rate (or β₂)."""
     first, sigma = next(iter(runs.values())), _sigma(runs)
     columns: list[list[Panel | None]] = []
     for letter, run in zip("abcdefgh", runs.values(), strict=False):
@@ -192,7 +192,7 @@ def family(runs: Runs) -> Any:
             panels[0] = replace(panels[0], title=f"({letter}) {_settings(run)}", remark=_ended(run))
         if panels[-1]:
             panels[-1] = replace(panels[-1], xlabel="time (optimizer steps)")
-        if columns:  # what the vertical axes show is said once
+        if columns:  # only the first column labels its vertical axes
             panels = [panel and replace(panel, label="") for panel in panels]
         columns.append(panels)
     return arrange(_turned(columns), sigma=sigma, title=_title(first, settings=False), letters=False)
@@ -239,7 +239,7 @@ def smoothness(runs: Runs) -> Any:
 def _side_by_side(runs: Runs) -> list[Panel | None]:
     """Loss, an output and the distance of optimizer and central flow, each run in its colour."""
     losses, outputs, apart = [], [], []
-    which = most_moving(list(runs.values())[-1].race)  # one for all of them
+    which = most_moving(list(runs.values())[-1].race)  # the same output for all runs
     for colour, run in zip(_colours(len(runs)), runs.values(), strict=True):
         name, race = _settings(run), run.race
         for process in ("discrete", "central"):
@@ -269,12 +269,12 @@ def _usual(run: Stored, race: Comparison, sigma: float) -> list[Panel | None]:
 
 
 def _brief(panel: Panel) -> Panel:
-    """The panel without remark and units: these figures have many small panels, and what is meant is on their page."""
+    """The panel without remark and units: these figures have many small panels, and their page explains them."""
     return replace(panel, remark="", label=panel.label.partition(" (")[0])
 
 
 def _spectrum(run: Stored, race: Comparison) -> Panel | None:
-    """Eigenvalues against their threshold: of H, H/√ν (and 2/η), or P⁻¹H (and 2), as the method has it."""
+    """Eigenvalues against their threshold: of H or H/√ν (and 2/η), or of P⁻¹H (and 2), depending on the method."""
     if run.row.method == "rmsprop":
         panel, critical, name = eigenvalues(race, _LEADING), CRITICAL, "2"
     else:
@@ -293,7 +293,7 @@ def _spectrum(run: Stored, race: Comparison) -> Panel | None:
 
 
 def _sigma(runs: Runs) -> float:
-    """The paper's 50 steps for its averages, or a tenth of the run if that is less."""
+    """The width of time averages: the paper's 50 steps, or a tenth of the run if that is less."""
     return min(50.0, _duration(runs) / 10)
 
 
@@ -316,7 +316,7 @@ def _of_problem(name: str) -> str:
 
 
 def _settings(run: Stored) -> str:
-    """What tells a run from the others of its figure."""
+    """The setting in which a run differs from the others of its figure."""
     options = run.options
     if "activation" in options:
         return f"β = {options['activation']:g}"
@@ -326,7 +326,7 @@ def _settings(run: Stored) -> str:
 
 
 def _learning_rate(group: list[Stored], run: Stored) -> str:
-    """The learning rate, or which it is of a group, since other problems have others."""
+    """The label of a learning rate: its place in the group ("smaller η"), since the values differ between problems."""
     rates = sorted({float(other.options["lr"]) for other in group})
     names = {1: ["η"], 2: ["smaller η", "larger η"], 3: ["smallest η", "middle η", "largest η"]}
     return names.get(len(rates), [f"η = {rate:g}" for rate in rates])[rates.index(float(run.options["lr"]))]
@@ -341,7 +341,7 @@ def _title(run: Stored, settings: bool = True) -> str:
 
 
 def _ended(run: Stored) -> str:
-    """How a run ended, unless it reached its end."""
+    """How a run ended; "" if it reached its end."""
     if run.race.status is Status.SUCCESS:
         return ""
     return f"ends at {duration(run.race):g}: {run.race.status.name.lower().replace('_', ' ')}"

@@ -1,4 +1,4 @@
-"""From a row of the table to its problem, its method and its run."""
+"""The problem, the method and the run of a row of the table."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from dvi.problems.catalogue.fashion import load_fashion
 from dvi.results.comparison import Comparison
 from dvi.sweeps.records import Task
 
-#: Where the files of CIFAR-10 are looked for, unless another folder is named.
+#: The folder of the CIFAR-10 files, unless another one is given.
 CIFAR10 = Path("cifar10")
 
-#: How many weights are watched where "coordinates" are recorded, evenly spread.
+#: The number of weights, evenly spread, for which "coordinates" are recorded.
 COORDINATES = 12
 
-#: What a row may set of its problem, of its method and of its run.
+#: The options of a row that belong to its problem, to its method and to its run.
 _OF_PROBLEM = ("activation", "n", "pixels")
 _OF_METHOD = ("lr", "beta2", "bias_correction")
 _OF_RUN = ("steps", "measure_every")
 
-#: What is recorded by an argument of its own; the rest are measures.
+#: Records with their own argument of :func:`dvi.compare`; the others are measures.
 _BY_ARGUMENT = ("outputs", "coordinates")
 
 
 def spec_of(row: Experiment, size: Size) -> dict[str, Any]:
-    """What a run is, as plain data: its problem, its method, and how they are run.
+    """The description of a run as plain data: its problem, its method, and how they are run.
 
     Raises:
-        ValueError: if the row sets what nothing takes.
+        ValueError: if the row sets an unknown option.
     """
     options, known = row.options[size], (*_OF_PROBLEM, *_OF_METHOD, *_OF_RUN)
     unknown = set(options) - set(known)
@@ -57,7 +57,7 @@ def make_problem(spec: dict[str, Any], device: str = "cpu", cifar10: Path = CIFA
     """The problem of a run.
 
     Raises:
-        ProblemError: if its data or the device are not there.
+        ProblemError: if its data or the device are missing.
     """
     options = dict(spec["problem"])
     make = getattr(dvi.problems, options.pop("task"))
@@ -76,7 +76,7 @@ def make_method(spec: dict[str, Any]) -> dvi.Method:
 
 
 def example_of(spec: dict[str, Any], device: str = "cpu", cifar10: Path = CIFAR10) -> torch.Tensor:
-    """One test example, whose outputs are observed: a picture [1, channels, s, s], or tokens [1, context] (int64)."""
+    """One test example, whose outputs are recorded: a picture [1, channels, s, s], or tokens [1, context] (int64)."""
     problem = spec["problem"]
     task, seed, dtype = problem["task"], problem.get("seed", 0), getattr(torch, problem["dtype"])
     if task == "sorting":
@@ -90,7 +90,7 @@ def example_of(spec: dict[str, Any], device: str = "cpu", cifar10: Path = CIFAR1
 def run(
     spec: dict[str, Any], path: Path, device: str = "cpu", cifar10: Path = CIFAR10, every: float = 10.0
 ) -> Comparison:
-    """Make a run, or go on with it: its file is kept up to date each ``every`` seconds."""
+    """Make a run, or continue it; its file is updated every ``every`` seconds."""
     problem, how = make_problem(spec, device, cifar10), spec["run"]
     d, record = len(problem.w0), how["record"]
     extra: dict[str, Any] = {}
@@ -122,10 +122,10 @@ def _run(path: Path, spec: dict[str, Any], device: str, cifar10: Path) -> Compar
 
 
 def task_of(row: Experiment, size: Size, device: str = "cpu", cifar10: Path = CIFAR10) -> Task:
-    """The run of a row, for a sweep.
+    """The run of a row, as a task for a sweep.
 
     Raises:
-        ProblemError: if it cannot be run at this size, with the reason, or there is no such device.
+        ProblemError: if it cannot be run at this size (the message says why), or if there is no such device.
     """
     if row.why_not(size):
         raise ProblemError(f"{row.name} cannot be run at size {size}: {row.why_not(size)}")

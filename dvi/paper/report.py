@@ -1,4 +1,4 @@
-"""Tables of the experiments: what they are, how far they are, and what came out."""
+"""Tables of the experiments, of the states of their runs, and of the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvi.sweeps.records import Record
 
 
 def overview(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) -> Iterator[str]:
-    """A line for each row: name, figures, what is run, and how far it is."""
+    """A line for each row: its name, its figures, its setting, and the state of its run."""
     width = max(len(row.name) for row in rows)
     for row, record in zip(rows, found, strict=True):
         state = record.state if not row.why_not(size) else f"cannot be run: {row.why_not(size)}"
@@ -24,7 +24,7 @@ def overview(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) ->
 
 
 def setting(row: Experiment, size: Size) -> str:
-    """What a row runs, in words: problem, method, learning rate and what else it sets, steps."""
+    """The setting of a row in words: problem, method, learning rate, other options, and steps."""
     options = dict(row.options[size])
     steps, lr = options.pop("steps"), options.pop("lr")
     for name in ("measure_every", "bias_correction"):
@@ -49,19 +49,20 @@ HEAD = (
     "remark",
 )
 
-#: What rows are held to: gradient equivalents per step; and with MSE, at all but the largest learning rate of a figure,
-#: the distance of optimizer and central flow as a part of that of optimizer and stable flow.
+#: A row above these limits gets a remark.  DEAR: gradient equivalents per step.  NEAR: the distance of optimizer and
+#: central flow divided by that of optimizer and stable flow; with MSE only, and not at the largest of three learning
+#: rates of a figure.
 DEAR, NEAR = 60.0, 1 / 3
 
-#: Where the optimizer's largest eigenvalue exceeds the edge by this factor, its oscillation came late.
+#: If the optimizer's largest eigenvalue exceeds the threshold by this factor, the oscillation began late.
 LATE = 1.5
 
 
 def markdown(rows: Sequence[Experiment], size: Size, found: Sequence[Record]) -> Iterator[str]:
-    """A Markdown table of the runs that have ended: distances and errors from the edge on, and what they cost.
+    """A Markdown table of the runs that have ended: distances and errors since the edge was reached, and costs.
 
     The cost is that of the central flow (or the flow that is run in its place), in gradient equivalents per step.  A
-    row above DEAR or NEAR is remarked, with the cause as far as the run shows one.
+    row above DEAR or NEAR gets a remark, with the cause if the run shows one.
     """
     yield "| " + " | ".join(HEAD) + " |"
     yield "|" + "---|" * len(HEAD)
@@ -96,7 +97,7 @@ def _cells(row: Experiment, size: Size, record: Record) -> list[str]:
 
 
 def _remark(row: Experiment, size: Size, record: Record, lead: str) -> str:
-    """How a run ended if not at its end, and why it is dear or the flow is far from the optimizer."""
+    """How a run failed, if it did, and why its cost is high or its flow is far from the optimizer."""
     seen = record.summary
     told = [] if record.state == "done" else [_short(record)]
     cost, unit = seen.get("gradient_equivalents", {}).get(lead), seen.get("unit_steps") or 0
@@ -128,7 +129,7 @@ def _largest(row: Experiment, size: Size) -> bool:
 
 
 def _short(record: Record) -> str:
-    """How a run ended, in some words that a table holds."""
+    """How a run ended, in a few words that fit in a table."""
     first = record.message.strip().split("\n")[0]
     cut = first if len(first) <= 160 else first[:157] + "…"
     at = f" at {record.summary['reached']:g}" if record.summary.get("reached") else ""

@@ -1,4 +1,4 @@
-"""The stored runs of a figure: what figures and tables read."""
+"""The stored runs of a figure, from which figures and tables are made."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dvi.storage.files import StoreError
 from dvi.storage.hdf5 import load
 from dvi.sweeps.records import Record, records, result_path
 
-#: Below this folder lie the runs, a folder for each size.
+#: The folder of all runs, with one folder inside for each size.
 RUNS = Path("runs") / "paper"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A row of the table with the run that was made of it.
+    """A row of the table with its run.
 
     Attributes:
         row: the experiment.
-        size: of the run.
-        record: how it ended and what it cost.
+        size: the size of the run.
+        record: how the run ended and what it cost.
         race: the result: a :class:`dvi.Comparison` with the row's ``runs``.
     """
 
@@ -37,42 +37,42 @@ class Stored:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was built and how it was run."""
+        """The description of the run as plain data, see :func:`dvi.paper.making.spec_of`."""
         return spec_of(self.row, self.size)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The row's own numbers: lr, steps, beta2, activation …"""
+        """The options of the row: lr, steps, beta2, activation …"""
         return self.row.options[self.size]
 
     def problem(self, device: str = "cpu", cifar10: Path = CIFAR10) -> ModuleProblem:
-        """The problem, built anew."""
+        """Build the problem anew."""
         return make_problem(self.spec, device, cifar10)
 
     def method(self) -> Any:
-        """The method, built anew."""
+        """Build the method anew."""
         return make_method(self.spec)
 
 
 def folder_of(size: Size, folder: Path | None = None) -> Path:
-    """Where the runs of a size lie: the folder given, or runs/paper/SIZE."""
+    """The folder of the runs of a size: the given one, or runs/paper/SIZE."""
     return RUNS / size if folder is None else Path(folder)
 
 
 def runs_of(figure: str | int, size: Size = "small", folder: Path | None = None) -> dict[str, Stored]:
     """The stored runs that a figure is drawn from, by the names of their rows, in the table's order.
 
-    A run that failed on its way is among them, as far as it came (``record.state`` is "failed", and ``record.message``
-    says why).  One that was never made or is not finished is left out, and so is one that the table has changed since.
+    A run that failed is included up to its failure (``record.state`` is then "failed", and ``record.message`` says
+    why).  Runs that were never made or are not finished are left out, and so are runs whose row has changed since.
 
     Args:
-        figure: its number.
-        size: of the runs.
-        folder: where they lie (default: runs/paper/SIZE).
+        figure: the number of the figure.
+        size: the size of the runs.
+        folder: the folder of the runs (default: runs/paper/SIZE).
 
     Raises:
         ValueError: if the table has no experiments of that figure.
-        StoreError: if no run of the figure is there, with the command that makes them.
+        StoreError: if there is no run of the figure; the message has the command that makes them.
     """
     rows = table().of_figure(figure)
     where = folder_of(size, folder)
@@ -88,7 +88,7 @@ def runs_of(figure: str | int, size: Size = "small", folder: Path | None = None)
 
 
 def missing(figure: str | int, size: Size = "small", folder: Path | None = None) -> list[str]:
-    """The rows of a figure whose runs are not complete (rows that cannot be run at this size aside)."""
+    """The rows of a figure whose runs are not complete; rows that cannot be run at this size are left out."""
     rows = [row for row in table().of_figure(figure) if not row.why_not(size)]
     states = records(folder_of(size, folder), [row.name for row in rows])
     pairs = zip(rows, states, strict=True)
@@ -96,7 +96,7 @@ def missing(figure: str | int, size: Size = "small", folder: Path | None = None)
 
 
 def is_of(row: Experiment, size: Size, record: Record) -> bool:
-    """Whether a record is of a run with the row's numbers, which the table may have changed since."""
+    """Whether a record belongs to a run with the present numbers of the row, which may have changed since."""
     made = {name: value for name, value in record.spec.items() if name != "device"}
     return bool(made == json.loads(json.dumps(spec_of(row, size))))
 

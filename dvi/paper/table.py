@@ -1,4 +1,4 @@
-"""The table of the paper's experiments, ``experiments.toml``: one row a run, read and checked."""
+"""The table of the paper's experiments, ``experiments.toml``, with a row per run; it is read and checked here."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class Experiment:
     """A row of the table.
 
     Attributes:
-        name: as in "fig14b"; figures: those that are drawn from it; panel: of the first of them.
-        problem, method: what is run, by their names in the table.
-        options: by size: ``lr``, ``steps``, and what else differs from the method's defaults, as in ``beta2``.
-        runs: which processes, see :func:`dvi.compare`.
-        record: what is recorded beside: "outputs" (of the network on a test example), "coordinates" (of ν and of the
-            squared gradient), and the measures of :func:`dvi.compare`.
+        name: the name of the row, as in "fig14b".
+        figures: the figures that are drawn from it.
+        panel: its panel in the first of these figures.
+        problem, method: their names in the table.
+        options: for each size, ``lr``, ``steps``, and whatever differs from the defaults, such as ``beta2``.
+        runs: the processes, see :func:`dvi.compare`.
+        record: additional records: "outputs" (of the network on a test example), "coordinates" (of ν and of the
+            squared gradient), and measures of :func:`dvi.compare`.
         warm_start: see :func:`dvi.compare`.
-        note: what is not the paper's, or not known of it.
-        infeasible: by size: why it cannot be run, if it cannot.
+        note: values that differ from the paper's, or that the paper does not give.
+        infeasible: for the sizes at which it cannot be run, the reason.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Table:
         experiments: the rows by name.
         problems: by name and size, the task of :mod:`dvi.problems` and its arguments.
         methods: by name and size, the method of :mod:`dvi.methods` and its arguments.
-        figures: numbers of all figures that have rows, in order.
+        figures: the numbers of all figures that have rows, in order.
     """
 
     experiments: dict[str, Experiment]
@@ -64,7 +66,7 @@ class Table:
 
     @property
     def figures(self) -> list[str]:
-        """Numbers of the figures that have rows."""
+        """The numbers of all figures that have rows, in order."""
         return sorted({figure for row in self.experiments.values() for figure in row.figures}, key=int)
 
     def of_figure(self, figure: str | int) -> list[Experiment]:
@@ -76,15 +78,15 @@ class Table:
         found = [row for row in self.experiments.values() if str(figure) in row.figures]
         if not found:
             raise ValueError(
-                f"There are no experiments of figure {figure}; there are some of {', '.join(self.figures)}."
+                f"There are no experiments of figure {figure}. Figures with experiments: {', '.join(self.figures)}."
             )
         return found
 
     def chosen(self, words: Sequence[str]) -> list[Experiment]:
-        """The rows that names stand for: "fig14b" for a row, "fig14" or "14" for those of a figure.
+        """The rows with the given names: "fig14b" is one row, "fig14" or "14" are all rows of a figure.
 
         Raises:
-            ValueError: for a name that stands for nothing.
+            ValueError: if a name is neither a row nor a figure.
         """
         found: dict[str, Experiment] = {}
         for word in words:
@@ -96,8 +98,8 @@ class Table:
                 near = [name for name in self.experiments if figure and name.startswith(f"fig{figure}")]
                 hint = f" There are {', '.join(near)}." if near else ""
                 raise ValueError(
-                    f"{word} is no experiment.{hint} Name a row, as in fig14b, or a figure, as in fig14; "
-                    "`dvi paper list` has all."
+                    f"{word} is not an experiment.{hint} Name a row, as in fig14b, or a figure, as in fig14; "
+                    "`dvi paper list` shows all."
                 )
             found |= {row.name: row for row in self.of_figure(figure)}
         return list(found.values())
@@ -113,7 +115,7 @@ def read(path: Path) -> Table:
     """Read a table of experiments.
 
     Raises:
-        ValueError: if a row is not complete or names what is not there.
+        ValueError: if a name occurs twice, or if a row names a problem or a method that is not defined.
     """
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     defaults = content["defaults"]
@@ -124,7 +126,7 @@ def read(path: Path) -> Table:
         row |= {key: tuple(row[key]) for key in ("figures", "runs", "record")}
         experiment = Experiment(**row, options=options)
         if experiment.name in rows:
-            raise ValueError(f"{path}: {experiment.name} is there twice.")
+            raise ValueError(f"{path}: {experiment.name} occurs twice.")
         for what, known in (("problem", content["problem"]), ("method", content["method"])):
             if row[what] not in known:
                 raise ValueError(f"{path}: {experiment.name} has {what} {row[what]!r}, which is not defined.")

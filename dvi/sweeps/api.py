@@ -102,7 +102,7 @@ def sweep(
 
 
 def in_words(record: Record) -> str:
-    """The end of a run in one line."""
+    """How a run ended, in one line."""
     first = record.message.strip().splitlines()[0] if record.message.strip() else ""
     said = f": {first}" if first else ""
     return f"{record.state}{f' ({record.status})' if record.status else ''}{said}"

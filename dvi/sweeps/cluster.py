@@ -63,7 +63,7 @@ class Slurm:
                 local_max_num_timeout=_QUEUED,
             )
         except RuntimeError as error:
-            raise ValueError(f'{error}: run this where "sbatch" is at hand, or leave --engine out.') from error
+            raise ValueError(f'{error}: run this on a machine with "sbatch", or leave --engine out.') from error
         given = {
             "name": "dvi",
             "timeout_min": max(1, round(60 * self.hours)),
@@ -82,7 +82,7 @@ class Slurm:
 
 
 class Job:
-    """A run as a job that the cluster calls.  A job that is stopped in time is queued again, and then continues."""
+    """A run as a job of the cluster.  If the cluster stops the job with a warning, it is queued again and continues."""
 
     def __call__(self, task: Task, folder: Path, threads: int) -> bool:
         """Make the run; False if another process is working on it."""
@@ -90,7 +90,7 @@ class Job:
         return work(task, folder) is not None
 
     def checkpoint(self, task: Task, folder: Path, threads: int) -> Any:
-        """The job to put into the queue when the time of this one is over, or when it is preempted."""
+        """The job to put into the queue when the time of this one is over, or when this one is preempted."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, task, folder, threads)

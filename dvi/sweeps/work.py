@@ -135,7 +135,7 @@ def _ended(record: Record, result: Comparison) -> None:
 
 @contextmanager
 def _clock(folder: Path, record: Record) -> Iterator[None]:
-    """A context that updates the record during a run, and at its end."""
+    """A context that updates the record during a run and at its end."""
     cpu, wall = record.cpu_seconds, record.wall_seconds
     begin, spent = time.monotonic(), time.process_time()
     over, writing = threading.Event(), threading.Lock()
