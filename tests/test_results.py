@@ -572,6 +572,8 @@ def test_an_infeasible_start_is_an_error_with_a_remedy():
     solution = dvi.solve(flow, 3, progress=False, throw=False)
     assert solution.status is Status.INFEASIBLE_START
     assert "warm_start" in str(solution.status)
+    with pytest.raises(ValueError, match="before its first step"):
+        solution.ledger.per_unit_time()
     settled = dvi.solve(flow, 3, progress=False, warm_start="auto")
     assert settled.status is Status.SUCCESS
 

@@ -48,8 +48,10 @@ class Cost:
         with the first step.  Observations at the end of the run are in the totals only.
 
         Raises:
-            ValueError: unless t1 > t0.
+            ValueError: unless t1 > t0, or if the run ended before its first step.
         """
+        if not len(self.t):
+            raise ValueError("per_unit_time: the run ended before its first step, so it has no cost per unit time.")
         t0 = self.t[0] if t0 is None else t0
         t1 = self.t[-1] if t1 is None else t1
         if not t1 > t0:
