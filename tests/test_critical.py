@@ -141,6 +141,9 @@ def test_zero_operator():
     assert np.abs(block.eigenvalues).max() == 0
 
 
+@example(seed=8)
+@example(seed=27)  # products that are carried along for long gather errors larger than the residual
+@example(seed=35590)  # steps are short within a cluster: without the last directions nothing converges
 @given(seed=seeds)
 @examples(8)
 def test_float32(seed):
