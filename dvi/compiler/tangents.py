@@ -65,7 +65,7 @@ class _StillIsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _plain(x: Tensor) -> Tensor:
-    """The tensor below the wrappers of ``torch.func``."""
+    """The tensor below the wrappers of ``torch.func``, which torch has no public way to take off."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
