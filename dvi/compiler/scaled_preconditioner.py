@@ -6,6 +6,8 @@ H ⪯ cP(I − Γ/2) is H ⪯ 2P̃ for P̃ = (c/2)P(I − Γ/2).  All numerics u
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -40,7 +42,12 @@ class Metric:
         P = self.P(nu, 0.0)
         #: is P diag(p) or p I with a tensor p?
         self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
-        self.local = self.simple and not self.stateless and self._is_local(nu, w)
+        self._example = nu
+
+    @cached_property
+    def local(self) -> bool:
+        """Does each entry of ν act on its own entry of p alone?  Found when it is asked for."""
+        return self.simple and not self.stateless and self._is_local(self._example, self.w)
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
