@@ -89,9 +89,10 @@ class Metric:
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
         """Uᵀ (∂P̃/∂t) U [k, k], per unit time: the effect of the schedules."""
         dt = U.new_zeros(())
+        method = self.timetable.moving(t, self.centred)
 
         def image(dt: Tensor) -> Tensor:
-            return self._scaled(self.timetable.at(t, dt, self.centred), nu).apply(U)
+            return self._scaled(method(dt), nu).apply(U)
 
         PU: Tensor = derivative(image, dt, torch.ones_like(dt))
         return U.T @ PU
