@@ -103,7 +103,7 @@ class Timetable:
         return self.method.with_values(t, {name: schedule.value(s, left) for name, schedule, s, left, _ in places}, {})
 
     def moving(self, t: float, centred: bool = False) -> Callable[[Tensor], Method]:
-        """The method at t as a function of a zero-valued tensor dt, to first order in dt (see :meth:`Method.at`).
+        """The method at t as a function of a zero-valued tensor dt, to first order in dt.
 
         Schedules are read here, and not when the function is called: inside a transform, reading them takes longer.
         """
