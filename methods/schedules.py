@@ -88,12 +88,13 @@ def as_schedule(value: Any, name: str) -> Any:
     return Table.of(value, name) if one_axis or isinstance(value, (list, tuple)) else value
 
 
-def value_and_slope(schedule: Callable[[Any], Any], t: float, name: str = "A schedule") -> tuple[float, float]:
+def value_and_slope(schedule: Callable[[Any], Any], t: float) -> tuple[float, float]:
     """The schedule's value and dvalue/dt at t; at a jump or a kink, those on its right.
 
     Raises:
         SpecError: if the schedule's value is not a number.
     """
+    name = "A schedule"
     value = Schedule(schedule, name).ask(t)
     end = float(len(schedule.values)) if isinstance(schedule, Table) else math.inf
     return value, Schedule(schedule, name, end).slope(t)

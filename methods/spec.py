@@ -161,18 +161,9 @@ class Method:
         """The schedule of a hyperparameter as a flow reads it, for a run until ``end`` (unit times)."""
         return Schedule(getattr(self, name), self._called(name), end)
 
-    def at(self, t: float, dt: Tensor | float = 0.0) -> Method:
-        """This method with every schedule replaced by its value at t, to first order in dt.
-
-        Args:
-            t: unit times, the number of steps taken so far.
-            dt: a zero-valued tensor that carries a tangent if dP/dt is wanted.  A scheduled value becomes
-                ``value(t) + slope(t)·dt``.
-        """
-        read = {name: self.schedule(name) for name in self.scheduled}
-        values = {name: schedule.ask(t) for name, schedule in read.items()}
-        slopes = {name: schedule.slope(t) for name, schedule in read.items()} if isinstance(dt, Tensor) else {}
-        return self.with_values(t, values, slopes, dt)
+    def at(self, t: float) -> Method:
+        """This method with every schedule replaced by its value at t (unit times, the number of steps taken so far)."""
+        return self.with_values(t, {name: self.schedule(name).ask(t) for name in self.scheduled}, {})
 
     def with_values(
         self, t: float, values: Mapping[str, float], slopes: Mapping[str, float], dt: Tensor | float = 0.0

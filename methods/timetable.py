@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from dvi.methods.errors import ScheduleError
+from dvi.methods.schedules import Schedule
 from dvi.methods.spec import Method
 
 _SAME = 1e-9  # unit times: two times that differ by less than this differ by rounding
@@ -90,27 +91,36 @@ class Timetable:
 
     # ---- values ---------------------------------------------------------------------------------------------
 
-    def at(self, t: float, dt: Tensor | float = 0.0, centred: bool = False) -> Method:
-        """The method with the values of its schedules at t, to first order in dt (see :meth:`Method.at`).
+    def at(self, t: float, centred: bool = False) -> Method:
+        """The method with the values of its schedules at t.
 
         Args:
             t: unit times.
-            dt: a zero-valued tensor that carries a tangent, or 0.
             centred: read tables half a unit late, so that ∫ dt is the optimizer's sum.  This is for flows of first
                 order; those of second order read all schedules at :meth:`clock`.
         """
-        if not self.names:
-            return self.method
+        places = self._places(t, centred)
+        return self.method.with_values(t, {name: schedule.value(s, left) for name, schedule, s, left, _ in places}, {})
+
+    def moving(self, t: float, centred: bool = False) -> Callable[[Tensor], Method]:
+        """The method at t as a function of a zero-valued tensor dt, to first order in dt.
+
+        Schedules are read here, and not when the function is called: inside a transform, reading them takes longer.
+        """
         values, slopes = {}, {}
+        for name, schedule, place, left, moves in self._places(t, centred):
+            values[name] = schedule.value(place, left)
+            slopes[name] = schedule.slope(place, left) if moves else 0.0
+        return lambda dt: self.method.with_values(t, values, slopes, dt)
+
+    def _places(self, t: float, centred: bool) -> Iterator[tuple[str, Schedule, float, bool, bool]]:
+        """For each schedule its name, the time at which it is read, from which side, and whether it moves with t."""
         for name, schedule in self._active.items():
             left = t >= self._until - _SAME
             place, moves = self._until if left else t, True
             if centred and (late := self.clock(t)) != t and schedule.unit(math.floor(late)).flat:
                 place, left, moves = late, False, late == t - 0.5
-            values[name] = schedule.value(place, left)
-            if isinstance(dt, Tensor):
-                slopes[name] = schedule.slope(place, left) if moves else 0.0
-        return self.method.with_values(t, values, slopes, dt)
+            yield name, schedule, place, left, moves
 
     def clock(self, t: float) -> float:
         """Half a unit before t, but not before the last jump: the optimizer's value at step s belongs to time s + ½."""

@@ -310,7 +310,7 @@ def test_a_path_that_cannot_be_written_to_ends_all_ranks(ranks, tmp_path):
     assert "is a folder" in str(second)
 
 
-STEPS = 80
+STEPS = 60
 
 
 def killed(tmp_path, victim, gradient):
@@ -332,7 +332,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_loses_nothing(tmp_path):
     """At random gradients, one after the other on the same file; then one process finishes the run."""
     moments = np.random.default_rng(int(os.environ.get("DVI_SEED", "0")))
     recorded = []
-    for turn in range(int(os.environ.get("DVI_KILLS", "3"))):
+    for turn in range(int(os.environ.get("DVI_KILLS", "2"))):
         path, exits = killed(tmp_path, victim=turn % 2, gradient=int(moments.integers(40, 70)))
         assert exits == [-signal.SIGKILL, 3]
         race = dvi.load(path)

@@ -166,7 +166,7 @@ def test_other_shapes_and_transforms_go_to_the_function():
 
 @pytest.mark.parametrize("name", METHODS)
 @given(seeds, st.integers(2, 6), st.integers(1, 3))
-@examples(8)
+@examples(4)
 def test_a_flow_is_the_same_before_and_after_its_derivatives_are_traced(name, seed, d, k):
     """α, β, the gap, the drift and ν's decay of a flow that has been asked often, and of a new one."""
     rng = np.random.default_rng(seed)
@@ -194,7 +194,8 @@ def test_a_flow_is_the_same_before_and_after_its_derivatives_are_traced(name, se
     often = fresh()
     for i in range(WARM + 2):
         at(often, i)
-    for found, expected in zip(at(often, 99), at(fresh(), 99), strict=True):
+    other = fresh()
+    for found, expected in zip(at(often, 98) + at(often, 99), at(other, 98) + at(other, 99), strict=True):
         # the same operations but for the order of sums over a batch
         torch.testing.assert_close(found, expected, rtol=1e3 * EPS, atol=1e3 * EPS * float(expected.abs().max()))
 

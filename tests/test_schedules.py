@@ -130,9 +130,8 @@ def test_the_slope_of_a_table_is_that_of_the_broken_line():
     timetable = surveyed(GradientDescent(TABLES["decay"]), N)
     dt = torch.zeros((), dtype=torch.float64)
     for t, expected in ((0.2, 0.0), (7.2, -0.01), (20.0, -0.01)):
-        value, slope = torch.func.jvp(
-            lambda dt, t=t: timetable.at(t, dt, centred=True).lr, (dt,), (torch.ones_like(dt),)
-        )
+        method = timetable.moving(t, centred=True)
+        value, slope = torch.func.jvp(lambda dt, method=method: method(dt).lr, (dt,), (torch.ones_like(dt),))
         assert float(slope) == pytest.approx(expected, rel=1e-9)
         assert float(value) == pytest.approx(0.4 - 0.01 * max(0.0, t - 0.5), rel=1e-12)
 

@@ -248,6 +248,7 @@ STEEP = {  # a function of v and its derivative where v > 0
     "rsqrt": (lambda v: 1 / v.rsqrt(), lambda v: 0.5 * v**-0.5),
     "log": (lambda v: torch.exp(0.5 * torch.log(v)), lambda v: 0.5 * v**-0.5),
     "quotient": (lambda v: v / v.sqrt(), lambda v: 0.5 * v**-0.5),
+    "list": (lambda v: torch.stack([v, v]).sqrt().mean(dim=0), lambda v: 0.5 * v**-0.5),
 }
 
 

@@ -15,6 +15,7 @@ P̃ = (c/2)P(I − Γ/2), so that −Q₁P⁻¹ = −κ(I − Γ/2)P̃⁻¹.  It
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -95,9 +96,18 @@ class SpecCalculus:
         self.elementwise = self.stateless or self._is_elementwise(nu, g)
         #: relaxation time (unit times) that is assumed for parts of ν without memory; 0: such parts are refused
         self.memory = float(getattr(method, "memory", 0.0))
-        self.local = not self.stateless and is_local(method, nu, g)
+        self._example = nu, g
         if not self.stateless:
             self._refuse_algebraic(nu, g)
+
+    @cached_property
+    def local(self) -> bool:
+        """Is ∂²f/∂g² diagonal?  Found when it is asked for: the optimizer itself never asks."""
+        return not self.stateless and is_local(self.method, *self._example)
+
+    def find_structure(self) -> None:
+        """Differentiate f and P to find what is local, so that an f or P without derivatives fails here."""
+        _ = self.local, self.metric.local
 
     # ---- P --------------------------------------------------------------------------------------------
 

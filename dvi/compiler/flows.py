@@ -99,6 +99,8 @@ class CompiledFlow:
             check.forward()
         try:
             calculus = SpecCalculus(self.method, nu, g, self.covariance, self.accuracy)
+            if self.differentiated:
+                calculus.find_structure()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise check.unable("f", "in ν and g", error) from error
         if self.differentiated and not calculus.stateless:

@@ -6,6 +6,8 @@ H ⪯ cP(I − Γ/2) is H ⪯ 2P̃ for P̃ = (c/2)P(I − Γ/2).  All numerics u
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -40,7 +42,12 @@ class Metric:
         P = self.P(nu, 0.0)
         #: is P diag(p) or p I with a tensor p?
         self.simple = type(P) in (Diagonal, Scalar) and isinstance(P.p, Tensor)  # type: ignore[attr-defined]
-        self.local = self.simple and not self.stateless and self._is_local(nu, w)
+        self._example = nu
+
+    @cached_property
+    def local(self) -> bool:
+        """Does each entry of ν act on its own entry of p alone?  Found when it is asked for."""
+        return self.simple and not self.stateless and self._is_local(self._example, self.w)
 
     def at(self, t: float) -> Method:
         """The method with its schedules' values at t."""
@@ -82,9 +89,10 @@ class Metric:
     def clock_rate(self, nu: Nu, t: float, U: Tensor) -> Tensor:
         """Uᵀ (∂P̃/∂t) U [k, k], per unit time: the effect of the schedules."""
         dt = U.new_zeros(())
+        method = self.timetable.moving(t, self.centred)
 
         def image(dt: Tensor) -> Tensor:
-            return self._scaled(self.timetable.at(t, dt, self.centred), nu).apply(U)
+            return self._scaled(method(dt), nu).apply(U)
 
         PU: Tensor = derivative(image, dt, torch.ones_like(dt))
         return U.T @ PU

@@ -9,7 +9,7 @@ This applies to tangents only.  If the zero is a value of the function (√v·�
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class _StillIsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out one operation; its result is a tangent if an argument is one."""
-        moved = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in self._tangents]
+        moved = [x for x in _tensors((*args, *(kwargs or {}).values())) if x in self._tangents]
         # only the numerator of a quotient is a factor
         factors = [x for x in moved if func in _PRODUCTS or (func in _QUOTIENTS and x is args[0])]
         zeros = [x == 0 for x in factors]  # computed first, because the operation may be in place
@@ -58,14 +58,22 @@ class _StillIsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for zero in zeros:
             out = out.masked_fill_(zero, 0.0) if out is args[0] else out.masked_fill(zero, 0.0)
         if moved:
-            for x in pytree.tree_leaves(out):
-                if isinstance(x, Tensor):
-                    self._tangents[x] = True
+            for x in _tensors((out,)):
+                self._tangents[x] = True
         return out
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation, which may be lists of tensors."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
 def _plain(x: Tensor) -> Tensor:
-    """The tensor below the wrappers of ``torch.func``."""
+    """The tensor below the wrappers of ``torch.func``, which torch has no public way to take off."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

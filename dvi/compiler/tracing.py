@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -63,6 +61,7 @@ class Replay:
         if self._calls < 0:
             return None
         leaves, spec = pytree.tree_flatten(args)
+        # torch has no public way to ask whether a transform wraps a tensor
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
             return None
         signature = spec, [(x.shape, x.stride(), x.dtype, x.device) for x in leaves]
@@ -80,9 +79,7 @@ class Replay:
 
         self._calls = -1
         try:
-            # one mode for the metadata of all nodes, which a trace would else make for each: two fifths of its time
-            with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-                graph = make_fx(flat)(*leaves)
+            graph = make_fx(flat)(*leaves)
             # forward mode checks shapes by operations whose results are not used; some of them are slow
             graph.graph.eliminate_dead_code()
             graph.recompile()

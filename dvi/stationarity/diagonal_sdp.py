@@ -73,17 +73,15 @@ def require_small(d: int) -> None:
         )
 
 
-def stable_diagonal(H: Array, c: Array, *, tol: float = 1e-13) -> StableDiagonal:
+def stable_diagonal(H: Array, c: Array) -> StableDiagonal:
     """Solve the program for a dense H as a semidefinite program (CVXPY, Clarabel): the independent reference.
 
     Args:
         H: symmetric [d, d].
         c: [d].
-        tol: accuracy of the interior point method, relative to the scale of the problem.  The error of p is of order
-            √gap.  The default asks for more than rounding allows, which gives a gap of 1e-10 or less.
 
     Returns:
-        p, Σ̂, and their bounds; the gap shows the accuracy reached.
+        p, Σ̂, and their bounds; the gap shows the accuracy reached.  The error of p is of order √gap.
 
     Raises:
         MemoryLimitError: if d is larger than :data:`LARGEST`.
@@ -93,6 +91,7 @@ def stable_diagonal(H: Array, c: Array, *, tol: float = 1e-13) -> StableDiagonal
     import cvxpy
 
     cp: Any = cvxpy
+    tol = 1e-13  # more than rounding allows, which gives a gap of 1e-10 or less
 
     H, c = np.asarray(H, dtype=np.float64), np.abs(np.asarray(c, dtype=np.float64))
     d = len(c)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,7 +136,7 @@ class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: OpOverload,
+        func: Any,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -209,7 +208,8 @@ _BY_INDEX = frozenset(
     [*_WINDOWS, *["max", "min", "median", "nanmedian", "kthvalue", "mode", "sort", "topk", "cummax", "cummin"]]
 )
 
-# Kernels made of pieces that torch itself can decompose.
+# Kernels made of pieces that torch itself can decompose.  Its public table, ``torch.export.default_decompositions``,
+# lacks clamp, elu, hardtanh, leaky_relu and relu.
 _DECOMPOSED = frozenset(
     [
         "relu",
@@ -243,7 +243,7 @@ _DECOMPOSED = frozenset(
 )
 
 
-def _pick(func: OpOverload, indices: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _pick(func: Any, indices: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The entries of ``input`` at the indices that ``func`` gives."""
     windows = _WINDOWS.get(func._schema.name.removeprefix("aten::"))
     if windows:

@@ -138,17 +138,14 @@ class EigenTracker:
         now = SpectrumEstimate(block, rates, y.t, surveyed, until, speed, flow.basis(y, block.V), below)
         return replace(now, until=min(until, self.due(now)))
 
-    def update_leading(
-        self, flow: ConstrainedFlow, y: State, last: SpectrumEstimate | None, every: float = 1.0
-    ) -> SpectrumEstimate:
+    def update_leading(self, flow: ConstrainedFlow, y: State, last: SpectrumEstimate | None) -> SpectrumEstimate:
         """The leading eigenvalue alone, to a few percent: all that a flow without constraint needs for its step size.
 
         Args:
             flow, y: the flow and the state.
-            last: the last estimate, returned unchanged if it is younger than ``every`` unit times.
-            every: unit times between updates.
+            last: the last estimate, returned unchanged if it is younger than a unit of time.
         """
-        if last is not None and y.t < last.t + every * (1 - 1e-9):
+        if last is not None and y.t < last.t + (1 - 1e-9):
             return last
         A = flow.effective_hessian(y)
         only = np.inf  # no eigenvalue is wanted beyond the leading one

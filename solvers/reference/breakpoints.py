@@ -163,13 +163,11 @@ def gone_on(face: Face, begin: Look, after: Look, span: float, end: State, follo
     return FaceMemory(held, face.seen, following, climb, look)
 
 
-def find_arrival(
-    face: Face, dense: Callable[[float], State], begin: Look, after: Look, t: float, h: float, precision: float = 0.0
-) -> float:
+def find_arrival(face: Face, dense: Callable[[float], State], begin: Look, after: Look, t: float, h: float) -> float:
     """The time after t at which the next eigenvalue reaches 2, on the dense output of a step of h in which it passes 2.
 
-    Only eigenvalues are computed.  The error of the time is at most ``precision``, or the time in which the eigenvalue
-    moves by a tenth of ``face.near`` at its mean rate.
+    Only eigenvalues are computed.  The error of the time is at most that in which the eigenvalue moves by a tenth of
+    ``face.near`` at its mean rate.
     """
     before, behind = CRITICAL - begin.next_eigenvalue, CRITICAL - after.next_eigenvalue
     if before <= 0:  # it is at 2 at the start: a short step shows what follows
@@ -178,7 +176,7 @@ def find_arrival(
     def distance(s: float) -> float:
         return before if s == 0 else behind if s == h else CRITICAL - face.next_value(dense(t + s))
 
-    precision = max(precision, 1e-11 * max(1.0, h), 0.1 * face.near * h / (before - behind))
+    precision = max(1e-11 * max(1.0, h), 0.1 * face.near * h / (before - behind))
     return float(brentq(distance, 0.0, h, xtol=precision, rtol=1e-12))
 
 
