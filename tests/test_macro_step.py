@@ -24,6 +24,7 @@ from dvi.solvers.macro import MacroMemory
 from dvi.solvers.macro.model import amplitude
 from dvi.solvers.macro.unit import UnitMemory, unit_step
 from dvi.solvers.protocol import Frame, State
+from dvi.solvers.svec import smat, svec
 
 LR = 0.5
 
@@ -170,9 +171,13 @@ def test_a_stiff_force_is_passed_at_a_bounded_cost(q, slope, start):
     np.testing.assert_allclose(exact.w[2:], rest, atol=1e-3)
     np.testing.assert_allclose(solution.w[2:], rest, atol=0.3 * 2**0.5)
     assert solution.ledger.per_unit_time() < 0.3 * exact.ledger.per_unit_time()
-    assert any("steps of one unit" in note for note in solution.notes)
-    (first, _), *_ = solution.about["unit_steps"]
+    (note,) = [note for note in solution.notes if "steps of one unit" in note]
+    (first, _), *_ = stretches = solution.about["unit_steps"]
     assert 0 < first < 30
+    largest, middle = (float(x) for x in re.findall(r"at most (\d[\d.]*\d)", note))
+    inside = [i for i, t in enumerate(solution.t) if any(start + 1 < t < end - 1 for start, end in stretches)]
+    assert largest >= solution.eigenvalues[inside].max() - 0.01  # those are interpolated between steps
+    assert 2 - 0.2 < middle <= largest
     spans = [patch for patch in solution.plot().axes[0].patches if patch.get_x() == pytest.approx(first)]
     assert spans  # shaded in the picture
     assert not any("steps of one unit" in note for note in exact.notes)
@@ -388,6 +393,29 @@ def test_no_unit_step_is_shorter_than_it_may_be():
         assert (end.t - 1.0, after.dt) == (expected, expected)
 
 
+@pytest.mark.parametrize(
+    ("excess", "shortest", "closed"), [(0.1, 1.0, 0.1), (0.3, 1.0, 0.2), (2.0, 1.0, 0.2), (2.0, 0.5, 4.0)]
+)
+def test_a_whole_unit_step_takes_back_a_part_of_a_large_excess(excess, shortest, closed):
+    """By its own model, where the eigenvalue is |y|² at x = 0.  Half a unit takes back 2 at a rate of 4."""
+    flow, y, memory = on_the_slide()
+    above = State(y.w * (1 + excess / 2) ** 0.5, {}, 1.0)
+    end, after, seen = unit_step(flow, EigenTracker(), memory.unit, above, 5.0, shortest)
+    assert seen.eigenvalues[0] == pytest.approx(2 + excess)
+    assert end.t == 1.0 + shortest
+    lin = flow.linearised(above, flow.value_and_grad(above)[1], after.frame)
+    assert (lin.alpha - smat(lin.beta @ svec(after.X))).item() == pytest.approx(-closed)
+
+
+@pytest.mark.parametrize(("last", "length"), [(10.0, 0.5), (26.0, 1.0)])
+def test_unit_steps_are_not_shortened_if_two_of_them_spend_half_the_budget(last, length):
+    """The sharpness is 2.3 and rises."""
+    flow, y, memory = on_the_slide()
+    now = replace(memory, spent=Spending().after(1.0, 99.0).after(3.0, last))
+    above = State(y.w * 1.15**0.5, {}, 3.0)
+    assert dvi.MacroStep(budget=100).step(flow, now, above, 5.0).y.t == pytest.approx(3.0 + length)
+
+
 def test_the_cost_is_that_of_the_last_twenty_units():
     spent = Spending()
     for t in range(1, 41):
@@ -396,6 +424,7 @@ def test_the_cost_is_that_of_the_last_twenty_units():
     assert spent.per_unit_time(50.0) == pytest.approx(2.5)
     assert len(spent.steps) <= 21
     assert spent.since(38.0) == pytest.approx(10.0)
+    assert (Spending().last, spent.last) == (0.0, 5.0)
 
 
 # ---- error estimates that cannot be met ---------------------------------------------------------------------

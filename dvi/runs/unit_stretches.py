@@ -14,13 +14,25 @@ def joined(steps: list[tuple[float, float]]) -> list[list[float]]:
     return stretches
 
 
-def unit_step_notes(name: str, stretches: list[list[float]]) -> list[str]:
-    """The note on these stretches, if there are any."""
+def unit_step_notes(name: str, stretches: list[list[float]], seen: list[tuple[float, float]]) -> list[str]:
+    """The note on these stretches, if there are any.
+
+    Args:
+        name: of the flow.
+        stretches: [from, to] each.
+        seen: at each step the time and the effective sharpness.
+    """
     if not stretches:
         return []
     times = ", ".join(f"{start:.3g} to {end:.3g}" for start, end in stretches)
+    inside = sorted(x for t, x in seen if any(start - 1e-9 <= t < end - 1e-9 for start, end in stretches))
+    held = ""
+    if inside:
+        middle = inside[(len(inside) - 1) // 2]
+        held = (
+            f" There the effective sharpness was at most {inside[-1]:.3g}, in half of the steps at most {middle:.3g}."
+        )
     return [
         f"{name} flow: it took steps of one unit from t = {times}, because the force of the oscillation is too stiff "
-        "for longer steps, or shorter ones exceed the budget. There it keeps the effective sharpness at 2 only to "
-        "about a tenth."
+        f"for longer steps, or shorter ones exceed the budget.{held}"
     ]

@@ -26,7 +26,7 @@ from dvi.solvers.budget import Spending
 from dvi.solvers.constants import CONSTANTS
 from dvi.solvers.eigen.block_method import CriticalSubspace
 from dvi.solvers.eigen.tracker import EigenTracker, landing_at
-from dvi.solvers.errors import BudgetError, DomainError, StepError
+from dvi.solvers.errors import BudgetError, ConvergenceError, DomainError, StepError
 from dvi.solvers.hermite import hermite
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.defect import correct
@@ -231,7 +231,16 @@ class MacroStep(IntegratorBase):
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
         # half the budget may go into steps that shrink where the sharpness overshoots
         shortest = 0.5 if memory.spent.since(memory.unit.begin) > 0.5 * self.limit * CONSTANTS.window else 0.0
-        end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
+        # the cost of the first step contains that of the longer ones that failed before
+        if y.t > memory.unit.begin + 1 and memory.spent.last > 0.25 * self.limit:
+            shortest = 1.0  # two of them would spend it in one unit
+        try:
+            end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
+        except ConvergenceError as error:
+            raise ConvergenceError(
+                f"{error} MacroStep took steps of one unit before, since the force of the oscillation is stiff. At this "
+                "lr they may have lost the edge of stability. Lower lr, or raise budget, which allows shorter steps."
+            ) from error
         rate = seen.rate
         assert rate is not None
         size = amplitude(seen.X, unit.frame) if flow.pushed else 0.0

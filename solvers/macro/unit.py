@@ -7,7 +7,8 @@ see.  A unit step takes X from the constraint at its end, as Euler's method does
 
 where R is the transport from the last frame (new directions take T itself).  The average damps alternating errors: the
 largest stable rate of the force rises from 2 to 6 per unit time.  Above that rate the effective sharpness overshoots.
-While it still rises, dt is halved, as long as the budget allows.
+While it still rises, dt is halved, unless steps are too dear.  A whole unit step takes back no more of an excess than
+``overshoot``: a larger push would leave the region where eigenvalues are linear in w, and others would rise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro.model import third_derivatives, transport
 from dvi.solvers.nodes import node
-from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, State, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Linearised, Node, State, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import skron
 
@@ -84,13 +85,14 @@ def unit_step(
     lin = flow.linearised(y, g, frame)
     X = np.zeros((k, k))
     if k:
+        cautious = dt >= 1
         try:
-            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
+            X = _multiplier(lin, h, cautious)
         except ccp.CCPError:
             # With H times U a direction below the edge may cost β its monotony: take what holds once it is at the edge.
             frame = replace(frame, on_edge=True)
             lin = flow.linearised(y, g, frame)
-            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
+            X = _multiplier(lin, h, cautious)
         flow.count_ccp()
     rate = lin.drift(X)
     end = Repair(flow, y)(y.moved(rate, h))
@@ -98,3 +100,12 @@ def unit_step(
         raise StepError(f"At t = {y.t:g} a step of one unit left the finite numbers, and shorter ones cost too much.")
     seen = node(flow, y.t, float(loss), g, now, frame, X, y.t, rate)
     return end, replace(memory, spectrum=now, frame=frame, X=X, dt=dt, partial=partial), seen
+
+
+def _multiplier(lin: Linearised, h: float, cautious: bool) -> Array:
+    """X that closes the gap at the end of a step; a cautious step closes no more than ``overshoot`` of an excess."""
+    gap = lin.gap
+    if cautious:
+        room, C = np.linalg.eigh(gap)
+        gap = (C * np.maximum(room, -CONSTANTS.overshoot)) @ C.T
+    return ccp.solve(lin.alpha - gap / h, lin.beta).X
