@@ -20,6 +20,7 @@ from dvi.paper.making import spec_of
 from dvi.paper.report import markdown
 from dvi.paper.stored import missing, runs_of
 from dvi.paper.table import table
+from dvi.plotting.curves import most_moving
 from dvi.plotting.panels import time_average
 from dvi.results.summary import summarise
 from dvi.sweeps.records import Record, result_path, write_record
@@ -293,6 +294,10 @@ def test_smoothness(shown):
         # Φ by erfc in the library, by torch's own distribution here: rounding
         np.testing.assert_allclose(found[1], x * torch.special.ndtr(beta * x), atol=1e-12)
         np.testing.assert_array_equal(the_line(distance, f"β = {beta:g}")[1], run.race.distance["discrete", "central"])
+    same = most_moving(next(iter(runs.values())).race)  # another output may move more at another β
+    for axes, run in zip(rest[len(runs) :], runs.values(), strict=True):
+        shown_values = the_line(axes, "optimizer, every step")[1]
+        np.testing.assert_array_equal(shown_values, run.race.discrete.series["outputs"][:, *same])
 
 
 def test_missing_runs_are_told_with_the_command_that_makes_them(tmp_path, caplog):

@@ -221,9 +221,10 @@ def smoothness(runs: Runs) -> Any:
         shapes.append(Curve(x, values, _line(_settings(run), colour)))
     activation = curves("activation x Φ(βx)", "activation", shapes, xlabel="x")
     columns: list[list[Panel | None]] = []
+    which = most_moving(first.race)  # the same output for all runs
     for run in runs.values():
         race = in_layers(run.race)
-        found = [loss(race, sigma), output(race, sigma)]
+        found = [loss(race, sigma), output(race, sigma, which)]
         panels = [panel and replace(_brief(panel), title="", until=duration(race) or 1) for panel in found]
         if panels[0]:
             panels[0] = replace(panels[0], title=_settings(run), remark=_ended(run), xlabel="")

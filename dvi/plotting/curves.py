@@ -119,9 +119,12 @@ def most_moving(race: Comparison) -> tuple[int, ...] | None:
     return tuple(map(int, np.unravel_index(int(np.argmax(np.ptp(values, axis=0))), values.shape[1:])))
 
 
-def output(race: Comparison, sigma: float) -> Panel | None:
-    """The network output that moves most on a test example, and the central flow's prediction of its time average."""
-    which = most_moving(race)
+def output(race: Comparison, sigma: float, which: tuple[int, ...] | None = None) -> Panel | None:
+    """A network output on a test example, and the central flow's prediction of its time average.
+
+    ``which`` is the output that moves most, unless it is given.
+    """
+    which = which or most_moving(race)
     if which is None:
         return None
     return averaged(race, sigma, "outputs", "network output", "output (on a test example)", which=which, log=False)
