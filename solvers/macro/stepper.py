@@ -238,7 +238,7 @@ class MacroStep(IntegratorBase):
             end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"{error} MacroStep took steps of one unit before, since the force of the oscillation is stiff. At this "
+                f"{error} MacroStep took steps of one unit before, since the oscillation is stiff. At this "
                 "lr they may have lost the edge of stability. Lower lr, or raise budget, which allows shorter steps."
             ) from error
         rate = seen.rate
