@@ -29,7 +29,7 @@ class Constants:
             limits the growth of the intervals between updates.  With 2 they cost a quarter more (chosen on digits).
         allowed: error over the tolerance up to which a step is accepted; an error above 1 shortens the next step.
         margin: factor by which the spectral radius, which sets the number of stages, may be underestimated.
-        safety, change: the usual ones of a step controller; change is the least and the greatest factor between steps.
+        safety, change: those of the step controller; change is the least and the greatest factor between steps.
         resolved: tolerance over the amplitude √tr Σ of the oscillation.  With 0.1, 0.3 and 1 a small transformer takes
             64, 35 and 39 gradients a unit.  On digits the error in w is .0055 at 0.3 and .021 at 1 (chosen on a small
             transformer, digits).

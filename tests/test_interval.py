@@ -18,7 +18,7 @@ from dvi.solvers.eigen.block_method import Eigenblock
 from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.macro.defect import Corrected
 from dvi.solvers.macro.model import Moments, Slope, StepContext, partial_isometry
-from dvi.solvers.macro.refresh import growth
+from dvi.solvers.macro.stage import CONTROLLER
 from dvi.solvers.protocol import Frame
 from dvi.solvers.svec import skron, svec
 
@@ -158,12 +158,12 @@ def test_an_interval_is_as_long_as_the_defect_of_the_last_one_allows():
     y, X, tol = None, np.eye(1), 1e-3
     at = Corrected(y, X, bend=tol)
     assert at.ratio(tol) == pytest.approx(1)
-    assert growth(32 * at.ratio(tol)) == pytest.approx(max(CONSTANTS.safety / 4, CONSTANTS.change[0]))
-    assert growth(at.ratio(tol) / 4, 10) / growth(at.ratio(tol), 10) == pytest.approx(4**0.4)
+    assert CONTROLLER.factor(32 * at.ratio(tol)) == pytest.approx(max(CONSTANTS.safety / 4, CONSTANTS.change[0]))
+    assert CONTROLLER.factor(at.ratio(tol) / 4, 10) / CONTROLLER.factor(at.ratio(tol), 10) == pytest.approx(4**0.4)
     assert Corrected(y, X, slip=3 * tol, bend=tol).ratio(tol) == pytest.approx(3)
     assert Corrected(y, X, sag=2 * CONSTANTS.sag).ratio(tol) == pytest.approx(2)
-    assert growth(0.0) == CONSTANTS.change[1]
-    assert growth(0.0, CONSTANTS.believed) == CONSTANTS.believed
+    assert CONTROLLER.factor(0.0) == CONSTANTS.change[1]
+    assert CONTROLLER.factor(0.0, CONSTANTS.believed) == CONSTANTS.believed
 
 
 # ---- that waiting saves and does not spoil ---------------------------------------------------------------------

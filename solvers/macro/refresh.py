@@ -27,18 +27,9 @@ from dvi.solvers.macro.model import (
     settled,
     third_derivatives,
 )
-from dvi.solvers.macro.stage import SHARE, Pass
+from dvi.solvers.macro.stage import CONTROLLER, Pass
 from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Linearised, State, like
 from dvi.solvers.svec import outer, skron, smat, svec
-
-
-def growth(ratio: float, most: float = CONSTANTS.change[1]) -> float:
-    """The factor by which the next step, or interval, may be longer, from this ratio of error to tolerance.
-
-    An error estimate of order h³ against a tolerance of order √h falls like h^(5/2).
-    """
-    factor = CONSTANTS.safety * max(ratio, 1e-300) ** (-1 / (3 - SHARE))
-    return float(np.clip(factor, CONSTANTS.change[0], most))
 
 
 def kept_until(
@@ -109,7 +100,7 @@ def refreshed(
         new,
         slope=_tempered(Slope.between(context.frame, context.spectrum, new, now), context, R, step.y.t),
         approach=approach,
-        interval=H * growth(ratio, CONSTANTS.believed),
+        interval=H * CONTROLLER.factor(ratio, CONSTANTS.believed),
         taken=taken,
         measured=corrected.measured,
     )

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dvi.solvers import ccp
 from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.controller import StepController
 from dvi.solvers.eigen.block_method import CRITICAL
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError
@@ -24,6 +25,9 @@ from dvi.solvers.svec import smat, svec
 #: Errors may be tol·√h: with the same tol for every step, the many short ones of a first transient would make nearly
 #: all of the error, which the flow then carries along.
 SHARE = 0.5
+
+#: An error estimate of order h³ against this tolerance falls like h^(5/2).
+CONTROLLER = StepController(3 - SHARE)
 
 
 @dataclass(frozen=True)

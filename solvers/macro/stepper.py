@@ -40,8 +40,8 @@ from dvi.solvers.macro.model import (
     multiplier,
     transport,
 )
-from dvi.solvers.macro.refresh import carried, growth, kept_until, refreshed, with_thirds
-from dvi.solvers.macro.stage import run_stages, silent
+from dvi.solvers.macro.refresh import carried, kept_until, refreshed, with_thirds
+from dvi.solvers.macro.stage import CONTROLLER, run_stages, silent
 from dvi.solvers.macro.unit import UnitMemory, unit_step
 from dvi.solvers.nodes import node
 from dvi.solvers.numbers import with_numbers
@@ -322,7 +322,7 @@ class MacroStep(IntegratorBase):
         moments = (context.moments or Moments.none(k)).after(step.mean, since, h)
         until = end.t
         if not (closing and k):
-            until = kept_until(flow, tracker, context, step, moments, h * growth(error))
+            until = kept_until(flow, tracker, context, step, moments, h * CONTROLLER.factor(error))
         if until > end.t:
             after = carried(flow, context, step, moments, h, until)
             shown = context.shown(flow, y, context.ahead(since + h / 2))
@@ -366,7 +366,7 @@ class MacroStep(IntegratorBase):
         new: _Accepted,
     ) -> StepResult:
         # a step that was cut to land may be followed by one as long as was tried before
-        h = length * growth(new.error, max(CONSTANTS.change[1], tried / length))
+        h = length * CONTROLLER.factor(new.error, max(CONSTANTS.change[1], tried / length))
         h = float(np.clip(h, self.h_min, self.h_max))
         size = amplitude(new.X, new.frame) if flow.pushed else 0.0
         now = replace(
@@ -410,7 +410,7 @@ class MacroStep(IntegratorBase):
 def _shorter(h: float, error: float, final: bool) -> float:
     """The length to try instead of h, after an error (divided by the tolerance) that is too large."""
     if np.isfinite(error):
-        return h * growth(error)
+        return h * CONTROLLER.factor(error)
     if final:
         raise DomainError("the state is not finite.")
     return 0.5 * h

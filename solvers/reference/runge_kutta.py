@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from dvi.solvers.constants import CONSTANTS
+from dvi.solvers.controller import StepController
 from dvi.solvers.eigen.tracker import EigenTracker
 from dvi.solvers.errors import DomainError, StepError
 from dvi.solvers.hermite import hermite
@@ -161,9 +163,9 @@ class RungeKutta(BreakpointIntegrator):
         end, error, after = found
         taken, following = end.t - y.t, self.h
         if following is None:
-            best = 0.9 * (self.tol / max(error, 1e-16)) ** (1 / self.order)
             # a step that was cut says little about longer ones: keep the earlier choice
-            following = min(self.h_max, max(0.3 * taken, min(best * taken, max(3.0 * taken, memory.h))))
+            most = max(CONSTANTS.change[1], memory.h / taken)
+            following = min(self.h_max, taken * StepController(self.order).factor(error / self.tol, most))
         return end, after, following
 
     def _find(self, face: Face, y: State, begin: Look, size: float) -> tuple[State, float, Look] | None:
@@ -202,8 +204,7 @@ class RungeKutta(BreakpointIntegrator):
                 return None
             if size <= SHORTEST:
                 raise StepError(f"RungeKutta at t = {y.t:g}: a step of {size:.1e} still fails ({reason}); loosen tol.")
-            better = 0.9 * (self.tol / error) ** (1 / self.order) if np.isfinite(error) else 0.5
-            size *= float(np.clip(better, 0.2, 0.9))
+            size *= StepController(self.order).factor(error / self.tol, CONSTANTS.safety) if np.isfinite(error) else 0.5
 
     def _passed(self, face: Face, begin: Look, after: Look, h: float) -> bool:
         """True if the step crosses a breakpoint that it must not cross."""

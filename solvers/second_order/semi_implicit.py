@@ -27,8 +27,7 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate, landing_at
 from dvi.solvers.errors import BudgetError, DomainError, StepError
 from dvi.solvers.integrator import IntegratorBase
 from dvi.solvers.macro.model import Slope, StepContext, critical_frame, evaluate, settled, transport
-from dvi.solvers.macro.refresh import growth
-from dvi.solvers.macro.stage import SHARE, displacement
+from dvi.solvers.macro.stage import CONTROLLER, SHARE, displacement
 from dvi.solvers.nodes import node
 from dvi.solvers.numbers import named_only, with_numbers
 from dvi.solvers.protocol import Array, Flow, Frame, Node, Rate, Staggered, State, StepResult, combine, like
@@ -199,7 +198,7 @@ class SemiImplicit(IntegratorBase):
     ) -> StepResult:
         length = step * count
         # after a block that was cut to end on an arrival, the next may be as long as the one tried before
-        h = length * growth(new.error, max(CONSTANTS.change[1], wanted / length)) if self.tol else self.dt
+        h = length * CONTROLLER.factor(new.error, max(CONSTANTS.change[1], wanted / length)) if self.tol else self.dt
         following = new.context
         if flow.constrained:
             following = replace(
@@ -314,7 +313,7 @@ class _Block:
                 )
                 error = displacement(flow, s.state, g, (dw, dnu), length) / (self.tol * length**SHARE)
                 if error > CONSTANTS.allowed:
-                    return length * growth(error)
+                    return length * CONTROLLER.factor(error)
                 moved = self._displaced(s, dw, dm, dnu)
                 lin = flow.linearised(moved.state, g, new)
         Y = _solve(flow, smat(lin.beta @ svec(last)) - lin.gap, lin.beta)
