@@ -28,11 +28,6 @@ class Spending:
         """Mean cost per unit time over the window that ends at t; of a younger run, what it will be at least."""
         return float(self._window(t)[:, 1].sum()) / CONSTANTS.window
 
-    @property
-    def last(self) -> float:
-        """Spent in the last step; 0 before the first."""
-        return float(self.steps[-1, 1]) if len(self.steps) else 0.0
-
     def since(self, begin: float) -> float:
         """Spent in the steps that ended after that time, as far as they are in the window."""
         return float(self.steps[self.steps[:, 0] > begin, 1].sum())

@@ -19,8 +19,7 @@ class Constants:
         band: an effective eigenvalue within this distance of 2 is watched: its constraint enters the complementarity
             problem.  With 0.016 the method lost its order (chosen on digits).
         overshoot: a step is rejected if it ends with an effective eigenvalue this far above 2: the model of the gap has
-            failed.  A unit step takes back at most this much of an excess,
-            if the budget allows no shorter one.
+            failed.
         rough: a vector with a residual up to this serves as an eigenvector for a while, and in unit steps.
         unknown_rate: dλ/dt assumed before any measurement.  Progressive sharpening is rarely faster.
         sudden: factor by which an eigenvalue may speed up between two updates (chosen on a CNN on digits).  With 1 the

@@ -231,9 +231,6 @@ class MacroStep(IntegratorBase):
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
         # half the budget may go into steps that shrink where the sharpness overshoots
         shortest = 0.5 if memory.spent.since(memory.unit.begin) > 0.5 * self.limit * CONSTANTS.window else 0.0
-        # the cost of the first step contains that of the longer ones that failed before
-        if y.t > memory.unit.begin + 1 and memory.spent.last > 0.25 * self.limit:
-            shortest = 1.0  # two of them would spend it in one unit
         try:
             end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         except ConvergenceError as error:

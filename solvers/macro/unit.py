@@ -7,8 +7,11 @@ see.  A unit step takes X from the constraint at its end, as Euler's method does
 
 where R is the transport from the last frame (new directions take T itself).  The average damps alternating errors: the
 largest stable rate of the force rises from 2 to 6 per unit time.  Above that rate the effective sharpness overshoots.
-While it still rises, dt is halved, unless steps are too dear.  A whole unit step takes back no more of an excess than
-``overshoot``: a larger push would leave the region where eigenvalues are linear in w, and others would rise.
+While it still rises, dt is halved, as long as the budget allows.
+
+Where the effective sharpness S exceeds 2, Euler's method itself is unstable, as the optimizer is: in a step of one unit
+it multiplies a displacement along the direction by 1 − S.  In the flow the displacement decays.  So w decays along the
+frame's directions at the rates of their eigenvalues, exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from dvi.solvers.eigen.tracker import EigenTracker, SpectrumEstimate
 from dvi.solvers.errors import StepError
 from dvi.solvers.macro.model import third_derivatives, transport
 from dvi.solvers.nodes import node
-from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Linearised, Node, State, like
+from dvi.solvers.protocol import Array, ConstrainedFlow, Frame, Node, Rate, State, like
 from dvi.solvers.repair import Repair
 from dvi.solvers.svec import skron
 
@@ -85,16 +88,15 @@ def unit_step(
     lin = flow.linearised(y, g, frame)
     X = np.zeros((k, k))
     if k:
-        cautious = dt >= 1
         try:
-            X = _multiplier(lin, h, cautious)
+            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
         except ccp.CCPError:
             # With H times U a direction below the edge may cost β its monotony: take what holds once it is at the edge.
             frame = replace(frame, on_edge=True)
             lin = flow.linearised(y, g, frame)
-            X = _multiplier(lin, h, cautious)
+            X = ccp.solve(lin.alpha - lin.gap / h, lin.beta).X
         flow.count_ccp()
-    rate = lin.drift(X)
+    rate = _decaying(flow, y, lin.drift(X), frame, now.eigenvalues[:k], h)
     end = Repair(flow, y)(y.moved(rate, h))
     if not bool(end.w.isfinite().all()):
         raise StepError(f"At t = {y.t:g} a step of one unit left the finite numbers, and shorter ones cost too much.")
@@ -102,10 +104,10 @@ def unit_step(
     return end, replace(memory, spectrum=now, frame=frame, X=X, dt=dt, partial=partial), seen
 
 
-def _multiplier(lin: Linearised, h: float, cautious: bool) -> Array:
-    """X that closes the gap at the end of a step; a cautious step closes no more than ``overshoot`` of an excess."""
-    gap = lin.gap
-    if cautious:
-        room, C = np.linalg.eigh(gap)
-        gap = (C * np.maximum(room, -CONSTANTS.overshoot)) @ C.T
-    return ccp.solve(lin.alpha - gap / h, lin.beta).X
+def _decaying(flow: ConstrainedFlow, y: State, rate: Rate, frame: Frame, values: Array, h: float) -> Rate:
+    """The mean rate over a step of h in which w decays along the frame's directions, at the rates ``values`` [k]."""
+    if not len(values):
+        return rate
+    part = -np.expm1(-values * h) / (values * h)
+    along = frame.U.T @ flow.precondition(y, rate.w[:, None])
+    return replace(rate, w=rate.w + (frame.U @ (like(part[:, None] - 1, rate.w) * along))[:, 0])
