@@ -404,6 +404,28 @@ def test_a_displacement_along_a_critical_direction_decays_in_a_unit_step(sharpne
     assert end.w[0].item() == pytest.approx(1e-3 * np.exp(-sharpness), abs=2.5e-4)
 
 
+def test_unit_steps_are_not_halved_once_half_the_budget_is_spent():
+    flow, y, memory = on_the_slide()
+    above = State(y.w * 1.15**0.5, {}, 5.0)  # the sharpness is 2.3 and rises
+    for spent, length in ((900.0, 0.5), (1100.0, 1.0)):
+        now = replace(memory, spent=Spending().after(3.0, 0.5 * spent).after(5.0, 0.5 * spent))
+        assert dvi.MacroStep(budget=100).step(flow, now, above, 9.0).y.t == pytest.approx(5.0 + length)
+
+
+def test_longer_steps_that_replaced_unit_steps_have_five_units_to_show_what_they_cost():
+    flow, y, memory = on_the_slide()
+    macro = dvi.MacroStep(budget=100)
+    start = replace(memory, unit=None, h=0.5, over=0.5)
+    earlier = Spending().after(-1.0, 5000.0)  # the unit steps that gave way at t = 0.5
+    for spent, unit in ((400.0, False), (700.0, True)):
+        now = replace(start, left=(0.5, 15.0), spent=earlier.after(1.0, spent))
+        after = macro.step(flow, now, y, 9.0)
+        assert not after.unit
+        assert (after.memory.unit is not None) is unit
+    first = replace(start, spent=earlier.after(1.0, 700.0))  # no unit steps before: the whole window is there
+    assert macro.step(flow, replace(first, spent=Spending().after(1.0, 1900.0)), y, 9.0).memory.unit is None
+
+
 def test_the_cost_is_that_of_the_last_twenty_units():
     spent = Spending()
     for t in range(1, 41):

@@ -233,7 +233,7 @@ class MacroStep(IntegratorBase):
         if self.watch is None:
             tracker = replace(tracker, subspace=replace(tracker.subspace, tol=CONSTANTS.rough))
         # half the budget may go into steps that shrink where the sharpness overshoots
-        shortest = 0.5 if memory.spent.since(memory.unit.begin) > 0.5 * self.limit * CONSTANTS.window else 0.0
+        shortest = 1.0 if memory.spent.since(memory.unit.begin) > 0.5 * self.limit * CONSTANTS.window else 0.0
         try:
             end, unit, seen = unit_step(flow, tracker, memory.unit, y, h, shortest)
         except ConvergenceError as error:

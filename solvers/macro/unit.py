@@ -7,7 +7,7 @@ see.  A unit step takes X from the constraint at its end, as Euler's method does
 
 where R is the transport from the last frame (new directions take T itself).  The average damps alternating errors: the
 largest stable rate of the force rises from 2 to 6 per unit time.  Above that rate the effective sharpness overshoots.
-While it still rises, dt is halved, as long as the budget allows.
+While it still rises, dt is halved, until half the budget is spent.
 
 Where the effective sharpness S exceeds 2, Euler's method itself is unstable, as the optimizer is: in a step of one unit
 it multiplies a displacement along the direction by 1 − S.  In the flow the displacement decays.  So w decays along the
