@@ -92,7 +92,6 @@ How = float | Method
 Family = tuple[Callable[..., dvi.Problem], How]
 
 NOT_CHOSEN_ON: dict[str, Family] = {
-    "ViT, CE, GD": (classify(ViT, 60, "ce"), 0.5),
     "MLP tanh, MSE, GD": (classify(lambda: MLP([64, 24, 24, 10], "tanh"), 150, "mse"), 1.0),
     "MLP GELU, CE, GD": (classify(lambda: MLP([64, 24, 24, 10], "gelu"), 150, "ce"), 0.5),
     "ResNet, MSE, GD": (classify(resnet, 60, "mse"), 1.0),

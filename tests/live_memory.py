@@ -84,13 +84,18 @@ def swept(d, k, derivatives="autodiff", dtype=torch.float64):
 
 
 def measured(problem, lr, steps, beside):
-    """The largest number of vectors of w's length that a run holds at once, by k."""
+    """The largest number of vectors of w's length that a run holds at once, by k.
+
+    A step that ends with more directions than it began with counts for its end.
+    """
     with Live(beside) as live:
         watched = Watched(live, dvi.MacroStep())
         flow = dvi.central_flow(problem, dvi.methods.GradientDescent(lr), check=False)
         dvi.solve(flow, steps, integrator=watched, progress=False)
     vectors = {}
-    for k, peak in watched.peaks:
+    ends = [k for k, _ in watched.peaks[1:]] + [0]
+    for (begin, peak), end in zip(watched.peaks, ends, strict=True):
+        k = max(begin, end)
         vectors[k] = max(vectors.get(k, 0.0), peak / problem.w0.nbytes)
     return vectors
 

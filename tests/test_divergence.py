@@ -9,6 +9,8 @@ import torch
 import dvi
 from dvi.methods import GradientDescent, HeavyBall, RMSProp
 from dvi.results.status import Status
+from dvi.solvers.eigen.block_method import CriticalSubspace
+from dvi.solvers.eigen.tracker import EigenTracker
 
 
 @pytest.fixture(autouse=True)
@@ -190,9 +192,18 @@ def test_a_flow_that_diverges_is_told_apart(runs, words):
 
 
 def test_eigenvectors_that_cannot_be_found_where_the_optimizer_runs_away():
-    """At an effective sharpness of 10¹³ in float32 the block method gives up; that is not what is wrong."""
+    """With one iteration the block method gives up; that is not what is wrong."""
+    hasty = dvi.MacroStep(watch=EigenTracker(CriticalSubspace(tol=1e-12, max_iterations=1)))
+    options = {"warm_start": 0, "check": False, "progress": False, "throw": False}
+    race = dvi.compare(mlp(torch.float32), GradientDescent(1e4), 5, integrator=hasty, **options)
+    assert race.status is Status.DIVERGED
+    assert "The optimizer itself diverges at lr=10000" in race.notes[-1]
+    assert "did not converge" in race.notes[-1]
+
+
+def test_a_sharpness_of_ten_to_the_13_in_float32_is_found_and_told():
     race = dvi.compare(
         quadratic(torch.float32), GradientDescent(1e12), 5, warm_start=0, check=False, progress=False, throw=False
     )
-    assert race.status is Status.DIVERGED
-    assert "The optimizer itself diverges at lr=1e+12" in race.notes[-1]
+    assert race.status is Status.INFEASIBLE_START
+    assert "The effective sharpness at the start is 49999" in race.notes[-1]

@@ -175,7 +175,7 @@ def test_losses_that_are_no_list_of_examples_are_refused():
         ({"batch_size": 11}, "10 examples to draw without replacement"),
         ({"batch_size": 3, "epochs": True}, "does not divide the 10 examples.*batch_size=2"),
         ({"batch_size": 2, "replacement": True, "epochs": True}, "Choose one of the two"),
-        ({"batch_size": 2, "replicas": 0}, "replicas is a whole number"),
+        ({"batch_size": 2, "replicas": 0}, "replicas must be a whole number"),
         ({"batch_size": 2, "window": -1}, "window must be positive"),
         ({"batch_size": 2, "pairs": "some"}, 'pairs.*or "all"'),
         ({"batch_size": 2, "window": "wide"}, "must be a number"),

@@ -155,7 +155,7 @@ def test_a_learning_rate_that_is_far_too_large_ends_in_words(case):
     with pytest.raises(dvi.RunError, match=r"larger batches or a smaller lr") as caught:
         dvi.solve(dvi.noisy_flow(make(), GradientDescent(lr), B), 100, progress=False)
     assert caught.value.status is dvi.Status.CHAOTIC
-    assert len(caught.value.result.t) <= 12  # as soon as there are averages
+    assert len(caught.value.result.t) <= 20  # averages begin after one window, 10 units; it is seen within the next
 
 
 def test_batches_of_one_are_followed_or_end_in_words():

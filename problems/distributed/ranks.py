@@ -97,7 +97,8 @@ ALONE = Ranks()
 
 PIECE = 2**24  # bytes sent at a time to make a fingerprint of data
 
-_MARKED = 2**22  # numbers in one piece of a checksum, whose copies take 64 MiB
+#: Numbers in one piece of a checksum: few beside a vector of weights on the host, and not many pieces on a GPU.
+_MARKED_HOST, _MARKED_DEVICE = 2**12, 2**22
 
 
 class Group(Ranks):
@@ -252,8 +253,9 @@ def _mark(tensors: Iterable[Tensor]) -> Tensor:
         real = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
         bits = real.contiguous().reshape(-1).view(kinds[real.element_size()])
         mark = 1_000_003 * mark.to(x.device)
-        for start in range(0, len(bits), _MARKED):
-            mark = mark + _mixed(bits[start : start + _MARKED], start).sum(dtype=torch.int64)
+        length = _MARKED_HOST if x.device.type == "cpu" else _MARKED_DEVICE
+        for start in range(0, len(bits), length):
+            mark = mark + _mixed(bits[start : start + length], start).sum(dtype=torch.int64)
     return mark
 
 

@@ -178,8 +178,9 @@ class CriticalSubspace:
         P = AP = None
         for iteration in range(self.max_iterations + 1):
             if iteration and iteration % AFRESH == 0:
+                P = AP = None  # their memory is free while the products are formed
                 X = orthonormal_against(X, None, rounds=1)
-                AX, P, AP = upright(A(X)), None, None
+                AX = upright(A(X))
             ritz, X, AX = _ritz(X, AX)
             R = torch.addcmul(AX, X, like(ritz, X), value=-1)
             (residuals,) = host(torch.linalg.vector_norm(R, dim=0))
