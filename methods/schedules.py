@@ -94,10 +94,9 @@ def value_and_slope(schedule: Callable[[Any], Any], t: float) -> tuple[float, fl
     Raises:
         SpecError: if the schedule's value is not a number.
     """
-    name = "A schedule"
-    value = Schedule(schedule, name).ask(t)
     end = float(len(schedule.values)) if isinstance(schedule, Table) else math.inf
-    return value, Schedule(schedule, name, end).slope(t)
+    read = Schedule(schedule, "A schedule", end)
+    return read.ask(t), read.slope(t)
 
 
 @dataclass(frozen=True)

@@ -422,8 +422,8 @@ def test_longer_steps_that_replaced_unit_steps_have_five_units_to_show_what_they
         after = macro.step(flow, now, y, 9.0)
         assert not after.unit
         assert (after.memory.unit is not None) is unit
-    first = replace(start, spent=earlier.after(1.0, 700.0))  # no unit steps before: the whole window is there
-    assert macro.step(flow, replace(first, spent=Spending().after(1.0, 1900.0)), y, 9.0).memory.unit is None
+    first = replace(start, spent=Spending().after(1.0, 1900.0))  # no unit steps before: the whole window is there
+    assert macro.step(flow, first, y, 9.0).memory.unit is None
 
 
 def test_the_cost_is_that_of_the_last_twenty_units():

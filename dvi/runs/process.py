@@ -386,7 +386,6 @@ class FlowProcess(Process):
     def solution(self, status: Status, about: dict[str, Any]) -> Solution:
         """The flow on the grid, up to the last node."""
         stretches = joined(self.unit_steps)
-        sharpness = [(float(node["t"]), float(node["eigenvalues"].max(initial=0.0))) for node in self.nodes]
         t = [node["t"] for node in self.nodes]
         grid = self.grid[self.grid <= (t[-1] if t else -1.0)]
         data = sampling.on_grid(self.nodes, grid) if len(grid) else {}
@@ -407,7 +406,7 @@ class FlowProcess(Process):
             series=data,
             notes=[
                 *self.notes,
-                *unit_step_notes(self.flow.name, stretches, sharpness),
+                *unit_step_notes(self.flow.name, stretches, self.nodes),
                 *self._strain(),
                 *self._missed(),
             ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def joined(steps: list[tuple[float, float]]) -> list[list[float]]:
     """Join consecutive steps (from, to) into stretches [from, to]."""
@@ -14,18 +16,19 @@ def joined(steps: list[tuple[float, float]]) -> list[list[float]]:
     return stretches
 
 
-def unit_step_notes(name: str, stretches: list[list[float]], seen: list[tuple[float, float]]) -> list[str]:
+def unit_step_notes(name: str, stretches: list[list[float]], nodes: list[Any]) -> list[str]:
     """The note on these stretches, if there are any.
 
     Args:
         name: of the flow.
         stretches: [from, to] each.
-        seen: at each step the time and the effective sharpness.
+        nodes: what was observed at each step, with the time "t" and the effective "eigenvalues".
     """
     if not stretches:
         return []
     times = ", ".join(f"{start:.3g} to {end:.3g}" for start, end in stretches)
-    inside = sorted(x for t, x in seen if any(start - 1e-9 <= t < end - 1e-9 for start, end in stretches))
+    within = (node for node in nodes if any(start - 1e-9 <= node["t"] < end - 1e-9 for start, end in stretches))
+    inside = sorted(float(node["eigenvalues"].max(initial=0.0)) for node in within)
     held = ""
     if inside:
         middle = inside[(len(inside) - 1) // 2]

@@ -194,8 +194,8 @@ class MacroStep(IntegratorBase):
             spare = now.spent.since(now.unit.begin) <= self.limit * CONSTANTS.window
             return now if spare else replace(now, dear=t, unit=replace(now.unit, until=t))
         # longer steps that replaced unit steps may soon be seen to cost more than these
-        since = min(t - now.left[0] + 0.25 * CONSTANTS.window, CONSTANTS.window)
-        return now if now.spent.since(now.left[0]) <= self.limit * since else self._entered(now, t)
+        time = min(t - now.left[0] + 0.25 * CONSTANTS.window, CONSTANTS.window)
+        return now if now.spent.since(now.left[0]) <= self.limit * time else self._entered(now, t)
 
     def observe(self, flow: ConstrainedFlow, memory: MacroMemory, y: State) -> Node:
         """The node at y.  Eigenvalues are updated if they are older; X solves the last CCP of Baumgarte type."""
